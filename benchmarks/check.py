@@ -1,0 +1,66 @@
+"""Is a batch norm right? Compared with float64 on the benchmark's own tensors, before anything is timed."""
+
+import math
+
+import torch
+from peers import Peer
+from suite import Tensors
+
+# A chunk of channels of at most this many elements is recomputed in float64 at a time, to keep memory small.
+CHUNK = 1 << 22
+
+
+class Mismatch(Exception):
+    """A variant's numbers are wrong, so that its times mean nothing."""
+
+
+def _compare(name: str, got: torch.Tensor, want: torch.Tensor, scale: float = 1.0) -> None:
+    # Half types round to half a unit of their own; below that, everything is computed in float32 or better.
+    accuracy = 1e-11 if got.dtype == torch.float64 else 1e-5
+    scale = max(scale, want.abs().max().item())
+    allowed = torch.finfo(got.dtype).eps * want.abs() + accuracy * scale
+    error = (got.double() - want).abs() - allowed
+    if not (error <= 0).all():
+        raise Mismatch(f"{name} is wrong by {error.max().item():.2e} more than allowed")
+
+
+def verify(tensors: Tensors, peer: Peer) -> None:
+    """Raise :class:`Mismatch` unless ``peer`` computes every pass of ``tensors.module`` rightly."""
+    x, dy, start = tensors.x.detach(), tensors.dy, tensors.module
+    module = peer(start)
+    with torch.no_grad():
+        y_eval = module.eval()(x)
+    y = module.train()(tensors.x)
+    dx, dweight, dbias = torch.autograd.grad(y, (tensors.x, module.weight, module.bias), dy)
+    for name, tensor in (("y", y), ("dx", dx), ("y in eval", y_eval)):
+        if tensor.dtype != x.dtype or tensor.stride() != x.stride():
+            raise Mismatch(f"{name} has type {tensor.dtype} and strides {tensor.stride()}")
+
+    channels, per_channel = x.shape[1], x.numel() // x.shape[1]
+    dims = [d for d in range(x.dim()) if d != 1]
+    step = max(1, CHUNK // per_channel)
+    for first in range(0, channels, step):
+        part = slice(first, first + step)
+
+        def wide(vector: torch.Tensor, part: slice = part) -> torch.Tensor:
+            """A chunk of a vector over the channels, in float64, ready to broadcast."""
+            return vector.detach()[part].double().view(1, -1, *[1] * (x.dim() - 2))
+
+        x64, dy64 = x[:, part].double(), dy[:, part].double()
+        var, mean = torch.var_mean(x64, dims, correction=0, keepdim=True)
+        rstd = (var + start.eps).rsqrt()
+        xhat = (x64 - mean) * rstd
+        sum_dy, sum_dy_xhat = dy64.sum(dims, keepdim=True), (dy64 * xhat).sum(dims, keepdim=True)
+        weight, bias = wide(start.weight), wide(start.bias)
+        unbiased = var * per_channel / max(1, per_channel - 1)
+        eval_rstd = (wide(start.running_var) + start.eps).rsqrt()
+        terms = math.sqrt(per_channel)  # the size of a sum of that many random terms
+
+        _compare("y", y.detach()[:, part], xhat * weight + bias)
+        _compare("dx", dx[:, part], (dy64 - (sum_dy + xhat * sum_dy_xhat) / per_channel) * rstd * weight)
+        _compare("dweight", dweight[part], sum_dy_xhat.flatten(), terms)
+        _compare("dbias", dbias[part], sum_dy.flatten(), terms)
+        _compare("y in eval", y_eval[:, part], (x64 - wide(start.running_mean)) * eval_rstd * weight + bias)
+        for name, batch in (("running_mean", mean), ("running_var", unbiased)):
+            want = torch.lerp(wide(getattr(start, name)), batch, start.momentum)
+            _compare(name, getattr(module, name)[part], want.flatten())

@@ -1,0 +1,121 @@
+// In: calls of batch_norm in eager mode. Out: the output, running statistics and counter updated, and a node that
+// keeps what backward needs. In C++ because a small batch norm is all overhead: torch.autograd.Function alone
+// costs as much as torch's whole batch norm.
+#include "autograd.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+namespace fastbn {
+
+namespace {
+
+DifferentiableBackward& differentiable_backward() {
+  static DifferentiableBackward f;
+  return f;
+}
+
+struct BatchNormBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable input, weight;
+  Tensor moments;
+  double eps = 0;
+  bool training = false;
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    const Tensor dy = std::move(grads[0]);
+    if (!dy.defined()) return torch::autograd::variable_list(3);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor x = input.unpack();
+    const Tensor unpacked_weight = weight.unpack();
+    const OptionalTensor w = unpacked_weight.defined() ? OptionalTensor(unpacked_weight) : std::nullopt;
+    const std::array<bool, 3> mask = {task_should_compute_output(0), task_should_compute_output(1),
+                                      task_should_compute_output(2)};
+    if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x)) {
+      auto [dx, dw, db] = differentiable_backward()(dy, x, w, moments, eps, training, mask);
+      return {dx, dw, db};
+    }
+    auto [dx, dw, db] = backward(dy, x, w, moments, eps, training, mask);
+    return {dx, dw, db};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    input.reset_data();
+    weight.reset_data();
+  }
+
+  std::string name() const override { return "FastBatchNormBackward"; }
+};
+
+// torch counts references to nodes with shared_ptr up to some version, and inside the node after it.
+template <class N>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::shared_ptr<N>(new N(), [](auto* node) { deleteNode(node); });
+  }
+}
+
+// Exact under any number of threads; torch's += is a kernel of its own on every forward pass.
+void count_batch(const Tensor& counter) {
+  TORCH_CHECK(counter.scalar_type() == at::kLong && counter.numel() == 1 && counter.is_cpu(),
+              "num_batches_tracked should be one int64 on the CPU, not ", counter.numel(), " of ",
+              counter.scalar_type(), " on ", counter.device());
+  __atomic_fetch_add(counter.data_ptr<int64_t>(), 1, __ATOMIC_RELAXED);
+  if (!counter.is_inference()) counter.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+void set_differentiable_backward(DifferentiableBackward f) { differentiable_backward() = std::move(f); }
+
+bool is_plain(const Tensor& t) {
+  static const c10::DispatchKeySet ordinary{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                            c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
+  return (t.key_set() - ordinary).empty() && t.layout() == at::kStrided && !t._fw_grad(0).defined();
+}
+
+bool is_watched() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
+                  double eps) {
+  if (num_batches_tracked) count_batch(*num_batches_tracked);
+  check_arguments(input, weight, bias, running_mean, running_var, training, eps);
+  const bool wants_grad = torch::autograd::compute_requires_grad(input, weight.value_or(Tensor()), bias.value_or(Tensor()));
+
+  Tensor output, moments;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const OptionalTensor fixed =
+        training ? std::nullopt : OptionalTensor(running_moments(*running_mean, *running_var));
+    std::tie(output, moments) = forward(input, weight, bias, fixed, eps);
+    if (training && running_mean) {
+      const int64_t count = input.size(1) == 0 ? 0 : input.numel() / input.size(1);
+      update_running_stats(moments, count, momentum, running_mean, running_var, num_batches_tracked);
+    }
+  }
+  if (wants_grad) {
+    const auto node = make_node<BatchNormBackward>();
+    node->set_next_edges(
+        torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor())));
+    node->input = torch::autograd::SavedVariable(input, false);
+    node->weight = torch::autograd::SavedVariable(weight.value_or(Tensor()), false);
+    node->moments = moments;
+    node->eps = eps;
+    node->training = training;
+    torch::autograd::set_history(output, node);
+  }
+  return output;
+}
+
+}  // namespace fastbn

@@ -1,0 +1,162 @@
+// In: Python objects. Out: calls of ops.cpp and autograd.cpp; the module fastbn._C and the operators fastbn::*.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "core/backend.h"
+#include "cpu/plan.h"
+
+namespace {
+
+using namespace fastbn;
+namespace py = pybind11;
+
+// Subclasses of Tensor may want to see the call; Parameter is the one that never does.
+bool is_tensor_or_parameter(py::handle object) {
+  static const PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  return THPVariable_CheckExact(object.ptr()) || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == parameter;
+}
+
+// A tensor argument of the short way; `ok` turns false where the long way must be taken.
+OptionalTensor plain(py::handle object, bool& ok) {
+  if (object.is_none()) return std::nullopt;
+  if (!is_tensor_or_parameter(object)) {
+    ok = false;
+    return std::nullopt;
+  }
+  const Tensor& t = THPVariable_Unpack(object.ptr());
+  ok = ok && is_plain(t);
+  return t;
+}
+
+py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
+                            py::handle running_var, py::handle num_batches_tracked, bool training,
+                            py::handle momentum, double eps) {
+  bool ok = !input.is_none() && !is_watched() && !at::impl::torch_function_mode_enabled();
+  const OptionalTensor x = plain(input, ok), w = plain(weight, ok), b = plain(bias, ok);
+  const OptionalTensor mean = plain(running_mean, ok), var = plain(running_var, ok);
+  const OptionalTensor counter = plain(num_batches_tracked, ok);
+  if (!ok) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  std::optional<double> factor;
+  if (!momentum.is_none()) {
+    factor = PyFloat_AsDouble(momentum.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
+  Tensor output;
+  {
+    py::gil_scoped_release release;
+    output = batch_norm(*x, w, b, mean, var, counter, training, factor, eps);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
+}
+
+std::array<OptionalTensor, 3> optional(std::tuple<Tensor, Tensor, Tensor> grads) {
+  const auto one = [](Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+  return {one(std::get<0>(grads)), one(std::get<1>(grads)), one(std::get<2>(grads))};
+}
+
+void set_python_backward(py::function f) {
+  // Never destroyed: at exit the interpreter may be gone before this library.
+  auto* kept = new py::function(std::move(f));
+  set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w, const Tensor& moments,
+                                     double eps, bool training, std::array<bool, 3> mask) {
+    py::gil_scoped_acquire gil;
+    const auto grads = (*kept)(dy, x, w, moments, eps, training, mask).cast<std::array<OptionalTensor, 3>>();
+    return std::array<Tensor, 3>{grads[0].value_or(Tensor()), grads[1].value_or(Tensor()),
+                                 grads[2].value_or(Tensor())};
+  });
+}
+
+py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t element_bytes) {
+  TORCH_CHECK_INDEX(sizes.size() >= 2, "sizes should have at least 2 entries (N, C, ...), not ", sizes.size());
+  TORCH_CHECK_VALUE(element_bytes == 2 || element_bytes == 4 || element_bytes == 8,
+                    "element_bytes should be 2, 4 or 8, not ", element_bytes);
+  int64_t positions = 1;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    TORCH_CHECK_VALUE(sizes[i] > 0, "sizes should be positive, not ", sizes[i]);
+    if (i >= 2) TORCH_CHECK_VALUE(!__builtin_mul_overflow(positions, sizes[i], &positions), "sizes are too large");
+  }
+  int64_t elements;
+  TORCH_CHECK_VALUE(!__builtin_mul_overflow(positions, sizes[0], &elements) &&
+                        !__builtin_mul_overflow(elements, sizes[1], &elements) &&
+                        !__builtin_mul_overflow(elements, int64_t(8), &elements),
+                    "sizes are too large");
+  const DType dtype = element_bytes == 8 ? DType::f64 : element_bytes == 4 ? DType::f32 : DType::bf16;
+  const Problem problem{
+      {sizes[0], sizes[1], positions, channels_last ? Layout::channels_last : Layout::channels_first}, dtype};
+  const cpu::Plan p = cpu::make_plan(problem);
+  py::dict d;
+  d["walk"] = p.walk == cpu::Walk::runs ? "runs" : "columns";
+  d["items"] = p.items;
+  d["channels_an_item"] = p.channels_an_item;
+  d["segments"] = p.segments;
+  d["workspace_bytes"] = cpu::workspace_bytes(problem);
+  return d;
+}
+
+py::dict build_info() {
+  py::dict d;
+  d["torch"] = FASTBN_TORCH_VERSION;
+  d["compiler"] = "g++ " __VERSION__;
+  d["cuda"] = py::none();
+  d["cpu_capability"] = cpu::capability();
+  d["cpu_capability_of_processor"] = cpu::capability_of_processor();
+  return d;
+}
+
+// An operator must return a tensor where the function returns none, and never an argument of its own.
+std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& moments, double eps) {
+  auto [output, kept] = forward(input, weight, bias, moments, eps);
+  return {output, moments && kept.is_same(*moments) ? kept.clone() : kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const Tensor& input,
+                                               const OptionalTensor& weight, const Tensor& moments, double eps,
+                                               bool training, std::array<bool, 3> output_mask) {
+  auto [dx, dw, db] = backward(grad_output, input, weight, moments, eps, training, output_mask);
+  const auto filled = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+  return {filled(dx), filled(dw), filled(db)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastbn, m) {
+  m.def("forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? moments, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, float eps, bool training, "
+      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fastbn, CPU, m) {
+  m.impl("forward", &forward_op);
+  m.impl("backward", &backward_op);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  cpu::capability();  // a bad FASTBN_CPU_CAPABILITY is reported by the import
+  m.def("batch_norm", &eager_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
+        py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
+        py::arg("eps"));
+  m.def("forward", &forward, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "backward",
+      [](const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& moments,
+         double eps, bool training, std::array<bool, 3> output_mask) {
+        py::gil_scoped_release release;
+        return optional(backward(grad_output, input, weight, moments, eps, training, output_mask));
+      },
+      py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("moments"), py::arg("eps"),
+      py::arg("training"), py::arg("output_mask"));
+  m.def("update_running_stats", &update_running_stats, py::arg("moments"), py::arg("count"), py::arg("momentum"),
+        py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
+  m.def("plan", &plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"));
+  m.def("cpu_capability", &cpu::capability);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,49 @@
+// In: moments, sums and parameters of a channel. Out: the per-element coefficients, for both backends.
+#pragma once
+
+#include <cmath>
+
+#include "platform.h"
+
+namespace fastbn {
+
+FASTBN_HD double reciprocal_std(double variance, double eps) { return 1.0 / sqrt(variance + eps); }
+
+// y = (x - mean) * scale + shift. The mean is subtracted first: folded into the shift it would cost
+// |mean| / std of the digits. What is lost by rounding the mean to A goes into the shift instead, so that a
+// channel with mean 1e4 and std 1 keeps all its digits, at no cost per element.
+template <class A>
+struct Normalization {
+  A mean, scale, shift;
+};
+
+template <class A>
+FASTBN_HD Normalization<A> normalization(double mean, double variance, double eps, double weight, double bias) {
+  const double scale = weight * reciprocal_std(variance, eps);
+  const A rounded = A(mean);
+  const double lost = mean - double(rounded);
+  return {rounded, A(scale), A(lost == 0 ? bias : bias - lost * scale)};
+}
+
+// dx = dy * dy_scale + (x - mean) * x_scale + shift (Ioffe & Szegedy 2015, section 3, solved for dx):
+// dx = g * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n), g = weight * rstd. In eval the statistics are
+// constants and dx = g * dy.
+template <class A>
+struct InputGradient {
+  A mean, dy_scale, x_scale, shift;
+};
+
+// sum and dot are sums over the channel of dy and of dy * (x - mean).
+template <class A>
+FASTBN_HD InputGradient<A> input_gradient(double mean, double variance, double eps, double weight, double n,
+                                          double sum, double dot) {
+  const double rstd = reciprocal_std(variance, eps);
+  const double g = weight * rstd;
+  const double x_scale = -g * rstd * rstd * dot / n;
+  const A rounded = A(mean);
+  const double lost = mean - double(rounded);
+  const double shift = -g * sum / n - (lost == 0 ? 0 : lost * x_scale);
+  return {rounded, A(g), A(x_scale), A(shift)};
+}
+
+}  // namespace fastbn

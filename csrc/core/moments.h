@@ -1,0 +1,36 @@
+// In: sums of chunks of one channel. Out: mean and variance, merged in a fixed order by Chan's formula.
+#pragma once
+
+#include "platform.h"
+
+namespace fastbn {
+
+struct Moments {
+  double n, mean, m2;  // count, mean, sum of squared deviations from the mean
+};
+
+// The moments of n values x, from the sums of (x - pivot) and (x - pivot)^2.
+FASTBN_HD Moments from_shifted_sums(double n, double pivot, double sum, double squares) {
+  if (n == 0) return {0, 0, 0};
+  const double shift = sum / n;
+  const double m2 = squares - sum * shift;
+  return {n, pivot + shift, m2 < 0 ? 0 : m2};  // written so that a NaN stays a NaN
+}
+
+// A pivot far from the mean costs digits of the variance: squares and sum * shift then nearly cancel. At
+// three standard deviations one of the 24 bits has gone three times over; beyond that the chunk is read again.
+FASTBN_HD bool pivot_was_good(double n, double sum, const Moments& m) {
+  return sum * sum <= 8 * n * m.m2;
+}
+
+// Chan, Golub, LeVeque 1983. A side without values returns the other, so empty ranks need no special case.
+FASTBN_HD Moments merge(const Moments& a, const Moments& b) {
+  if (b.n == 0) return a;
+  if (a.n == 0) return b;
+  const double n = a.n + b.n;
+  const double delta = b.mean - a.mean;
+  const double part = b.n / n;
+  return {n, a.mean + delta * part, a.m2 + b.m2 + delta * delta * a.n * part};
+}
+
+}  // namespace fastbn

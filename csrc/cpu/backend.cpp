@@ -1,0 +1,100 @@
+// In: calls through core/backend.h. Out: the same calls, made with the widest instruction set there is.
+#include "../core/backend.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "capability.h"
+#include "plan.h"
+
+namespace fastbn::cpu {
+
+namespace {
+
+struct Capability {
+  const char* name;
+  bool present;
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+};
+
+// From the widest to the one that every processor has.
+const Capability* capabilities() {
+#if defined(__x86_64__)
+  static const Capability all[] = {
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       avx512::run_forward, avx512::run_backward},
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+       avx2::run_forward, avx2::run_backward},
+      {"baseline", true, baseline::run_forward, baseline::run_backward},
+  };
+#else
+  static const Capability all[] = {{"baseline", true, baseline::run_forward, baseline::run_backward}};
+#endif
+  return all;
+}
+
+const Capability& widest() {
+  const Capability* c = capabilities();
+  while (!c->present) ++c;
+  return *c;
+}
+
+const Capability& choose() {
+  const char* wanted = std::getenv("FASTBN_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == 0) return widest();
+  std::string names;
+  for (const Capability* c = capabilities();; ++c) {
+    if (c->present && std::string(wanted) == c->name) return *c;
+    if (c->present) names += std::string(names.empty() ? "" : ", ") + c->name;
+    if (std::string("baseline") == c->name) break;
+  }
+  throw std::runtime_error("FASTBN_CPU_CAPABILITY is '" + std::string(wanted) +
+                           "', but this processor and build offer: " + names);
+}
+
+const Capability& chosen() {
+  static const Capability& c = choose();
+  return c;
+}
+
+}  // namespace
+
+const char* capability() { return chosen().name; }
+const char* capability_of_processor() { return widest().name; }
+
+void forward(const Forward& args) { chosen().forward(args); }
+void backward(const Backward& args) { chosen().backward(args); }
+
+int64_t workspace_bytes(const Problem& problem) {
+  const int64_t channels = problem.shape.C;
+  const int64_t coefficient = problem.dtype == DType::f64 ? 8 : 4;
+  return 4 * round_up(channels, 16) * coefficient + make_plan(problem).segments * 2 * channels * int64_t(sizeof(double));
+}
+
+int64_t stream_bytes() {
+  static const int64_t bytes = [] {
+    const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return cache > 0 ? int64_t(cache) / 4 : int64_t(8) << 20;
+  }();
+  return bytes;
+}
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  // A hint: where the system refuses it, everything still works, with 4 KiB pages.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace fastbn::cpu

@@ -1,0 +1,21 @@
+// In: the instruction sets that kernels.h was compiled for. Out: the table that backend.cpp chooses from.
+#pragma once
+
+#include "../core/problem.h"
+
+namespace fastbn::cpu {
+
+// A tensor of this many bytes has left the last-level cache before it can be read again.
+int64_t stream_bytes();
+
+#define FASTBN_DECLARE(name)              \
+  namespace name {                        \
+  void run_forward(const Forward& args);   \
+  void run_backward(const Backward& args); \
+  }
+FASTBN_DECLARE(baseline)
+FASTBN_DECLARE(avx2)
+FASTBN_DECLARE(avx512)
+#undef FASTBN_DECLARE
+
+}  // namespace fastbn::cpu

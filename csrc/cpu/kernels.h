@@ -1,0 +1,185 @@
+// In: Forward and Backward. Out: outputs, moments, gradients: the order in which the primitives run.
+// Compiled once per instruction set; the file that includes it sets FASTBN_CAPABILITY and FASTBN_VECTOR_BYTES.
+
+#define FASTBN_INLINE __attribute__((always_inline))
+
+namespace fastbn::cpu::FASTBN_CAPABILITY {
+
+#include "vec.h"
+// vec.h comes first: the others are made of its packs
+#include "columns.h"
+#include "runs.h"
+#include "walks.h"
+
+// Arrays in the workspace: coefficients of every channel, then the partial results of every segment.
+template <class A>
+struct Workspace {
+  A* coefficient[4];
+  double* partial[2];
+  Workspace(void* memory, int64_t channels, int64_t padded) {
+    for (int i = 0; i < 4; ++i) coefficient[i] = static_cast<A*>(memory) + i * padded;
+    partial[0] = reinterpret_cast<double*>(coefficient[3] + padded);
+    partial[1] = partial[0] + channels;
+  }
+};
+
+// Output larger than this leaves the cache before anyone reads it: store past the cache.
+bool should_stream(const Problem& problem, int64_t tensors) {
+  return problem.shape.elements() * size_of(problem.dtype) * tensors > stream_bytes();
+}
+
+template <class T, class Walk>
+struct Pass {
+  using A = acc_t<T>;
+  const Problem& problem;
+  const Plan plan = make_plan(problem);
+  const Shape& shape = problem.shape;
+  const Walk walk{plan, shape};
+  const int64_t C = shape.C;
+
+  Piece piece(int64_t item, int64_t segment) const {
+    const int64_t first = item * plan.channels_an_item;
+    return {first, smaller(plan.channels_an_item, C - first), segment};
+  }
+
+  // Runs first(item, segment) for all pieces, then finish(item), then second(item, segment). An item of one
+  // segment goes through all three while it is in the cache; otherwise the second pass goes backwards, from
+  // what the cache still holds.
+  template <class First, class Finish, class Second>
+  void run(int64_t tensors, bool reduce, const First& first, const Finish& finish, const Second& second) const {
+    const int64_t bytes = shape.elements() * sizeof(T) * tensors;
+    const int64_t pieces = plan.items * plan.segments;
+    if (plan.segments == 1) {
+      parallel_for(plan.items, bytes, [&](int64_t item) {
+        const Piece p = piece(item, 0);
+        if (reduce) first(p);
+        finish(p);
+        second(p);
+      });
+      return;
+    }
+    const auto nth = [&](int64_t i) { return piece(i % plan.items, i / plan.items); };
+    if (reduce) parallel_for(pieces, bytes, [&](int64_t i) { first(nth(i)); });
+    parallel_for(plan.items, bytes, [&](int64_t item) { finish(piece(item, 0)); });
+    parallel_for(pieces, bytes, [&](int64_t i) { second(nth(pieces - 1 - i)); });
+  }
+};
+
+template <class T, class Walk>
+void forward(const Forward& args) {
+  using A = acc_t<T>;
+  const Pass<T, Walk> pass{args.problem};
+  const int64_t C = pass.C;
+  const Workspace<A> work(args.workspace, C, round_up(C, 16));
+  const T* x = static_cast<const T*>(args.input);
+  T* y = static_cast<T*>(args.output);
+  const bool streamed = should_stream(args.problem, 1);
+  double* const mean = args.moments;
+  double* const variance = args.moments + C;
+
+  const auto stats = [&](const Piece& p) {
+    const int64_t at = p.segment * 2 * C + p.first_channel;
+    pass.walk.stats(x, p, work.partial[0] + at, work.partial[1] + at);
+  };
+  const auto finish = [&](const Piece& p) {
+    const int64_t end = p.first_channel + p.channels;
+    if (args.training) {
+      double n = 0;
+      for (int64_t k = 0; k < pass.plan.segments; ++k) {
+        const double here = double(pass.walk.count({p.first_channel, p.channels, k}));
+        const double* const m = work.partial[0] + k * 2 * C;
+        const double* const m2 = work.partial[1] + k * 2 * C;
+        for (int64_t c = p.first_channel; c < end; ++c) {
+          const Moments all = merge({n, mean[c], variance[c]}, {here, m[c], m2[c]});
+          mean[c] = all.mean, variance[c] = all.m2;
+        }
+        n += here;
+      }
+      for (int64_t c = p.first_channel; c < end; ++c) variance[c] /= n;
+    }
+    for (int64_t c = p.first_channel; c < end; ++c) {
+      const auto z = normalization<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
+      work.coefficient[0][c] = z.mean, work.coefficient[1][c] = z.scale, work.coefficient[2][c] = z.shift;
+    }
+  };
+  const auto apply = [&](const Piece& p) {
+    const int64_t c = p.first_channel;
+    pass.walk.apply(x, y, p, streamed, work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c);
+  };
+  pass.run(2, args.training, stats, finish, apply);
+}
+
+template <class T, class Walk>
+void backward(const Backward& args) {
+  using A = acc_t<T>;
+  const Pass<T, Walk> pass{args.problem};
+  const int64_t C = pass.C;
+  const Workspace<A> work(args.workspace, C, round_up(C, 16));
+  const T* dy = static_cast<const T*>(args.grad_output);
+  const T* x = static_cast<const T*>(args.input);
+  T* dx = static_cast<T*>(args.grad_input);
+  const bool streamed = should_stream(args.problem, 1);
+  const bool reduce = args.training || args.sums != nullptr;
+  const double* const mean = args.moments;
+  const double* const variance = args.moments + C;
+  const double n = double(args.problem.shape.per_channel());
+
+  // The kernels see the mean rounded to A; what was lost is put back into the sums.
+  const auto lost = [&](int64_t c) { return mean[c] - double(A(mean[c])); };
+  const auto grad_stats = [&](const Piece& p) {
+    const int64_t c = p.first_channel;
+    A rounded[max_columns];
+    for (int64_t k = 0; k < p.channels; ++k) rounded[k] = A(mean[c + k]);
+    const int64_t at = p.segment * 2 * C + c;
+    pass.walk.grad_stats(dy, x, p, rounded, work.partial[0] + at, work.partial[1] + at);
+  };
+  const auto finish = [&](const Piece& p) {
+    for (int64_t c = p.first_channel; c < p.first_channel + p.channels; ++c) {
+      double sum = 0, dot = 0;
+      if (reduce) {
+        for (int64_t k = 0; k < pass.plan.segments; ++k) {
+          sum += work.partial[0][k * 2 * C + c];
+          dot += work.partial[1][k * 2 * C + c];
+        }
+        const double correction = lost(c);
+        if (correction != 0) dot -= correction * sum;
+      }
+      if (args.sums != nullptr) {
+        args.sums[c] = dot * reciprocal_std(variance[c], args.eps);
+        args.sums[C + c] = sum;
+      }
+      const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), n, sum, dot);
+      work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.dy_scale;
+      work.coefficient[2][c] = g.x_scale, work.coefficient[3][c] = g.shift;
+    }
+  };
+  const auto grad_apply = [&](const Piece& p) {
+    if (dx == nullptr) return;
+    const int64_t c = p.first_channel;
+    if (args.training) {
+      pass.walk.grad_apply(dy, x, dx, p, streamed, work.coefficient[0] + c, work.coefficient[1] + c,
+                           work.coefficient[2] + c, work.coefficient[3] + c);
+    } else {
+      pass.walk.scale_only(dy, dx, p, streamed, work.coefficient[1] + c);
+    }
+  };
+  pass.run(3, reduce, grad_stats, finish, grad_apply);
+}
+
+void run_forward(const Forward& args) {
+  dispatch_dtype(args.problem.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const bool runs = make_plan(args.problem).walk == Walk::runs;
+    runs ? forward<T, RunsWalk<T>>(args) : forward<T, ColumnsWalk<T>>(args);
+  });
+}
+
+void run_backward(const Backward& args) {
+  dispatch_dtype(args.problem.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const bool runs = make_plan(args.problem).walk == Walk::runs;
+    runs ? backward<T, RunsWalk<T>>(args) : backward<T, ColumnsWalk<T>>(args);
+  });
+}
+
+}  // namespace fastbn::cpu::FASTBN_CAPABILITY

@@ -1,0 +1,18 @@
+// In: nothing. Out: all that kernels.h needs, included before the compiler is told to use an instruction set,
+// so that no inline function of a library is compiled with instructions that another processor lacks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../core/dispatch.h"
+#include "../core/formula.h"
+#include "../core/moments.h"
+#include "capability.h"
+#include "parallel.h"
+#include "plan.h"

@@ -1,0 +1,93 @@
+// In: a Problem. Out: how the CPU kernels walk it. Pure, and blind to the number of threads: the same
+// tensor is cut in the same places on every machine, which is why its results have the same bits.
+#pragma once
+
+#include "../core/problem.h"
+
+namespace fastbn::cpu {
+
+enum class Walk : uint8_t {
+  runs,     // channels_first, wide maps: a channel is N runs of S contiguous values
+  columns,  // a matrix whose columns belong to channels: channels_last, (N, C), and small maps
+};
+
+struct Plan {
+  Walk walk;
+  int64_t items;             // pieces of the channel axis; each is whole channels
+  int64_t channels_an_item;  // the last one may have fewer
+  int64_t segments;          // pieces of each item along the batch; 1: an item is done while it is in cache
+  // columns only: the tensor as a matrix [rows, columns], plus spare elements that fill no row
+  int64_t rows, columns, spare;
+  int64_t columns_a_channel;  // neighbouring columns of one channel (S, or 1)
+  int64_t segment_rows;       // rows in a segment
+  // runs only: a segment is some samples, or, where there are fewer samples than segments, a part of a map
+  int64_t segment_samples, segment_positions;
+};
+
+// Widest tile of columns: four float arrays of it stay in a 32 KB first-level cache.
+constexpr int64_t max_columns = 2048;
+
+inline Plan make_plan(const Problem& problem) {
+  const Shape& shape = problem.shape;
+  const int64_t item_size = size_of(problem.dtype);
+  constexpr int64_t line = 64;
+  // Half of a 512 KB second-level cache, the smallest of current x86 servers.
+  constexpr int64_t cache = 256 << 10;
+  constexpr int64_t enough_items = 32;
+  Plan plan{};
+  plan.columns_a_channel = 1;
+
+  const bool first = shape.layout == Layout::channels_first;
+  // Shorter runs spend more on their ends than on their middle; as columns they have no ends.
+  const int64_t shortest_run = 160;
+  if (first && shape.S >= shortest_run) {
+    plan.walk = Walk::runs;
+    plan.channels_an_item = larger<int64_t>(1, (4 << 10) / (shape.S * item_size));
+    plan.items = ceil_div(shape.C, plan.channels_an_item);
+    const bool split = plan.items < enough_items && shape.elements() * item_size > cache;
+    const int64_t wanted = split ? ceil_div(enough_items, plan.items) : 1;
+    constexpr int64_t fewest_positions = 4096;
+    const int64_t parts = larger<int64_t>(1, smaller(wanted / shape.N, shape.S / fewest_positions));
+    plan.segment_samples = parts > 1 ? 1 : ceil_div(shape.N, smaller(wanted, shape.N));
+    plan.segment_positions = ceil_div(shape.S, parts);
+    plan.segments = ceil_div(shape.N, plan.segment_samples) * parts;
+    return plan;
+  }
+
+  plan.walk = Walk::columns;
+  if (first && shape.S > 1) {
+    plan.rows = shape.N;
+    plan.columns = shape.C * shape.S;
+    plan.columns_a_channel = shape.S;
+    // Whole channels that together are whole cache lines, about 2 to 4 KB a row.
+    int64_t group = 1;
+    while (group * shape.S * item_size % line != 0) group *= 2;
+    while (group * shape.S * item_size < (2 << 10)) group *= 2;
+    while (group > 1 && group * shape.S > max_columns) group /= 2;
+    plan.channels_an_item = smaller(group, shape.C);
+  } else {
+    const int64_t rows = shape.N * shape.S;
+    plan.rows = rows;
+    plan.columns = shape.C;
+    plan.channels_an_item = smaller<int64_t>(shape.C, 512);
+    // Few channels: k rows make one, so that vectors are full and lines are whole.
+    int64_t k = 1;
+    const auto wanting = [&](int64_t bytes) { return bytes < 512 || (bytes % line != 0 && bytes < 2048); };
+    while (shape.C * item_size < 512 && k * 2 <= rows && wanting(shape.C * k * item_size)) k *= 2;
+    plan.columns = shape.C * k;
+    plan.rows = rows / k;
+    plan.spare = (rows % k) * shape.C;
+  }
+  plan.items = ceil_div(shape.C, plan.channels_an_item);
+  const int64_t tile_bytes = plan.rows * plan.channels_an_item * plan.columns_a_channel * item_size;
+  plan.segments = 1;
+  plan.segment_rows = plan.rows;
+  if (tile_bytes > cache) {
+    constexpr int64_t fewest_rows = 64, most_segments = 64;
+    plan.segment_rows = larger(fewest_rows, ceil_div(plan.rows, most_segments));
+    plan.segments = ceil_div(plan.rows, plan.segment_rows);
+  }
+  return plan;
+}
+
+}  // namespace fastbn::cpu

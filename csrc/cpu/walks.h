@@ -1,0 +1,336 @@
+// In: a plan, an item of channels and a segment of the batch. Out: the four primitives on that piece:
+// stats, apply, grad_stats, grad_apply. One struct for each walk, with the same members.
+
+// Values of one channel that are looked at to guess its mean before it is summed.
+constexpr int64_t samples = 8;
+
+struct Piece {
+  int64_t first_channel, channels;
+  int64_t segment;
+};
+
+// What is wrong with a guess shows in the sums. `again`: read the piece once more with the better pivot.
+template <class A>
+FASTBN_HD bool improve_pivot(double n, double sum, double squares, A& pivot) {
+  const Moments m = from_shifted_sums(n, double(pivot), sum, squares);
+  if (pivot_was_good(n, sum, m) || !(__builtin_isfinite(m.mean))) return false;
+  pivot = A(m.mean);
+  return true;
+}
+
+template <class T>
+struct RunsWalk {
+  using A = acc_t<T>;
+  using P = Pack<T>;
+  template <class Terms>
+  using Sums = typename Runs<T>::template Sums<Terms>;
+  const Plan& plan;
+  const Shape& shape;
+
+  // body(offset, length) for every run of the piece's k-th channel; backwards what was read last comes first.
+  template <class Body>
+  FASTBN_HD void each_run(const Piece& piece, int64_t k, bool backwards, const Body& body) const {
+    const int64_t parts = ceil_div(shape.S, plan.segment_positions);
+    const int64_t n0 = piece.segment / parts * plan.segment_samples;
+    const int64_t n1 = smaller(shape.N, n0 + plan.segment_samples);
+    const int64_t s0 = piece.segment % parts * plan.segment_positions;
+    const int64_t length = smaller(plan.segment_positions, shape.S - s0);
+    const int64_t base = (piece.first_channel + k) * shape.S + s0;
+    for (int64_t i = n0; i < n1; ++i) {
+      const int64_t n = backwards ? n0 + n1 - 1 - i : i;
+      body(base + n * shape.C * shape.S, length);
+    }
+  }
+
+  int64_t count(const Piece& piece) const {
+    int64_t n = 0;
+    each_run(piece, 0, false, [&](int64_t, int64_t length) { n += length; });
+    return n;
+  }
+
+  A guess(const T* x, const Piece& piece, int64_t k) const {
+    int64_t runs = 0;
+    each_run(piece, k, false, [&](int64_t, int64_t) { ++runs; });
+    const int64_t apart = ceil_div(runs, samples);
+    double sum = 0;
+    int64_t run = 0, n = 0;
+    each_run(piece, k, false, [&](int64_t offset, int64_t length) {
+      if (run++ % apart != 0) return;
+      sum += double(to_acc(x[offset + run * 37 % length]));
+      sum += double(to_acc(x[offset + (run * 37 + length / 2) % length]));
+      n += 2;
+    });
+    return A(sum / double(n));
+  }
+
+  void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
+    const double n = double(count(piece));
+    for (int64_t k = 0; k < piece.channels; ++k) {
+      A pivot = guess(x, piece, k);
+      for (bool again = true; again;) {
+        const A used = pivot;
+        Sums<typename Runs<T>::Shifted> sums({x, broadcast(used)});
+        each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
+        sums.flush();
+        const double sum = sums.sum_a.total(), squares = sums.sum_b.total();
+        again = improve_pivot(n, sum, squares, pivot) && pivot != used;
+        const Moments m = from_shifted_sums(n, double(used), sum, squares);
+        mean[k] = m.mean, m2[k] = m.m2;
+      }
+      if (!__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
+    }
+  }
+
+  // Values too large for their squares to fit in A, or not finite: plainly, in double.
+  void exact(const T* x, const Piece& piece, int64_t k, double n, double& mean, double& m2) const {
+    double sum = 0;
+    m2 = 0;
+    each_run(piece, k, false, [&](int64_t offset, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) sum += double(to_acc(x[offset + i]));
+    });
+    mean = sum / n;
+    each_run(piece, k, false, [&](int64_t offset, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) {
+        const double d = double(to_acc(x[offset + i])) - mean;
+        m2 += d * d;
+      }
+    });
+  }
+
+  void grad_stats(const T* dy, const T* x, const Piece& piece, const A* mean, double* sum, double* dot) const {
+    for (int64_t k = 0; k < piece.channels; ++k) {
+      Sums<typename Runs<T>::Gradients> sums({dy, x, broadcast(mean[k])});
+      each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
+      sums.flush();
+      sum[k] = sums.sum_a.total(), dot[k] = sums.sum_b.total();
+    }
+  }
+
+  template <class F>
+  void map(T* out, const Piece& piece, int64_t k, bool streamed, const F& f) const {
+    each_run(piece, k, true, [&](int64_t offset, int64_t length) {
+      if (streamed) {
+        Runs<T>::template map<true>(out, offset, length, f);
+      } else {
+        Runs<T>::template map<false>(out, offset, length, f);
+      }
+    });
+  }
+
+  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale,
+             const A* shift) const {
+    for (int64_t k = piece.channels - 1; k >= 0; --k) {
+      const Vec<A> m = broadcast(mean[k]), g = broadcast(scale[k]), b = broadcast(shift[k]);
+      map(y, piece, k, streamed, [=](int64_t i) FASTBN_INLINE {
+        P v = P::load(x + i);
+        for (auto& e : v.v) e = (e - m) * g + b;
+        return v;
+      });
+    }
+  }
+
+  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
+                  const A* dy_scale, const A* x_scale, const A* shift) const {
+    for (int64_t k = piece.channels - 1; k >= 0; --k) {
+      const Vec<A> m = broadcast(mean[k]), g = broadcast(dy_scale[k]), h = broadcast(x_scale[k]),
+                   b = broadcast(shift[k]);
+      map(dx, piece, k, streamed, [=](int64_t i) FASTBN_INLINE {
+        P v = P::load(dy + i);
+        const P d = P::load(x + i);
+        for (int j = 0; j < P::vectors; ++j) v.v[j] = v.v[j] * g + ((d.v[j] - m) * h + b);
+        return v;
+      });
+    }
+  }
+
+  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* dy_scale) const {
+    for (int64_t k = piece.channels - 1; k >= 0; --k) {
+      const Vec<A> g = broadcast(dy_scale[k]);
+      map(dx, piece, k, streamed, [=](int64_t i) FASTBN_INLINE {
+        P v = P::load(dy + i);
+        for (auto& e : v.v) e *= g;
+        return v;
+      });
+    }
+  }
+};
+
+template <class T>
+struct ColumnsWalk {
+  using A = acc_t<T>;
+  using P = Pack<T>;
+  using K = Coefficients<T>;
+  using Block = Columns<T>;
+  const Plan& plan;
+  const Shape& shape;
+
+  // Rows that are summed in A before the sums go to double.
+  static constexpr int64_t terms = 64;
+  static constexpr int width = int(max_columns) + P::size;
+
+  // A second block holds the elements behind the last full row, if there are any.
+  template <class Body>
+  void each_block(const Piece& piece, const Body& body) const {
+    const int64_t a_channel = plan.columns_a_channel;
+    const int64_t first = piece.segment * plan.segment_rows;
+    const int64_t rows = smaller(plan.segment_rows, plan.rows - first);
+    const int64_t columns =
+        plan.columns == shape.C * a_channel ? piece.channels * a_channel : plan.columns;  // else rows were folded
+    const int64_t start = first * plan.columns + piece.first_channel * a_channel;
+    body(Block{start, plan.columns, rows, int(columns)});
+    if (plan.spare > 0 && piece.segment == plan.segments - 1) {
+      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare)});
+    }
+  }
+
+  int64_t count(const Piece& piece) const {
+    int64_t elements = 0;
+    each_block(piece, [&](const Block& block) { elements += block.rows * block.columns; });
+    return elements / piece.channels;
+  }
+
+  template <class F>
+  void sum_terms(const Block& block, const Piece& piece, const A* per_channel, double* a, double* b,
+                 const F& f) const {
+    alignas(64) A coefficient[width], s[width], q[width];
+    block.expand(per_channel, piece.channels, plan.columns_a_channel, coefficient);
+    for (int64_t row = 0; row < block.rows; row += terms) {
+      const size_t bytes = block.packs() * P::size * sizeof(A);
+      memset(s, 0, bytes), memset(q, 0, bytes);
+      block.accumulate(row, smaller(row + terms, block.rows), coefficient, s, q, f);
+      block.collect(s, piece.channels, plan.columns_a_channel, a);
+      block.collect(q, piece.channels, plan.columns_a_channel, b);
+    }
+  }
+
+  void shifted_sums(const Block& block, const T* x, const Piece& piece, const A* pivot, double* sum,
+                    double* squares) const {
+    sum_terms(block, piece, pivot, sum, squares,
+              [x](const Block& bl, int64_t i, const K& c, K& s, K& q) FASTBN_INLINE {
+                const P v = bl.load(x + i);
+                for (int k = 0; k < P::vectors; ++k) {
+                  const Vec<A> d = v.v[k] - c.v[k];
+                  s.v[k] += d;
+                  q.v[k] += d * d;
+                }
+              });
+  }
+
+  void guess(const T* x, const Piece& piece, A* pivot, double* sum, double* squares) const {
+    memset(pivot, 0, piece.channels * sizeof(A));
+    memset(sum, 0, piece.channels * sizeof(double));
+    each_block(piece, [&](const Block& block) {
+      if (block.stride == 0 && block.start != 0) return;  // the spare elements
+      const int64_t a_row = larger<int64_t>(1, block.columns / piece.channels);
+      Block sample = block;
+      sample.rows = smaller(block.rows, ceil_div(samples, a_row));
+      sample.stride = block.stride * (block.rows / sample.rows);
+      shifted_sums(sample, x, piece, pivot, sum, squares);
+      const double n = double(sample.rows * a_row);
+      for (int64_t k = 0; k < piece.channels; ++k) pivot[k] = A(sum[k] / n);
+    });
+  }
+
+  void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
+    const double n = double(count(piece));
+    A pivot[max_columns];
+    double sum[max_columns], squares[max_columns];
+    guess(x, piece, pivot, sum, squares);
+    for (int round = 0; round < 2; ++round) {
+      memset(sum, 0, piece.channels * sizeof(double));
+      memset(squares, 0, piece.channels * sizeof(double));
+      each_block(piece, [&](const Block& block) { shifted_sums(block, x, piece, pivot, sum, squares); });
+      bool again = false;
+      for (int64_t k = 0; k < piece.channels; ++k) {
+        const Moments m = from_shifted_sums(n, double(pivot[k]), sum[k], squares[k]);
+        mean[k] = m.mean, m2[k] = m.m2;
+        again |= improve_pivot(n, sum[k], squares[k], pivot[k]);
+      }
+      if (!again) break;
+    }
+    for (int64_t k = 0; k < piece.channels; ++k) {
+      if (!__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
+    }
+  }
+
+  template <class Body>
+  void each_value(const T* x, const Piece& piece, int64_t channel, const Body& body) const {
+    each_block(piece, [&](const Block& block) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        for (int64_t c = 0; c < block.columns; ++c) {
+          if (c / plan.columns_a_channel % piece.channels == channel) {
+            body(double(to_acc(x[block.start + row * block.stride + c])));
+          }
+        }
+      }
+    });
+  }
+
+  void exact(const T* x, const Piece& piece, int64_t k, double n, double& mean, double& m2) const {
+    double sum = 0, squares = 0;
+    each_value(x, piece, k, [&](double v) { sum += v; });
+    const double centre = sum / n;
+    each_value(x, piece, k, [&](double v) { squares += (v - centre) * (v - centre); });
+    mean = centre, m2 = squares;
+  }
+
+  void grad_stats(const T* dy, const T* x, const Piece& piece, const A* mean, double* sum, double* dot) const {
+    memset(sum, 0, piece.channels * sizeof(double));
+    memset(dot, 0, piece.channels * sizeof(double));
+    each_block(piece, [&](const Block& block) {
+      sum_terms(block, piece, mean, sum, dot,
+                [dy, x](const Block& bl, int64_t i, const K& c, K& s, K& q) FASTBN_INLINE {
+                  const P g = bl.load(dy + i);
+                  const P v = bl.load(x + i);
+                  for (int k = 0; k < P::vectors; ++k) {
+                    s.v[k] += g.v[k];
+                    q.v[k] += g.v[k] * (v.v[k] - c.v[k]);
+                  }
+                });
+    });
+  }
+
+  template <int Count, class F>
+  void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[Count], const F& f) const {
+    alignas(64) A expanded[Count][width];
+    const A* pointers[Count];
+    each_block(piece, [&](const Block& block) {
+      for (int i = 0; i < Count; ++i) {
+        block.expand(coefficients[i], piece.channels, plan.columns_a_channel, expanded[i]);
+        pointers[i] = expanded[i];
+      }
+      block.map(out, pointers, streamed, f);
+    });
+  }
+
+  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale,
+             const A* shift) const {
+    map<3>(y, piece, streamed, {mean, scale, shift},
+           [x](const Block& bl, int64_t i, const K (&c)[3]) FASTBN_INLINE {
+             P v = bl.load(x + i);
+             for (int k = 0; k < P::vectors; ++k) v.v[k] = (v.v[k] - c[0].v[k]) * c[1].v[k] + c[2].v[k];
+             return v;
+           });
+  }
+
+  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
+                  const A* dy_scale, const A* x_scale, const A* shift) const {
+    map<4>(dx, piece, streamed, {mean, dy_scale, x_scale, shift},
+           [dy, x](const Block& bl, int64_t i, const K (&c)[4]) FASTBN_INLINE {
+             P v = bl.load(dy + i);
+             const P d = bl.load(x + i);
+             for (int k = 0; k < P::vectors; ++k) {
+               v.v[k] = v.v[k] * c[1].v[k] + ((d.v[k] - c[0].v[k]) * c[2].v[k] + c[3].v[k]);
+             }
+             return v;
+           });
+  }
+
+  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* dy_scale) const {
+    map<1>(dx, piece, streamed, {dy_scale}, [dy](const Block& bl, int64_t i, const K (&c)[1]) FASTBN_INLINE {
+      P v = bl.load(dy + i);
+      for (int k = 0; k < P::vectors; ++k) v.v[k] *= c[0].v[k];
+      return v;
+    });
+  }
+};

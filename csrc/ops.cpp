@@ -1,0 +1,317 @@
+// In: tensors of any layout. Out: a Problem for the backend, and the tensors it filled.
+#include "ops.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "core/backend.h"
+#include "core/dispatch.h"
+
+namespace fastbn {
+
+namespace {
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", t.scalar_type(), "' (", name, ")");
+  }
+}
+
+bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
+
+bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+void check_device(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.layout() == at::kStrided, "fastbn: ", name, " must be a dense tensor, but its layout is ", t.layout());
+  TORCH_CHECK(t.is_cpu(), "fastbn: ", name, " is on ", t.device(),
+              ", and this build of fastbn has kernels for the CPU only. Move the model to the CPU, or use torch.nn's"
+              " batch norm there.");
+}
+
+void check_channels(const OptionalTensor& t, const char* name, int64_t channels) {
+  if (!present(t)) return;
+  check_device(*t, name);
+  TORCH_CHECK(t->numel() == channels, name, " should contain ", channels, " elements not ", t->numel());
+}
+
+// One dtype for all, or a half input with float32 for all that belongs to channels.
+void check_dtypes(const Tensor& input, std::initializer_list<std::pair<const char*, const OptionalTensor*>> params) {
+  dtype_of(input, "input");
+  const auto expected_half = is_half(input.scalar_type());
+  std::optional<at::ScalarType> first;
+  for (const auto& [name, t] : params) {
+    if (!present(*t)) continue;
+    const auto dtype = (*t)->scalar_type();
+    TORCH_CHECK(dtype == input.scalar_type() || (expected_half && dtype == at::kFloat),
+                "mixed dtype (CPU): expect parameter to have scalar type of Float or the input's, ",
+                input.scalar_type(), ", but ", name, " is ", dtype);
+    if (!first) first = dtype;
+    TORCH_CHECK(dtype == *first, "mixed dtype (CPU): all parameters and statistics must share one datatype, but ",
+                name, " is ", dtype, " beside ", *first);
+  }
+}
+
+void check_moments(const Tensor& moments, int64_t channels) {
+  check_device(moments, "moments");
+  TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
+  TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2 && moments.size(1) == channels,
+              "moments should have sizes [2, ", channels, "], not ", moments.sizes());
+}
+
+int64_t channels_of(const Tensor& input) {
+  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ",
+                    input.dim());
+  return input.size(1);
+}
+
+// The tensor in one of the two layouts that kernels know, copied if it is in neither.
+struct Folded {
+  Tensor tensor;
+  Problem problem;
+};
+
+Folded fold(const Tensor& input) {
+  Folded f;
+  const auto format = input.is_contiguous() ? at::MemoryFormat::Contiguous : input.suggest_memory_format();
+  f.tensor = input.contiguous(format);
+  const int64_t channels = input.size(1);
+  const int64_t samples = input.size(0);
+  const int64_t elements = input.numel();
+  f.problem.dtype = dtype_of(input, "input");
+  f.problem.shape = {samples, channels, elements == 0 ? 0 : elements / (samples * channels),
+                     format == at::MemoryFormat::Contiguous ? Layout::channels_first : Layout::channels_last};
+  return f;
+}
+
+// dy in the layout of x, whatever its own.
+Tensor fold_like(const Tensor& t, const Folded& other) {
+  if (other.problem.shape.layout == Layout::channels_first) return t.contiguous();
+  return t.contiguous(t.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast);
+}
+
+Tensor fresh_like(const Tensor& t) {
+  Tensor out = at::empty_like(t);
+  // glibc maps blocks beyond 32 MiB anew each time, so every page of them is a fault: that costs four times
+  // what batch norm itself does. Smaller blocks come back already mapped, and then the hint costs nothing.
+  constexpr int64_t worth_bytes = 4 << 20;
+  const int64_t bytes = int64_t(out.nbytes());
+  if (bytes >= worth_bytes) cpu::prefer_huge_pages(out.data_ptr(), bytes);
+  return out;
+}
+
+Param param(const OptionalTensor& t, Tensor& keep) {
+  if (!present(t)) return {nullptr, DType::f32};
+  keep = t->contiguous();
+  return {keep.data_ptr(), dtype_of(keep, "parameter")};
+}
+
+Tensor workspace(const Folded& x) {
+  return at::empty({cpu::workspace_bytes(x.problem)}, x.tensor.options().dtype(at::kByte));
+}
+
+// The value at i of a tensor of C values, strided or not.
+template <class F>
+void each_channel(const Tensor& t, const F& f) {
+  Tensor flat = t.dim() == 1 ? t : t.reshape({-1});
+  const int64_t stride = flat.stride(0);
+  dispatch_dtype(dtype_of(t, "running statistics"), [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* data = static_cast<T*>(flat.data_ptr());
+    for (int64_t c = 0; c < flat.numel(); ++c) f(c, data[c * stride]);
+  });
+}
+
+void blend(const Tensor& running, const double* batch, double momentum, double factor) {
+  const auto update = [&](const Tensor& target) {
+    each_channel(target, [&](int64_t c, auto& value) {
+      using T = std::remove_reference_t<decltype(value)>;
+      const double old = double(to_acc(value));
+      value = from_acc<T>(acc_t<T>((1 - momentum) * old + momentum * (batch[c] * factor)));
+    });
+  };
+  if (running.dim() == 1) {
+    update(running);
+  } else {
+    const Tensor flat = running.reshape({-1}).clone();
+    update(flat);
+    running.copy_(flat.view(running.sizes()));
+  }
+}
+
+}  // namespace
+
+void check_arguments(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                     double eps) {
+  TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ", eps);
+  TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", eps);
+  check_device(input, "input");
+  dtype_of(input, "input");
+  const int64_t channels = channels_of(input);
+  if (training) {
+    TORCH_CHECK_VALUE(present(running_mean) == present(running_var),
+                      "running_mean and running_var must either both be None or neither be None");
+    TORCH_CHECK_VALUE(channels == 0 || input.numel() != channels,
+                      "Expected more than 1 value per channel when training, got input size torch.Size(",
+                      input.sizes(), ")");
+  } else {
+    TORCH_CHECK(present(running_mean), "running_mean must be defined in evaluation mode");
+    TORCH_CHECK(present(running_var), "running_var must be defined in evaluation mode");
+  }
+  check_channels(running_mean, "running_mean", channels);
+  check_channels(running_var, "running_var", channels);
+  check_channels(weight, "weight", channels);
+  check_channels(bias, "bias", channels);
+  check_dtypes(input, {{"weight", &weight}, {"bias", &bias}, {"running_mean", &running_mean}, {"running_var", &running_var}});
+  TORCH_CHECK(!present(running_mean) || !(running_mean->requires_grad() || running_var->requires_grad()),
+              "batch_norm is not differentiable with respect to running_mean and running_var: they cannot have"
+              " requires_grad True");
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const OptionalTensor& moments, double eps) {
+  check_device(input, "input");
+  const int64_t channels = channels_of(input);
+  const bool training = !present(moments);
+  check_channels(weight, "weight", channels);
+  check_channels(bias, "bias", channels);
+  check_dtypes(input, {{"weight", &weight}, {"bias", &bias}});
+  if (!training) check_moments(*moments, channels);
+
+  const Folded x = fold(input);
+  Tensor output = fresh_like(x.tensor);
+  const auto options = input.options().dtype(at::kDouble);
+  if (input.numel() == 0) return {output, training ? at::zeros({2, channels}, options) : *moments};
+  Tensor kept = training ? at::empty({2, channels}, options) : moments->contiguous();
+
+  Tensor kept_weight, kept_bias;
+  const Tensor scratch = workspace(x);
+  Forward args{x.problem,
+               x.tensor.const_data_ptr(),
+               output.data_ptr(),
+               param(weight, kept_weight),
+               param(bias, kept_bias),
+               kept.data_ptr<double>(),
+               training,
+               eps,
+               scratch.data_ptr()};
+  cpu::forward(args);
+  return {output, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                            const OptionalTensor& weight, const Tensor& moments, double eps,
+                                            bool training, std::array<bool, 3> mask) {
+  check_device(input, "input");
+  check_device(grad_output, "grad_output");
+  const int64_t channels = channels_of(input);
+  TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
+              ", not ", grad_output.sizes());
+  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
+              input.scalar_type(), ", not ", grad_output.scalar_type());
+  check_channels(weight, "weight", channels);
+  check_dtypes(input, {{"weight", &weight}});
+  check_moments(moments, channels);
+
+  const auto param_dtype = present(weight)                  ? weight->scalar_type()
+                           : is_half(input.scalar_type()) ? at::kFloat
+                                                            : input.scalar_type();
+  const auto options = input.options();
+  std::tuple<Tensor, Tensor, Tensor> grads;
+  if (input.numel() == 0) {
+    if (mask[0]) std::get<0>(grads) = at::empty_like(input);
+    if (mask[1]) std::get<1>(grads) = at::zeros({channels}, options.dtype(param_dtype));
+    if (mask[2]) std::get<2>(grads) = at::zeros({channels}, options.dtype(param_dtype));
+    return grads;
+  }
+
+  const Folded x = fold(input);
+  const Tensor dy = fold_like(grad_output, x);
+  const Tensor saved = moments.contiguous();
+  Tensor dx, kept_weight, sums;
+  if (mask[0]) dx = fresh_like(x.tensor);
+  const bool wants_sums = mask[1] || mask[2];
+  if (wants_sums) sums = at::empty({2, channels}, options.dtype(at::kDouble));
+  const Tensor scratch = workspace(x);
+  Backward args{x.problem,
+                dy.const_data_ptr(),
+                x.tensor.const_data_ptr(),
+                mask[0] ? dx.data_ptr() : nullptr,
+                param(weight, kept_weight),
+                saved.const_data_ptr<double>(),
+                wants_sums ? sums.data_ptr<double>() : nullptr,
+                training,
+                eps,
+                scratch.data_ptr()};
+  if (mask[0] || wants_sums) cpu::backward(args);
+
+  std::get<0>(grads) = dx;
+  const auto to_param = [&](int64_t row) {
+    Tensor grad = at::empty({channels}, options.dtype(param_dtype));
+    const double* from = sums.const_data_ptr<double>() + row * channels;
+    each_channel(grad, [&](int64_t c, auto& value) {
+      using T = std::remove_reference_t<decltype(value)>;
+      value = from_acc<T>(acc_t<T>(from[c]));
+    });
+    return grad;
+  };
+  if (mask[1]) std::get<1>(grads) = to_param(0);
+  if (mask[2]) std::get<2>(grads) = to_param(1);
+  return grads;
+}
+
+Tensor running_moments(const Tensor& running_mean, const Tensor& running_var) {
+  const int64_t channels = running_mean.numel();
+  check_channels(running_mean, "running_mean", channels);
+  check_channels(running_var, "running_var", channels);
+  Tensor moments = at::empty({2, channels}, running_mean.options().dtype(at::kDouble));
+  double* out = moments.data_ptr<double>();
+  for (const Tensor& t : {running_mean, running_var}) {
+    each_channel(t, [&](int64_t c, const auto& value) { out[c] = double(to_acc(value)); });
+    out += channels;
+  }
+  return moments;
+}
+
+void update_running_stats(const Tensor& moments, int64_t count, std::optional<double> momentum,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                          const OptionalTensor& num_batches_tracked) {
+  TORCH_CHECK_VALUE(present(running_mean) == present(running_var),
+                    "running_mean and running_var must either both be None or neither be None");
+  if (!present(running_mean)) return;
+  TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
+  const int64_t channels = moments.size(1);
+  check_moments(moments, channels);
+  check_channels(running_mean, "running_mean", channels);
+  check_channels(running_var, "running_var", channels);
+  TORCH_CHECK_VALUE(count >= 0, "count should be the number of values in a channel, not ", count);
+  if (count == 0) return;
+  double factor = 0;
+  if (momentum) {
+    factor = *momentum;
+  } else if (present(num_batches_tracked)) {
+    TORCH_CHECK(num_batches_tracked->numel() == 1, "num_batches_tracked should contain 1 element not ",
+                num_batches_tracked->numel());
+    factor = 1.0 / num_batches_tracked->item<double>();
+  }
+  const Tensor kept = moments.contiguous();
+  const double* m = kept.const_data_ptr<double>();
+  const double n = double(count);
+  blend(*running_mean, m, factor, 1);
+  blend(*running_var, m + channels, factor, n / (n - 1));
+  for (const Tensor& t : {*running_mean, *running_var}) {
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace fastbn

@@ -1,0 +1,24 @@
+"""Batch normalization for PyTorch at the speed of copying memory.
+
+>>> import fastbn
+>>> model = fastbn.convert(model)  # every torch.nn.BatchNorm*d becomes a fastbn.BatchNorm*d
+"""
+
+from . import functional
+from .autograd import BatchNormFunction
+from .convert import convert, revert
+from .explain import Plan, explain
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__version__ = "0.1.0"
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormFunction",
+    "Plan",
+    "convert",
+    "explain",
+    "functional",
+    "revert",
+]

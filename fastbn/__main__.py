@@ -1,0 +1,53 @@
+"""``python -m fastbn``: versions, what was built, what this machine has. Paste it into a bug report."""
+
+import os
+import platform
+
+import torch
+
+import fastbn
+from fastbn import _C
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none seen by torch"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def report() -> dict[str, object]:
+    """Names and values, in the order in which they are printed."""
+    return {
+        "fastbn": fastbn.__version__,
+        "installed in": os.path.dirname(fastbn.__file__),
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda or "none",
+        **{f"built: {name}": value for name, value in _C.build_info().items()},
+        "CPU": _cpu_model(),
+        "CPU capability": _C.cpu_capability(),
+        "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
+        "FASTBN_CPU_CAPABILITY": os.environ.get("FASTBN_CPU_CAPABILITY", "not set"),
+        "threads": torch.get_num_threads(),
+        "GPUs": _gpus(),
+    }
+
+
+def main() -> None:
+    rows = report()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

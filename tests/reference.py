@@ -1,0 +1,230 @@
+"""The oracle, batch norm and its gradients in float64 (wider for float64 inputs), and how to judge by it.
+In: tensors as a user passes them. Out: numpy values in channel rows [C, N*S], tolerances, and assertions."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import fastbn
+
+# How far a result may be from the oracle, in units in the last place of the result's type, of a magnitude
+# that `Oracle.scale` gives for each channel. One table, one reason a row:
+TOLERANCE_ULPS = {
+    # x - mean, * g, + beta round once each, mean and g are rounded once each: at most 2.5; the rest is for
+    # the error of the statistics themselves
+    "output": {"full": 4, "half": 1},
+    # two sums, three products and two differences: at most 5 roundings, and some for the sums
+    "grad_input": {"full": 8, "half": 1},
+    # one sum of products: rounding grows with the depth of the summation tree, not with its length
+    "grad_weight": {"full": 8, "half": 1},
+    "grad_bias": {"full": 8, "half": 1},
+    # (1 - momentum) * old + momentum * new: three roundings, and the batch's own statistic
+    "running_mean": {"full": 4, "half": 1},
+    "running_var": {"full": 8, "half": 1},
+}
+# "half" is 1 everywhere: sums are in float32 there, so that only the last rounding (half an ulp) is visible.
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+QUANTITIES = tuple(TOLERANCE_ULPS)
+
+
+def wide(tensor):
+    """The tensor as numpy float64, exactly; float64 itself as extended precision where numpy has it."""
+    if tensor is None:
+        return None
+    array = tensor.detach().cpu().double().numpy()
+    return array.astype(np.longdouble) if tensor.dtype == torch.float64 else array
+
+
+def rows(array):
+    """[N, C, ...] -> [C, N*S]."""
+    return np.moveaxis(array, 1, 0).reshape(array.shape[1], -1)
+
+
+@dataclass
+class Oracle:
+    """The right answers, and by quantity and channel the magnitude that rounding errors are relative to."""
+
+    value: dict
+    scale: dict
+
+
+def oracle(x, weight, bias, running_mean, running_var, training, momentum, eps, grad_output):
+    """Batch norm of x and the gradients for grad_output, in wide precision; arguments are tensors or None."""
+    rows_x, rows_dy = rows(wide(x)), rows(wide(grad_output))
+    channels, count = rows_x.shape
+    flat = [None if t is None else wide(t).reshape(-1) for t in (weight, bias, running_mean, running_var)]
+    gamma, beta, old_mean, old_var = flat
+    gamma = np.ones(channels) if gamma is None else gamma
+    beta = np.zeros(channels) if beta is None else beta
+    if training:
+        mean = rows_x.mean(1)
+        var = np.square(rows_x - mean[:, None]).mean(1)
+    else:
+        mean, var = old_mean, old_var
+    rstd = 1 / np.sqrt(var + eps)
+    centered = rows_x - mean[:, None]
+    normalized = centered * rstd[:, None]
+    grad_bias = rows_dy.sum(1)
+    grad_weight = (rows_dy * normalized).sum(1)
+    grad_input = rows_dy
+    if training:
+        grad_input = rows_dy - (grad_bias[:, None] + normalized * grad_weight[:, None]) / count
+    value = {
+        "output": normalized * gamma[:, None] + beta[:, None],
+        "grad_input": grad_input * (gamma * rstd)[:, None],
+        "grad_weight": grad_weight,
+        "grad_bias": grad_bias,
+    }
+    # In training the mean is a rounded number, and x - mean inherits its error.
+    condition = 1 + np.abs(mean) * rstd if training else np.ones(channels)
+    largest = np.abs(normalized).max(1)
+    mean_dy_x = np.abs(rows_dy * normalized).mean(1)
+    spread = np.abs(rows_dy).max(1) + (np.abs(rows_dy).mean(1) + largest * mean_dy_x if training else 0)
+    scale = {
+        "output": np.abs(gamma) * largest * condition + np.abs(beta),
+        "grad_input": np.abs(gamma) * rstd * spread * condition,
+        "grad_weight": np.abs(rows_dy * normalized).sum(1) * condition + np.abs(grad_bias) * (condition - 1),
+        "grad_bias": np.abs(rows_dy).sum(1),
+    }
+    if training and old_mean is not None:
+        unbiased = var * (count / (count - 1))
+        value["running_mean"] = (1 - momentum) * old_mean + momentum * mean
+        value["running_var"] = (1 - momentum) * old_var + momentum * unbiased
+        scale["running_mean"] = abs(1 - momentum) * np.abs(old_mean) + abs(momentum) * np.abs(rows_x).max(1)
+        scale["running_var"] = abs(1 - momentum) * np.abs(old_var) + abs(momentum) * unbiased * condition
+    return Oracle(value, scale)
+
+
+def tolerance(quantity, dtype):
+    """The table's entry as a number relative to the quantity's scale."""
+    kind = "half" if dtype in HALF_TYPES else "full"
+    return TOLERANCE_ULPS[quantity][kind] * torch.finfo(dtype).eps
+
+
+def ulp(magnitude, dtype):
+    """The distance from `magnitude` to the next number of `dtype`."""
+    info = torch.finfo(dtype)
+    if magnitude < info.tiny:
+        return info.tiny * info.eps
+    return float(2.0 ** np.floor(np.log2(float(magnitude)))) * info.eps
+
+
+def as_rows(tensor):
+    """A result of a kernel in the oracle's form: rows for activations, one number a channel for the rest."""
+    array = wide(tensor)
+    return rows(array) if array.ndim > 1 else array
+
+
+def error(result, expected):
+    """|result - expected|, where a result that is not a finite number is infinitely wrong."""
+    difference = np.abs(result - expected)
+    return np.where(np.isfinite(difference), difference, np.inf)
+
+
+def assert_close(quantity, result, truth):
+    expected, scale = truth.value[quantity], truth.scale[quantity]
+    scale = scale[:, None] if expected.ndim > 1 else scale
+    smallest = torch.finfo(result.dtype).tiny * torch.finfo(result.dtype).eps
+    allowed = tolerance(quantity, result.dtype) * scale + smallest
+    found = as_rows(result)
+    wrong = error(found, expected)
+    allowed = np.broadcast_to(allowed, wrong.shape)
+    worst = np.unravel_index(np.argmax(wrong - allowed), wrong.shape)
+    assert wrong[worst] <= allowed[worst], (
+        f"{quantity} at {tuple(map(int, worst))}: {found[worst]:.9g}, right is {expected[worst]:.9g}, "
+        f"off by {wrong[worst]:.3g}, allowed {allowed[worst]:.3g}"
+    )
+
+
+def assert_no_further(quantity, result, torchs, truth):
+    """Our error is at most torch's own, plus one unit in the last place of the result's type.
+
+    Not for float64: neither side has a wider type to sum in, so which of two errors of an ulp or two is the
+    larger one is chance there, and the tolerance table decides alone.
+    """
+    if result.dtype == torch.float64:
+        return
+    expected = truth.value[quantity]
+    ours, theirs = error(as_rows(result), expected).max(), error(as_rows(torchs), expected).max()
+    slack = ulp(np.abs(expected).max(), result.dtype)
+    assert ours <= theirs + slack, (
+        f"{quantity}: off by {ours:.4g}, torch only by {theirs:.4g} (one ulp is {slack:.3g})"
+    )
+
+
+def run(function, x, weight, bias, running_mean, running_var, training, momentum, eps, grad_output):
+    """Call a batch norm function on copies; results by quantity, the gradients through autograd."""
+    stats = [None if t is None else t.clone() for t in (running_mean, running_var)]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    output = function(leaves[0], *stats, leaves[1], leaves[2], training, momentum, eps)
+    wanted = zip(("grad_input", "grad_weight", "grad_bias"), leaves, strict=True)
+    wanted = {name: leaf for name, leaf in wanted if leaf is not None}
+    grads = torch.autograd.grad(output, list(wanted.values()), grad_output)
+    result = {"output": output.detach(), **dict(zip(wanted, grads, strict=True))}
+    if training and running_mean is not None:
+        result["running_mean"], result["running_var"] = stats
+    return result
+
+
+def check(
+    x,
+    *,
+    training=True,
+    param_dtype=None,
+    affine=True,
+    stats=True,
+    momentum=0.1,
+    eps=1e-5,
+    grad_output=None,
+    weight=None,
+    bias=None,
+):
+    """fastbn against torch and the oracle on x: values, gradients, statistics, types, strides."""
+    channels, dtype = x.shape[1], param_dtype or x.dtype
+
+    def vector(low, high):
+        return torch.empty(channels, dtype=torch.float64).uniform_(low, high).to(device=x.device, dtype=dtype)
+
+    if affine:
+        weight = vector(-1.5, 1.5) if weight is None else weight
+        bias = vector(-1, 1) if bias is None else bias
+    use_stats = stats or not training
+    running_mean, running_var = (vector(-1, 1), vector(0.5, 2)) if use_stats else (None, None)
+    if grad_output is None:
+        grad_output = torch.randn(x.shape, dtype=torch.float32, device=x.device).to(x.dtype)
+    arguments = (x, weight, bias, running_mean, running_var, training, momentum, eps, grad_output)
+    truth = oracle(*arguments)
+    ours = run(fastbn.functional.batch_norm, *arguments)
+    torchs = run(torch.nn.functional.batch_norm, *arguments)
+    assert ours.keys() == torchs.keys()
+    for quantity, result in ours.items():
+        assert result.dtype == torchs[quantity].dtype, quantity
+        assert result.shape == torchs[quantity].shape, quantity
+        assert_close(quantity, result, truth)
+        assert_no_further(quantity, result, torchs[quantity], truth)
+    assert ours["output"].stride() == torchs["output"].stride()
+    return ours, torchs, truth
+
+
+def raised(call):
+    """(type, message) of the exception that call() raises, or None."""
+    try:
+        call()
+    except Exception as exception:
+        return type(exception), str(exception)
+    return None
+
+
+def assert_same_error(ours, torchs, pattern=None):
+    """Both calls raise the same type and message; a pattern stands in for a bad message of torch."""
+    expected, found = raised(torchs), raised(ours)
+    assert expected is not None, "torch accepts this call"
+    assert found is not None, f"accepted; torch raises {expected}"
+    assert found[0] is expected[0], f"{found}; torch raises {expected}"
+    if pattern is None:
+        assert found[1].splitlines()[0] == expected[1].splitlines()[0]
+    else:
+        assert re.search(pattern, found[1]), found[1]

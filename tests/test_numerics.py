@@ -1,0 +1,189 @@
+"""PITFALLS.md, "Numerics": values that break naive formulas, and what must hold for each.
+In: hand-made values. Out: exact answers where there is one, float64 and torch where there is not."""
+
+import inputs
+import pytest
+import torch
+from reference import check, oracle, rows, run, wide
+
+import fastbn
+from fastbn.functional import batch_norm
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
+)
+
+
+def train(x, weight=None, bias=None, eps=1e-5):
+    return batch_norm(x, None, None, weight, bias, True, 0.1, eps)
+
+
+@pytest.mark.sanitize
+@LAYOUTS
+@pytest.mark.parametrize("mean, std", [(1e4, 1), (1e3, 0.01), (-1e4, 1), (3e6, 1), (1e5, 1e-2)])
+def test_variance_beside_a_large_mean(device, layout, mean, std):
+    x = inputs.around(mean, std)((8, 3, 9, 9), dtype=torch.float32, device=device)
+    check(x.contiguous(memory_format=layout))
+    moments = fastbn.BatchNormFunction.apply(x.contiguous(memory_format=layout), None, None, None, 1e-5)[1]
+    exact = rows(wide(x)).var(1)
+    assert (moments[1] >= 0).all()
+    # a naive variance would be wrong by eps * mean^2, far more than this bound
+    bound = exact * 1e-3 + (abs(mean) * torch.finfo(x.dtype).eps) ** 2
+    assert (abs(wide(moments[1]) - exact) <= bound).all()
+
+
+@pytest.mark.sanitize
+@LAYOUTS
+@pytest.mark.parametrize("value", [1e10, -1e10, 0.1, 1e4, 3e38, 0.0])
+@pytest.mark.parametrize("shape", [(4, 3, 7, 7), (3, 2, 33, 5), (64, 5, 1, 1)])
+def test_constant_channel_gives_beta_exactly(device, layout, value, shape):
+    x = torch.full(shape, value, device=device).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = torch.randn(shape[1], device=device), torch.randn(shape[1], device=device)
+    stats = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+    y = batch_norm(x, *stats, weight, bias, True)
+    assert torch.equal(y, bias.view(1, -1, 1, 1).expand(shape))
+    torch.testing.assert_close(stats[0], torch.full_like(stats[0], 0.1 * value))
+    assert torch.equal(stats[1], torch.full_like(stats[1], 0.9)), "the variance of a constant is zero"
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [(torch.float64, 1e300), (torch.bfloat16, 1e10), (torch.float16, 6e4)]
+)
+def test_constant_channel_in_other_types(device, dtype, value):
+    x = torch.full((6, 3, 5, 5), value, dtype=dtype, device=device)
+    assert torch.equal(train(x), torch.zeros_like(x))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("magnitude", [1e18, 1e20, 1e30, 1e36])
+def test_huge_values_in_float32(device, layout, magnitude):
+    """Squares overflow float32. torch sums in double and is right, so this has to be right as well."""
+    x = (torch.randn(6, 3, 5, 5, device=device) * magnitude).contiguous(memory_format=layout)
+    check(x, stats=False)
+    y = train(x)
+    assert torch.isfinite(y).all() and abs(y.double().std(correction=0) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("magnitude", [1e-18, 1e-30, 1e-38])
+def test_tiny_values_in_float32(device, magnitude):
+    """Squares underflow float32: eps decides, and the output is x / sqrt(eps)."""
+    check(torch.randn(6, 3, 5, 5, device=device) * magnitude, affine=False, stats=False)
+
+
+@LAYOUTS
+def test_float16_at_its_limits(device, layout):
+    sign = torch.where(torch.rand(16, 3, 8, 8) < 0.5, -1.0, 1.0)
+    x = (sign * 6e4).to(device=device, dtype=torch.float16).contiguous(memory_format=layout)
+    check(x, param_dtype=torch.float32)
+    assert train(x).abs().max() < 1.5
+
+
+@pytest.mark.parametrize(
+    "case", [((1, 1, 64, 32), 1e4), ((1, 1, 64, 32), 1e-4), ((4, 7, 9, 9), 1e6)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_with_unusual_output_gradients(device, case, dtype):
+    """pt#57796, pt#62034, pt#156513: dy large or tiny, and with a mean far from zero."""
+    shape, magnitude = case
+    if dtype == torch.float16:
+        magnitude = max(min(magnitude, 1e3), 1e-2)
+    x = torch.randn(shape, device=device).to(dtype)
+    for shift in (0, 10):
+        dy = ((torch.randn(shape, device=device) + shift) * magnitude).to(dtype)
+        parameter = torch.float32 if dtype != torch.float32 else None
+        check(x, grad_output=dy, param_dtype=parameter)
+        check(x, grad_output=dy, param_dtype=parameter, training=False)
+
+
+@pytest.mark.sanitize
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(4, 5, 6, 6), (3, 16, 7, 7), (2, 33, 3, 1)])
+def test_nan_and_inf_stay_in_their_channel(device, layout, shape):
+    x = torch.randn(shape, device=device)
+    clean = x.clone()
+    x[1, 1, 0, 0], x[0, 3, 1, 0] = float("nan"), float("inf")
+    x, clean = x.contiguous(memory_format=layout), clean.contiguous(memory_format=layout)
+    stats = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+    leaf, clean_leaf = x.requires_grad_(), clean.requires_grad_()
+    dy = torch.randn(shape, device=device)
+    y = batch_norm(leaf, *stats, None, None, True)
+    expected = batch_norm(clean_leaf, None, None, None, None, True)
+    y.backward(dy)
+    expected.backward(dy)
+    others = [c for c in range(shape[1]) if c not in (1, 3)]
+    assert torch.equal(y[:, others], expected[:, others])
+    assert torch.equal(leaf.grad[:, others], clean_leaf.grad[:, others])
+    assert y[:, 1].isnan().all() and y[:, 3].isnan().any()
+    assert stats[0][1].isnan() and stats[1][1].isnan()
+    assert stats[0][3] == float("inf") and stats[1][3].isnan(), "inf: the mean is inf, the variance NaN"
+    assert torch.isfinite(stats[0][others]).all() and torch.isfinite(stats[1][others]).all()
+
+
+@pytest.mark.sanitize
+@LAYOUTS
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_eval_touches_only_the_element(device, layout, value):
+    x = torch.randn(3, 5, 7, 7, device=device).contiguous(memory_format=layout)
+    stats = torch.randn(5, device=device), torch.rand(5, device=device) + 0.5
+    expected = batch_norm(x, *stats)
+    x[2, 4, 3, 3] = value
+    y = batch_norm(x, *stats)
+    expected[2, 4, 3, 3] = value
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.sanitize
+def test_unbiased_running_variance_biased_normalization_eps_inside_the_root(device):
+    x = torch.tensor([[1.0], [3.0], [5.0]], device=device)
+    mean, var = torch.zeros(1, device=device), torch.zeros(1, device=device)
+    y = batch_norm(x, mean, var, None, None, True, 1.0, 0.5)
+    assert mean.item() == 3 and var.item() == 4, "8 / (3 - 1)"
+    expected = torch.tensor([[-2.0], [0.0], [2.0]]) / (8 / 3 + 0.5) ** 0.5
+    torch.testing.assert_close(y.cpu(), expected)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, -1e-9])
+def test_eps_must_be_positive_in_training(device, eps):
+    from reference import assert_same_error
+
+    x = torch.randn(4, 3, device=device)
+    arguments = (x, None, None, None, None, True, 0.1, eps)
+    assert_same_error(lambda: batch_norm(*arguments), lambda: torch.nn.functional.batch_norm(*arguments))
+
+
+def test_eps_zero_in_eval(device):
+    check(torch.randn(4, 3, 5, 5, device=device), training=False, eps=0.0)
+
+
+@pytest.mark.sanitize
+@LAYOUTS
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_zero_and_negative_weights(device, layout, training):
+    x = torch.randn(4, 4, 6, 6, device=device).contiguous(memory_format=layout)
+    weight = torch.tensor([0.0, -2.0, 1e-20, -0.0], device=device)
+    ours, *_ = check(x, weight=weight, training=training)
+    assert not ours["grad_input"][:, [0, 3]].any(), "weight = 0 gives dx = 0"
+    assert (ours["grad_weight"] != 0).all(), "and still a gradient for the weight"
+
+
+def test_backward_with_zero_variance(device):
+    """rstd is 1 / sqrt(eps) there; the gradient is finite."""
+    x = torch.full((4, 3, 5, 5), 2.5, device=device)
+    ours, *_ = check(x)
+    assert torch.isfinite(ours["grad_input"]).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+def test_statistics_of_a_mixture_of_scales(device, channels_last):
+    """Every channel has its own scale: a sum or a shift shared between channels shows at once."""
+    scale = torch.logspace(-6, 6, 33, device=device).view(1, -1, 1, 1)
+    x = torch.randn(5, 33, 6, 6, device=device) * scale + scale * 3
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    weight, bias = torch.ones(33, device=device), torch.zeros(33, device=device)
+    dy = torch.randn_like(x)
+    arguments = (x, weight, bias, None, None, True, 0.1, 1e-20, dy)
+    ours, truth = run(batch_norm, *arguments), oracle(*arguments)
+    from reference import assert_close
+
+    for quantity, result in ours.items():
+        assert_close(quantity, result, truth)
