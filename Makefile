@@ -25,6 +25,10 @@ SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*') setup.py pyproj
 C_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 SAY := @printf '\n==> %s\n'
 
+# If $(PYTHON) is a virtual environment, one made from it does not see its packages until it is told where.
+PRINT_SITE := 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])'
+PRINT_PURELIB := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
 # For what looks up programs, such as ninja, by itself. Not for all: $(PYTHON) must not become $(VENV)'s.
 IN_VENV := PATH="$(BIN):$$PATH"
 
@@ -57,6 +61,7 @@ $(VENV)/.packages: Makefile
 	elif $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	    echo "using the torch that $(PYTHON) has"; \
 	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PY) -c 'import torch' 2>/dev/null || $(PYTHON) -c $(PRINT_SITE) > "$$($(PY) -c $(PRINT_PURELIB))/chosen.pth"; \
 	else \
 	    $(PYTHON) -m venv $(VENV); \
 	fi

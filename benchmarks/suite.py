@@ -48,7 +48,6 @@ ODD_TYPES = [(16, 64, 28, 28)]
 PASSES = {"forward": 2, "forward+backward": 5, "eval": 2}
 
 MODULES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def cases(suites: list[str], dtypes: list[torch.dtype], layouts: list[str], batc
                 for dtype in types:
                     for layout in layouts:
                         # with one channel, or without space, both layouts are the same bytes
-                        if layout == "contiguous" or (len(shape) in MEMORY_FORMATS and shape[1] > 1):
+                        if layout == "contiguous" or (len(shape) >= 4 and shape[1] > 1):
                             yield Case("odd", shape, dtype, layout)
 
 
@@ -107,9 +106,11 @@ class Tensors:
 
 def make_tensors(case: Case, seed: int) -> Tensors:
     torch.manual_seed(seed)
-    layout = torch.contiguous_format if case.layout == "contiguous" else MEMORY_FORMATS[len(case.shape)]
-    # filled in place: a copy on the way would hide what the measurement of memory looks for
-    x, dy = (torch.empty(case.shape, dtype=case.dtype, memory_format=layout).normal_() for _ in range(2))
+    if case.layout == "contiguous":
+        x, dy = (torch.randn(case.shape, dtype=case.dtype) for _ in range(2))
+    else:  # made in place: a copy on the way would hide what the measurement of memory looks for
+        batch, channels, *space = case.shape
+        x, dy = (torch.randn(batch, *space, channels, dtype=case.dtype).movedim(-1, 1) for _ in range(2))
 
     # parameters of half types stay in float32, as autocast trains
     parameter_type = torch.float64 if case.dtype == torch.float64 else torch.float32

@@ -38,12 +38,14 @@ def measure(
     variants: dict[str, Callable[[], object]], protocol: Protocol, rng: random.Random
 ) -> dict[str, dict[str, float]]:
     """Seconds per call of each variant: median, and quartiles ``low`` and ``high``."""
-    repeats = {}
+    repeats, round_time = {}, 0.0
     for name, call in variants.items():
-        _sample(call, 1)
-        first = _sample(call, 3 if _sample(call, 1) < 0.1 else 1)
-        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / first))
-    round_time = sum(_sample(variants[name], n) * n for name, n in repeats.items())
+        _sample(call, 1)  # warm up
+        estimate = _sample(call, 1)
+        if estimate < SHORTEST_SAMPLE:
+            estimate = _sample(call, 10)
+        repeats[name] = math.ceil(SHORTEST_SAMPLE / estimate)
+        round_time += repeats[name] * estimate
     rounds = int(max(protocol.least_rounds, min(protocol.most_rounds, protocol.seconds / round_time)))
 
     samples: dict[str, list[float]] = {name: [] for name in variants}

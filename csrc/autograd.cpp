@@ -77,7 +77,7 @@ void set_differentiable_backward(DifferentiableBackward f) { differentiable_back
 bool is_plain(const Tensor& t) {
   static const c10::DispatchKeySet ordinary{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                             c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
-  return (t.key_set() - ordinary).empty() && t.layout() == at::kStrided && !t._fw_grad(0).defined();
+  return (t.key_set().raw_repr() & ~ordinary.raw_repr()) == 0 && t.layout() == at::kStrided && !t._fw_grad(0).defined();
 }
 
 bool is_watched() {

@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <cmath>
 
@@ -99,8 +100,11 @@ Tensor fold_like(const Tensor& t, const Folded& other) {
   return t.contiguous(t.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast);
 }
 
+// Not at::empty: for tensors of this one device the dispatcher costs more than the allocation.
+Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
+
 Tensor fresh_like(const Tensor& t) {
-  Tensor out = at::empty_like(t);
+  Tensor out = at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
   // glibc maps blocks beyond 32 MiB anew each time, so every page of them is a fault: that costs four times
   // what batch norm itself does. Smaller blocks come back already mapped, and then the hint costs nothing.
   constexpr int64_t worth_bytes = 4 << 20;
@@ -115,9 +119,18 @@ Param param(const OptionalTensor& t, Tensor& keep) {
   return {keep.data_ptr(), dtype_of(keep, "parameter")};
 }
 
-Tensor workspace(const Folded& x) {
-  return at::empty({cpu::workspace_bytes(x.problem)}, x.tensor.options().dtype(at::kByte));
-}
+// Memory for one call: on the stack while it is small, else from torch's allocator.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > int64_t(sizeof(small_))) large_ = fresh({bytes}, at::kByte);
+  }
+  void* data() { return large_.defined() ? large_.data_ptr() : small_; }
+
+ private:
+  alignas(64) char small_[4096];
+  Tensor large_;
+};
 
 // The value at i of a tensor of C values, strided or not.
 template <class F>
@@ -190,12 +203,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
 
   const Folded x = fold(input);
   Tensor output = fresh_like(x.tensor);
-  const auto options = input.options().dtype(at::kDouble);
-  if (input.numel() == 0) return {output, training ? at::zeros({2, channels}, options) : *moments};
-  Tensor kept = training ? at::empty({2, channels}, options) : moments->contiguous();
+  Tensor kept = training ? fresh({2, channels}, at::kDouble) : moments->contiguous();
+  if (input.numel() == 0) return {output, training ? kept.zero_() : kept};
 
   Tensor kept_weight, kept_bias;
-  const Tensor scratch = workspace(x);
+  Scratch scratch(cpu::workspace_bytes(x.problem));
   Forward args{x.problem,
                x.tensor.const_data_ptr(),
                output.data_ptr(),
@@ -204,7 +216,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
                kept.data_ptr<double>(),
                training,
                eps,
-               scratch.data_ptr()};
+               scratch.data()};
   cpu::forward(args);
   return {output, kept};
 }
@@ -238,27 +250,28 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const Folded x = fold(input);
   const Tensor dy = fold_like(grad_output, x);
   const Tensor saved = moments.contiguous();
-  Tensor dx, kept_weight, sums;
+  Tensor dx, kept_weight;
   if (mask[0]) dx = fresh_like(x.tensor);
   const bool wants_sums = mask[1] || mask[2];
-  if (wants_sums) sums = at::empty({2, channels}, options.dtype(at::kDouble));
-  const Tensor scratch = workspace(x);
+  const int64_t sums_bytes = round_up(2 * channels * int64_t(sizeof(double)), 64);
+  Scratch scratch(sums_bytes + cpu::workspace_bytes(x.problem));
+  double* const sums = static_cast<double*>(scratch.data());
   Backward args{x.problem,
                 dy.const_data_ptr(),
                 x.tensor.const_data_ptr(),
                 mask[0] ? dx.data_ptr() : nullptr,
                 param(weight, kept_weight),
                 saved.const_data_ptr<double>(),
-                wants_sums ? sums.data_ptr<double>() : nullptr,
+                wants_sums ? sums : nullptr,
                 training,
                 eps,
-                scratch.data_ptr()};
+                static_cast<char*>(scratch.data()) + sums_bytes};
   if (mask[0] || wants_sums) cpu::backward(args);
 
   std::get<0>(grads) = dx;
   const auto to_param = [&](int64_t row) {
-    Tensor grad = at::empty({channels}, options.dtype(param_dtype));
-    const double* from = sums.const_data_ptr<double>() + row * channels;
+    Tensor grad = fresh({channels}, param_dtype);
+    const double* from = sums + row * channels;
     each_channel(grad, [&](int64_t c, auto& value) {
       using T = std::remove_reference_t<decltype(value)>;
       value = from_acc<T>(acc_t<T>(from[c]));
@@ -274,7 +287,7 @@ Tensor running_moments(const Tensor& running_mean, const Tensor& running_var) {
   const int64_t channels = running_mean.numel();
   check_channels(running_mean, "running_mean", channels);
   check_channels(running_var, "running_var", channels);
-  Tensor moments = at::empty({2, channels}, running_mean.options().dtype(at::kDouble));
+  Tensor moments = fresh({2, channels}, at::kDouble);
   double* out = moments.data_ptr<double>();
   for (const Tensor& t : {running_mean, running_var}) {
     each_channel(t, [&](int64_t c, const auto& value) { out[c] = double(to_acc(value)); });

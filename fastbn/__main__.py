@@ -34,7 +34,6 @@ def report() -> dict[str, object]:
         "CUDA of torch": torch.version.cuda or "none",
         **{f"built: {name}": value for name, value in _C.build_info().items()},
         "CPU": _cpu_model(),
-        "CPU capability": _C.cpu_capability(),
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "FASTBN_CPU_CAPABILITY": os.environ.get("FASTBN_CPU_CAPABILITY", "not set"),
         "threads": torch.get_num_threads(),

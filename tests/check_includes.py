@@ -1,8 +1,9 @@
 """Hold the include rules of csrc/: sources flow in; a line for each broken rule, and exit status 1, flow out.
 
-1. Includes point down only: core <- cpu, cuda <- ops <- autograd <- bindings, and cpu and cuda never include each other.
-2. Torch is seen by ops.*, autograd.*, bindings.* and cpu/parallel.* alone, so that kernels build and run without it;
-   core/ and cpu/ see no CUDA header either.
+1. Includes point down only: core <- cpu, cuda <- ops <- autograd <- bindings. cpu and cuda never include each
+   other.
+2. Torch is seen by ops.*, autograd.*, bindings.* and cpu/parallel.* alone, so that kernels build and run
+   without it; core/ and cpu/ see no CUDA header either.
 
 Usage: check_includes.py [csrc folder]
 """

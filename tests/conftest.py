@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("reference")
+
 
 @dataclass(frozen=True)
 class Backend:

@@ -156,9 +156,10 @@ def test_second_order_against_a_composition(device, weight, bias, training):
     expected = second(composed(*tensors, *(() if training else (mean, var))))
     found = second(function(training, 3, device, weight, bias)(*present))
     for ours, right in zip(found, expected, strict=True):
-        right = torch.zeros(()) if right is None else right
-        ours = torch.zeros(()) if ours is None else ours
-        torch.testing.assert_close(ours.expand_as(right) if not ours.dim() else ours, right.expand_as(ours))
+        if ours is None or right is None:  # no dependence, which may also be said with zeros
+            assert all(t is None or not t.any() for t in (ours, right))
+        else:
+            torch.testing.assert_close(ours, right)
 
 
 @pytest.mark.sanitize

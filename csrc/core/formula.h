@@ -7,6 +7,12 @@
 
 namespace fastbn {
 
+// A coefficient in A. A NaN gets the plain payload: what rounds vectors to bfloat16 counts on finding no other.
+template <class A>
+FASTBN_HD A coefficient(double x) {
+  return x == x ? A(x) : A(__builtin_nanf(""));
+}
+
 FASTBN_HD double reciprocal_std(double variance, double eps) { return 1.0 / sqrt(variance + eps); }
 
 // y = (x - mean) * scale + shift. The mean is subtracted first: folded into the shift it would cost
@@ -20,9 +26,9 @@ struct Normalization {
 template <class A>
 FASTBN_HD Normalization<A> normalization(double mean, double variance, double eps, double weight, double bias) {
   const double scale = weight * reciprocal_std(variance, eps);
-  const A rounded = A(mean);
+  const A rounded = coefficient<A>(mean);
   const double lost = mean - double(rounded);
-  return {rounded, A(scale), A(lost == 0 ? bias : bias - lost * scale)};
+  return {rounded, coefficient<A>(scale), coefficient<A>(lost == 0 ? bias : bias - lost * scale)};
 }
 
 // dx = dy * dy_scale + (x - mean) * x_scale + shift (Ioffe & Szegedy 2015, section 3, solved for dx):
@@ -40,10 +46,10 @@ FASTBN_HD InputGradient<A> input_gradient(double mean, double variance, double e
   const double rstd = reciprocal_std(variance, eps);
   const double g = weight * rstd;
   const double x_scale = -g * rstd * rstd * dot / n;
-  const A rounded = A(mean);
+  const A rounded = coefficient<A>(mean);
   const double lost = mean - double(rounded);
   const double shift = -g * sum / n - (lost == 0 ? 0 : lost * x_scale);
-  return {rounded, A(g), A(x_scale), A(shift)};
+  return {rounded, coefficient<A>(g), coefficient<A>(x_scale), coefficient<A>(shift)};
 }
 
 }  // namespace fastbn

@@ -2,139 +2,157 @@
 // Columns are taken a pack at a time. The last pack of a row overlaps the one before it; what a block that
 // is narrower than a pack has, goes through a buffer.
 
+// How a pack is read and written: all of it, or its first n values.
+template <class T>
+struct WholePack {
+  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store(p); }
+};
+template <class T>
+struct StreamedPack : WholePack<T> {
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.stream(p); }
+};
+template <class T>
+struct PartOfPack {
+  int64_t n;
+  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load_some(p, n); }
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
+};
+
 template <class T>
 struct Columns {
-  using A = acc_t<T>;
-  using P = Pack<T>;
-  using K = Coefficients<T>;
-  static constexpr int V = P::vectors;
+  static constexpr int size = Pack<T>::size;
 
   int64_t start;   // element where the block begins
   int64_t stride;  // elements from one row to the next
   int64_t rows;
   int columns;  // at most max_columns
 
-  FASTBN_HD int packs() const { return int(ceil_div(columns, P::size)); }
-  FASTBN_HD bool narrow() const { return columns < P::size; }
-  FASTBN_HD int whole() const { return columns / P::size * P::size; }
-  FASTBN_HD int column_of_pack(int p) const {
-    return narrow() ? 0 : smaller(p * P::size, columns - P::size);
-  }
+  bool narrow() const { return columns < size; }
+  int whole() const { return columns / size * size; }
+  int packs() const { return int(ceil_div(columns, size)); }
   // Where arrays in pack order hold a column: behind whole() they hold the overlapping pack.
-  FASTBN_HD int slot(int column) const {
-    return column < whole() || narrow() ? column : column + whole() + P::size - columns;
+  int slot(int column) const {
+    return column < whole() || narrow() ? column : column + whole() + size - columns;
   }
-
-  FASTBN_HD P load(const T* p) const { return narrow() ? P::load_some(p, columns) : P::load(p); }
 
   // From one value a channel to arrays in pack order. `a_channel` neighbouring columns share a channel; the
   // channels repeat after `channels` of them.
-  void expand(const A* values, int64_t channels, int64_t a_channel, A* out) const {
+  template <class E>
+  void expand(const E* values, int64_t channels, int64_t a_channel, E* out) const {
     if (a_channel == 1) {
       for (int64_t c = 0; c < columns; c += channels) {
-        memcpy(out + c, values, smaller<int64_t>(channels, columns - c) * sizeof(A));
+        memcpy(out + c, values, smaller<int64_t>(channels, columns - c) * sizeof(E));
       }
     } else {
       for (int64_t c = 0, channel = 0; c < columns; c += a_channel, ++channel) {
         for (int64_t i = 0; i < a_channel; ++i) out[c + i] = values[channel];
       }
     }
-    if (!narrow() && whole() < columns) {
-      A last[P::size];
-      memcpy(last, out + columns - P::size, sizeof(last));
+    if (narrow()) {
+      for (int c = columns; c < size; ++c) out[c] = 0;
+    } else if (whole() < columns) {
+      E last[size];
+      memcpy(last, out + columns - size, sizeof(last));
       memcpy(out + whole(), last, sizeof(last));
-    } else if (narrow()) {
-      for (int c = columns; c < P::size; ++c) out[c] = 0;
     }
   }
 
-  // The reverse: adds what arrays in pack order hold to one sum a channel, always from left to right.
-  void collect(const A* in, int64_t channels, int64_t a_channel, double* sums) const {
+  // The reverse: adds what arrays in pack order hold to one sum a channel, in a fixed order.
+  template <class E>
+  void collect(const E* in, int64_t channels, int64_t a_channel, double* sums) const {
+    const int64_t plain = narrow() ? columns : whole();
     if (a_channel == 1) {
       for (int64_t c = 0; c < columns; c += channels) {
         const int64_t here = smaller<int64_t>(channels, columns - c);
-        const int64_t plain = narrow() ? here : larger<int64_t>(0, smaller(here, whole() - c));
-        for (int64_t i = 0; i < plain; ++i) sums[i] += double(in[c + i]);
-        for (int64_t i = plain; i < here; ++i) sums[i] += double(in[slot(int(c + i))]);
+        const int64_t in_place = larger<int64_t>(0, smaller(here, plain - c));
+        for (int64_t i = 0; i < in_place; ++i) sums[i] += double(in[c + i]);
+        for (int64_t i = in_place; i < here; ++i) sums[i] += double(in[slot(int(c + i))]);
       }
       return;
     }
-    constexpr int lanes = P::lanes;
+    constexpr int lanes = vector_bytes / int(sizeof(E));
     for (int64_t c = 0, channel = 0; c < columns; c += a_channel, ++channel) {
-      DoubleSum<A> sum;
+      const int64_t in_place = larger<int64_t>(0, smaller(a_channel, plain - c));
+      Vec<E> wide{};
       int64_t i = 0;
-      const int64_t plain = narrow() ? a_channel : smaller(a_channel, whole() - c);
-      for (; i + lanes <= plain; i += lanes) sum.add(load_bits<Vec<A>>(in + c + i));
-      double rest = 0;
-      for (; i < a_channel; ++i) rest += double(in[slot(int(c + i))]);
-      sums[channel] += sum.total() + rest;
+      for (; i + lanes <= in_place; i += lanes) wide += load_bits<Vec<E>>(in + c + i);
+      double sum = total<E>(wide);
+      for (; i < in_place; ++i) sum += double(in[c + i]);
+      for (; i < a_channel; ++i) sum += double(in[slot(int(c + i))]);
+      sums[channel] += sum;
     }
   }
 
-  // Adds to a and b, in pack order, the two terms that f makes of each element of rows [first, last).
-  template <class F>
-  void accumulate(int64_t first, int64_t last, const A* coefficient, A* a, A* b, const F& f) const {
-    if (narrow()) return accumulate_rows<1, true>(first, last, coefficient, a, b, f);
-    const int64_t fours = first + (last - first) / 4 * 4;
-    accumulate_rows<4, false>(first, fours, coefficient, a, b, f);
-    accumulate_rows<1, false>(fours, last, coefficient, a, b, f);
-  }
-
-  template <int Rows, bool Narrow, class F>
-  void accumulate_rows(int64_t first, int64_t last, const A* coefficient, A* a, A* b, const F& f) const {
-    const int count = packs();
-    for (int64_t row = first; row < last; row += Rows) {
-      const int64_t base = start + row * stride;
-      for (int p = 0; p < count; ++p) {
-        const int64_t at = base + column_of_pack(p);
-        const K c = K::load(coefficient + p * P::size);
-        K s = K::load(a + p * P::size), q = K::load(b + p * P::size);
-        for (int r = 0; r < Rows; ++r) f(*this, at + r * stride, c, s, q);
-        s.store(a + p * P::size);
-        q.store(b + p * P::size);
-      }
-    }
-  }
-
-  // out[i] = f(element i, coefficients of its column), rows [0, rows); `streamed` asks for stores past the cache.
-  template <int Count, class F>
-  void map(T* out, const A* const (&coefficients)[Count], bool streamed, const F& f) const {
-    const bool aligned = reinterpret_cast<uintptr_t>(out + start) % vector_bytes == 0 &&
-                         stride * sizeof(T) % vector_bytes == 0 && columns % P::size == 0;
+  // Adds to a and b, in pack order, the two terms that f(access, element, coefficients, a, b) makes of the packs
+  // of rows [first, last).
+  template <class E, class F>
+  void accumulate(int64_t first, int64_t last, const E* coefficients, E* a, E* b, const F& f) const {
     if (narrow()) {
-      map_rows<1, 1, Count>(0, rows, out, coefficients, f);
-    } else {
-      const int64_t twos = rows / 2 * 2;
-      if (streamed && aligned) {
-        map_rows<2, 2, Count>(0, twos, out, coefficients, f);
-      } else {
-        map_rows<2, 0, Count>(0, twos, out, coefficients, f);
-      }
-      map_rows<1, 0, Count>(twos, rows, out, coefficients, f);
+      each_pack_of_rows<1>(PartOfPack<T>{columns}, first, last, coefficients, a, b, f);
+      return;
+    }
+    const int64_t fours = first + (last - first) / 4 * 4;
+    each_pack_of_rows<4>(WholePack<T>{}, first, fours, coefficients, a, b, f);
+    each_pack_of_rows<1>(WholePack<T>{}, fours, last, coefficients, a, b, f);
+  }
+
+  template <int Rows, class Access, class E, class F>
+  void each_pack_of_rows(const Access& access, int64_t first, int64_t last, const E* coefficients, E* a, E* b,
+                         const F& f) const {
+    using L = Lanes<T, E>;
+    const int64_t apart = stride;
+    const auto step = [&](int64_t at, int p) FASTBN_INLINE {
+      const L c = L::load(coefficients + p);
+      L s = L::load(a + p), q = L::load(b + p);
+      for (int r = 0; r < Rows; ++r) f(access, at + r * apart, c, s, q);
+      s.store(a + p);
+      q.store(b + p);
+    };
+    const int end = narrow() ? size : whole();
+    const int overlap = narrow() || end == columns ? 0 : columns - size;
+    for (int64_t row = first; row < last; row += Rows) {
+      const int64_t base = start + row * apart;
+      for (int p = 0; p < end; p += size) step(base + p, p);
+      if (overlap != 0) step(base + overlap, end);
     }
   }
 
-  template <int Rows, int Store, int Count, class F>
-  void map_rows(int64_t first, int64_t last, T* out, const A* const (&coefficients)[Count], const F& f) const {
-    const int count = packs();
+  // out[i] = f(access, i, coefficients of its column); `streamed` asks for stores past the cache.
+  template <int Count, class E, class F>
+  void map(T* out, const E* const (&coefficients)[Count], bool streamed, const F& f) const {
+    const bool aligned = reinterpret_cast<uintptr_t>(out + start) % vector_bytes == 0 &&
+                         stride * sizeof(T) % vector_bytes == 0 && columns % size == 0;
+    const int64_t twos = rows / 2 * 2;
+    if (narrow()) {
+      map_rows<1>(PartOfPack<T>{columns}, 0, rows, out, coefficients, f);
+    } else if (streamed && aligned) {
+      // A row at a time: a cache line is then written in one go.
+      map_rows<1>(StreamedPack<T>{}, 0, rows, out, coefficients, f);
+    } else {
+      map_rows<2>(WholePack<T>{}, 0, twos, out, coefficients, f);
+      map_rows<1>(WholePack<T>{}, twos, rows, out, coefficients, f);
+    }
+  }
+
+  template <int Rows, class Access, int Count, class E, class F>
+  void map_rows(const Access& access, int64_t first, int64_t last, T* out, const E* const (&coefficients)[Count],
+                const F& f) const {
+    using L = Lanes<T, E>;
+    const int64_t apart = stride;
+    const E* from[Count];
+    for (int k = 0; k < Count; ++k) from[k] = coefficients[k];
+    const auto step = [&](int64_t at, int p) FASTBN_INLINE {
+      L c[Count];
+      for (int k = 0; k < Count; ++k) c[k] = L::load(from[k] + p);
+      for (int r = 0; r < Rows; ++r) access.store(f(access, at + r * apart, c), out + at + r * apart);
+    };
+    const int end = narrow() ? size : whole();
+    const int overlap = narrow() || end == columns ? 0 : columns - size;
     for (int64_t row = first; row < last; row += Rows) {
-      const int64_t base = start + row * stride;
-      for (int p = 0; p < count; ++p) {
-        const int64_t at = base + column_of_pack(p);
-        K c[Count];
-        for (int k = 0; k < Count; ++k) c[k] = K::load(coefficients[k] + p * P::size);
-        for (int r = 0; r < Rows; ++r) {
-          const int64_t i = at + r * stride;
-          const P result = f(*this, i, c);
-          if constexpr (Store == 2) {
-            result.stream(out + i);
-          } else if constexpr (Store == 1) {
-            result.store_some(out + i, columns);
-          } else {
-            result.store(out + i);
-          }
-        }
-      }
+      const int64_t base = start + row * apart;
+      for (int p = 0; p < end; p += size) step(base + p, p);
+      if (overlap != 0) step(base + overlap, end);
     }
   }
 };

@@ -124,14 +124,10 @@ void backward(const Backward& args) {
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
 
-  // The kernels see the mean rounded to A; what was lost is put back into the sums.
-  const auto lost = [&](int64_t c) { return mean[c] - double(A(mean[c])); };
   const auto grad_stats = [&](const Piece& p) {
     const int64_t c = p.first_channel;
-    A rounded[max_columns];
-    for (int64_t k = 0; k < p.channels; ++k) rounded[k] = A(mean[c + k]);
     const int64_t at = p.segment * 2 * C + c;
-    pass.walk.grad_stats(dy, x, p, rounded, work.partial[0] + at, work.partial[1] + at);
+    pass.walk.grad_stats(dy, x, p, mean + c, work.partial[0] + at, work.partial[1] + at);
   };
   const auto finish = [&](const Piece& p) {
     for (int64_t c = p.first_channel; c < p.first_channel + p.channels; ++c) {
@@ -141,8 +137,6 @@ void backward(const Backward& args) {
           sum += work.partial[0][k * 2 * C + c];
           dot += work.partial[1][k * 2 * C + c];
         }
-        const double correction = lost(c);
-        if (correction != 0) dot -= correction * sum;
       }
       if (args.sums != nullptr) {
         args.sums[c] = dot * reciprocal_std(variance[c], args.eps);

@@ -1,106 +1,127 @@
 // In: runs of contiguous values of one channel (channels_first, wide maps). Out: sums, and outputs.
 // Every run has at least Pack<T>::size values, so its end is an overlapping pack instead of a scalar loop.
 
+// Calls f(i, first, u) for packs at i that cover [from, to): u counts 0 to Unroll - 1 for accumulators that do not
+// wait for each other. Values of the last pack before its `first` were covered already.
+template <class T, int Unroll, class F>
+FASTBN_HD void each_pack(int64_t from, int64_t to, const F& f) {
+  constexpr int size = Pack<T>::size;
+  int64_t i = from;
+  for (; i + size * Unroll <= to; i += size * Unroll) {
+    for (int u = 0; u < Unroll; ++u) f(i + u * size, 0, u);
+  }
+  for (; i + size <= to; i += size) f(i, 0, 0);
+  if (i < to) f(to - size, size - (to - i), Unroll - 1);
+}
+
+// Sums of x - pivot and its square over many runs, in the accumulation type, and every so often in double.
 template <class T>
-struct Runs {
+struct ShiftedSums {
   using A = acc_t<T>;
-  using P = Pack<T>;
-  static constexpr int V = P::vectors;
-  // Packs in flight: enough accumulators to hide the latency of an addition, few enough to stay in registers.
+  static constexpr int V = Pack<T>::vectors;
   static constexpr int unroll = 4 / V;
-  // Terms that a lane adds in A before its sum goes to double.
+  // Values that a lane adds in A before its sum goes to double: their rounding stays below that of the result.
   static constexpr int terms = 32;
+  static constexpr int64_t stretch = int64_t(terms) * unroll * Pack<T>::size;
 
-  // Sums of f(pack at i): two vectors of terms each, over many runs.
-  template <class F>
-  struct Sums {
-    F f;
-    Vec<A> a[4] = {}, b[4] = {};
-    DoubleSum<A> sum_a, sum_b;
-    int filled = 0;
+  const T* x;
+  Vec<A> pivot;
+  Vec<A> s[4] = {}, q[4] = {};
+  double sum = 0, squares = 0;
+  int64_t pending = 0;
 
-    explicit Sums(const F& terms_of) : f(terms_of) {}
-    FASTBN_HD void flush() {
-      sum_a.add((a[0] + a[1]) + (a[2] + a[3]));
-      sum_b.add((b[0] + b[1]) + (b[2] + b[3]));
-      for (int k = 0; k < 4; ++k) a[k] = b[k] = Vec<A>{};
-      filled = 0;
-    }
-    FASTBN_HD void run(int64_t offset, int64_t length) {
-      int64_t i = 0;
-      const int64_t whole = length - P::size * unroll;
-      while (i <= whole) {
-        const int64_t stop = smaller(whole, i + (terms - 1 - filled) * int64_t(P::size * unroll));
-        Vec<A> s[4] = {a[0], a[1], a[2], a[3]}, q[4] = {b[0], b[1], b[2], b[3]};
-        const int64_t start = i;
-        for (; i <= stop; i += P::size * unroll) {
-          for (int u = 0; u < unroll; ++u) f(offset + i + u * P::size, 0, s + u * V, q + u * V);
+  ShiftedSums(const T* data, A guess) : x(data), pivot(broadcast(guess)) {}
+
+  void run(int64_t offset, int64_t length) {
+    for (int64_t from = 0; from < length; from += stretch) {
+      const int64_t to = smaller(length, from + stretch);
+      if (pending + (to - from) > stretch) flush();
+      Vec<A> a[4] = {s[0], s[1], s[2], s[3]}, b[4] = {q[0], q[1], q[2], q[3]};
+      const T* const data = x + offset;
+      const Vec<A> p = pivot;
+      each_pack<T, unroll>(from, to, [&](int64_t i, int64_t first, int u) FASTBN_INLINE {
+        Pack<T> d = Pack<T>::load(data + i);
+        for (int k = 0; k < V; ++k) d.v[k] -= p;
+        if (first != 0) keep_from(d, first);
+        for (int k = 0; k < V; ++k) {
+          a[u * V + k] += d.v[k];
+          b[u * V + k] += d.v[k] * d.v[k];
         }
-        for (int k = 0; k < 4; ++k) a[k] = s[k], b[k] = q[k];
-        filled += int((i - start) / (P::size * unroll));
-        if (filled >= terms) flush();
-      }
-      int u = 0;
-      for (; i + P::size <= length; i += P::size, ++u) f(offset + i, 0, a + u * V, b + u * V);
-      if (i < length) {
-        f(offset + length - P::size, P::size - (length - i), a + 4 - V, b + 4 - V);
-      }
-      if (++filled >= terms) flush();
+      });
+      for (int k = 0; k < 4; ++k) s[k] = a[k], q[k] = b[k];
+      pending += to - from;
     }
-  };
+  }
 
-  // Adds x - pivot and (x - pivot)^2; lanes before `first` were counted already.
-  struct Shifted {
-    const T* x;
-    Vec<A> pivot;
-    FASTBN_HD void operator()(int64_t i, int64_t first, Vec<A>* s, Vec<A>* q) const {
-      P d = P::load(x + i);
-      for (int k = 0; k < V; ++k) d.v[k] -= pivot;
-      if (first != 0) keep_from(d, first);
-      for (int k = 0; k < V; ++k) {
-        s[k] += d.v[k];
-        q[k] += d.v[k] * d.v[k];
-      }
-    }
-  };
-
-  // Adds dy and dy * (x - mean).
-  struct Gradients {
-    const T* dy;
-    const T* x;
-    Vec<A> mean;
-    FASTBN_HD void operator()(int64_t i, int64_t first, Vec<A>* s, Vec<A>* q) const {
-      P g = P::load(dy + i);
-      P d = P::load(x + i);
-      for (int k = 0; k < V; ++k) d.v[k] -= mean;
-      if (first != 0) keep_from(g, first), keep_from(d, first);
-      for (int k = 0; k < V; ++k) {
-        s[k] += g.v[k];
-        q[k] += g.v[k] * d.v[k];
-      }
-    }
-  };
-
-  // y[i] = f(pack at i), each value written once but for the overlap at the end.
-  template <bool Stream, class F>
-  static FASTBN_HD void map(T* y, int64_t offset, int64_t length, const F& f) {
-    T* const out = y + offset;
-    int64_t i = 0;
-    if constexpr (Stream) {
-      const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(out) % 64);
-      if (misaligned != 0) {
-        const int64_t head = (64 - misaligned) / int64_t(sizeof(T));
-        for (; i < head && i + P::size <= length; i += P::size) f(offset + i).store(out + i);
-        i = smaller(head, i);
-      }
-      for (; i + P::size <= length; i += P::size) f(offset + i).stream(out + i);
-    } else {
-      for (; i + 2 * P::size <= length; i += 2 * P::size) {
-        f(offset + i).store(out + i);
-        f(offset + i + P::size).store(out + i + P::size);
-      }
-      for (; i + P::size <= length; i += P::size) f(offset + i).store(out + i);
-    }
-    if (i < length) f(offset + length - P::size).store(out + length - P::size);
+  void flush() {
+    sum += total<A>((s[0] + s[1]) + (s[2] + s[3]));
+    squares += total<A>((q[0] + q[1]) + (q[2] + q[3]));
+    for (int k = 0; k < 4; ++k) s[k] = q[k] = Vec<A>{};
+    pending = 0;
   }
 };
+
+// Sums of dy and of dy * (x - mean) over many runs, in double throughout: gradients of parameters are sums that
+// nearly cancel, and what is rounded on the way is a large part of what remains.
+template <class T>
+struct GradientSums {
+  using L = Lanes<T, double>;
+  const T* dy;
+  const T* x;
+  Vec<double> mean;
+  L s{}, q{};
+
+  GradientSums(const T* gradient, const T* data, double m) : dy(gradient), x(data), mean(broadcast(m)) {}
+
+  void run(int64_t offset, int64_t length) {
+    L a = s, b = q;
+    const T* const gradient = dy + offset;
+    const T* const data = x + offset;
+    const Vec<double> m = mean;
+    each_pack<T, 1>(0, length, [&](int64_t i, int64_t first, int) FASTBN_INLINE {
+      Pack<T> pack = Pack<T>::load(gradient + i);
+      if (first != 0) keep_from(pack, first);
+      const L g = in_double(pack), d = in_double(Pack<T>::load(data + i));
+      for (int k = 0; k < L::vectors; ++k) {
+        a.v[k] += g.v[k];
+        b.v[k] += g.v[k] * (d.v[k] - m);
+      }
+    });
+    s = a, q = b;
+  }
+
+  double sum() const { return total(s); }
+  double dot() const { return total(q); }
+  static double total(const L& lanes) {
+    Vec<double> v = lanes.v[0];
+    for (int k = 1; k < L::vectors; ++k) v += lanes.v[k];
+    return FASTBN_CAPABILITY::total<double>(v);
+  }
+};
+
+// out[i] = f(pack at i) over a run, each value written once but for the overlap at the end. With Stream, whole
+// cache lines go past the cache.
+template <bool Stream, class T, class F>
+FASTBN_HD void map_run(T* out, int64_t length, const F& f) {
+  constexpr int size = Pack<T>::size;
+  constexpr int unroll = 4;
+  int64_t i = 0;
+  if constexpr (Stream) {
+    constexpr int64_t line = 64;
+    const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(out) % line);
+    if (misaligned != 0) {
+      const int64_t head = smaller((line - misaligned) / int64_t(sizeof(T)), length / size * size);
+      for (; i < head; i += size) f(i).store(out + i);
+      i = head;
+    }
+    for (; i + size * unroll <= length; i += size * unroll) {
+      for (int u = 0; u < unroll; ++u) f(i + u * size).stream(out + i + u * size);
+    }
+  } else {
+    for (; i + size * unroll <= length; i += size * unroll) {
+      for (int u = 0; u < unroll; ++u) f(i + u * size).store(out + i + u * size);
+    }
+  }
+  for (; i + size <= length; i += size) f(i).store(out + i);
+  if (i < length) f(length - size).store(out + length - size);
+}

@@ -22,8 +22,6 @@ template <class T>
 struct RunsWalk {
   using A = acc_t<T>;
   using P = Pack<T>;
-  template <class Terms>
-  using Sums = typename Runs<T>::template Sums<Terms>;
   const Plan& plan;
   const Shape& shape;
 
@@ -69,12 +67,11 @@ struct RunsWalk {
       A pivot = guess(x, piece, k);
       for (bool again = true; again;) {
         const A used = pivot;
-        Sums<typename Runs<T>::Shifted> sums({x, broadcast(used)});
+        ShiftedSums<T> sums(x, used);
         each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
         sums.flush();
-        const double sum = sums.sum_a.total(), squares = sums.sum_b.total();
-        again = improve_pivot(n, sum, squares, pivot) && pivot != used;
-        const Moments m = from_shifted_sums(n, double(used), sum, squares);
+        again = improve_pivot(n, sums.sum, sums.squares, pivot) && pivot != used;
+        const Moments m = from_shifted_sums(n, double(used), sums.sum, sums.squares);
         mean[k] = m.mean, m2[k] = m.m2;
       }
       if (!__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
@@ -97,22 +94,22 @@ struct RunsWalk {
     });
   }
 
-  void grad_stats(const T* dy, const T* x, const Piece& piece, const A* mean, double* sum, double* dot) const {
+  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
     for (int64_t k = 0; k < piece.channels; ++k) {
-      Sums<typename Runs<T>::Gradients> sums({dy, x, broadcast(mean[k])});
+      GradientSums<T> sums(dy, x, mean[k]);
       each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
-      sums.flush();
-      sum[k] = sums.sum_a.total(), dot[k] = sums.sum_b.total();
+      sum[k] = sums.sum(), dot[k] = sums.dot();
     }
   }
 
-  template <class F>
-  void map(T* out, const Piece& piece, int64_t k, bool streamed, const F& f) const {
+  // make(offset) gives the f of map_run for the run at offset.
+  template <class Make>
+  void map(T* out, const Piece& piece, int64_t k, bool streamed, const Make& make) const {
     each_run(piece, k, true, [&](int64_t offset, int64_t length) {
       if (streamed) {
-        Runs<T>::template map<true>(out, offset, length, f);
+        map_run<true>(out + offset, length, make(offset));
       } else {
-        Runs<T>::template map<false>(out, offset, length, f);
+        map_run<false>(out + offset, length, make(offset));
       }
     });
   }
@@ -121,10 +118,12 @@ struct RunsWalk {
              const A* shift) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
       const Vec<A> m = broadcast(mean[k]), g = broadcast(scale[k]), b = broadcast(shift[k]);
-      map(y, piece, k, streamed, [=](int64_t i) FASTBN_INLINE {
-        P v = P::load(x + i);
-        for (auto& e : v.v) e = (e - m) * g + b;
-        return v;
+      map(y, piece, k, streamed, [=](int64_t offset) {
+        return [=, in = x + offset](int64_t i) FASTBN_INLINE {
+          P v = P::load(in + i);
+          for (auto& e : v.v) e = (e - m) * g + b;
+          return v;
+        };
       });
     }
   }
@@ -134,11 +133,13 @@ struct RunsWalk {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
       const Vec<A> m = broadcast(mean[k]), g = broadcast(dy_scale[k]), h = broadcast(x_scale[k]),
                    b = broadcast(shift[k]);
-      map(dx, piece, k, streamed, [=](int64_t i) FASTBN_INLINE {
-        P v = P::load(dy + i);
-        const P d = P::load(x + i);
-        for (int j = 0; j < P::vectors; ++j) v.v[j] = v.v[j] * g + ((d.v[j] - m) * h + b);
-        return v;
+      map(dx, piece, k, streamed, [=](int64_t offset) {
+        return [=, gradient = dy + offset, in = x + offset](int64_t i) FASTBN_INLINE {
+          P v = P::load(gradient + i);
+          const P d = P::load(in + i);
+          for (int j = 0; j < P::vectors; ++j) v.v[j] = v.v[j] * g + ((d.v[j] - m) * h + b);
+          return v;
+        };
       });
     }
   }
@@ -146,10 +147,12 @@ struct RunsWalk {
   void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* dy_scale) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
       const Vec<A> g = broadcast(dy_scale[k]);
-      map(dx, piece, k, streamed, [=](int64_t i) FASTBN_INLINE {
-        P v = P::load(dy + i);
-        for (auto& e : v.v) e *= g;
-        return v;
+      map(dx, piece, k, streamed, [=](int64_t offset) {
+        return [=, gradient = dy + offset](int64_t i) FASTBN_INLINE {
+          P v = P::load(gradient + i);
+          for (auto& e : v.v) e *= g;
+          return v;
+        };
       });
     }
   }
@@ -159,7 +162,8 @@ template <class T>
 struct ColumnsWalk {
   using A = acc_t<T>;
   using P = Pack<T>;
-  using K = Coefficients<T>;
+  using L = Lanes<T, A>;
+  using D = Lanes<T, double>;
   using Block = Columns<T>;
   const Plan& plan;
   const Shape& shape;
@@ -189,15 +193,17 @@ struct ColumnsWalk {
     return elements / piece.channels;
   }
 
-  template <class F>
-  void sum_terms(const Block& block, const Piece& piece, const A* per_channel, double* a, double* b,
-                 const F& f) const {
-    alignas(64) A coefficient[width], s[width], q[width];
-    block.expand(per_channel, piece.channels, plan.columns_a_channel, coefficient);
-    for (int64_t row = 0; row < block.rows; row += terms) {
-      const size_t bytes = block.packs() * P::size * sizeof(A);
+  // Adds to a and b, one value a channel, what f makes of the elements of a block; every `rows_at_once` rows what
+  // was summed in E is taken over in double.
+  template <class E, class F>
+  void sum_terms(const Block& block, const Piece& piece, const E* per_channel, int64_t rows_at_once, double* a,
+                 double* b, const F& f) const {
+    alignas(64) E coefficients[width], s[width], q[width];
+    block.expand(per_channel, piece.channels, plan.columns_a_channel, coefficients);
+    for (int64_t row = 0; row < block.rows; row += rows_at_once) {
+      const size_t bytes = size_t(block.packs()) * P::size * sizeof(E);
       memset(s, 0, bytes), memset(q, 0, bytes);
-      block.accumulate(row, smaller(row + terms, block.rows), coefficient, s, q, f);
+      block.accumulate(row, smaller(row + rows_at_once, block.rows), coefficients, s, q, f);
       block.collect(s, piece.channels, plan.columns_a_channel, a);
       block.collect(q, piece.channels, plan.columns_a_channel, b);
     }
@@ -205,9 +211,9 @@ struct ColumnsWalk {
 
   void shifted_sums(const Block& block, const T* x, const Piece& piece, const A* pivot, double* sum,
                     double* squares) const {
-    sum_terms(block, piece, pivot, sum, squares,
-              [x](const Block& bl, int64_t i, const K& c, K& s, K& q) FASTBN_INLINE {
-                const P v = bl.load(x + i);
+    sum_terms(block, piece, pivot, terms, sum, squares,
+              [x](const auto& access, int64_t i, const L& c, L& s, L& q) FASTBN_INLINE {
+                const P v = access.load(x + i);
                 for (int k = 0; k < P::vectors; ++k) {
                   const Vec<A> d = v.v[k] - c.v[k];
                   s.v[k] += d;
@@ -274,15 +280,15 @@ struct ColumnsWalk {
     mean = centre, m2 = squares;
   }
 
-  void grad_stats(const T* dy, const T* x, const Piece& piece, const A* mean, double* sum, double* dot) const {
+  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
     memset(sum, 0, piece.channels * sizeof(double));
     memset(dot, 0, piece.channels * sizeof(double));
     each_block(piece, [&](const Block& block) {
-      sum_terms(block, piece, mean, sum, dot,
-                [dy, x](const Block& bl, int64_t i, const K& c, K& s, K& q) FASTBN_INLINE {
-                  const P g = bl.load(dy + i);
-                  const P v = bl.load(x + i);
-                  for (int k = 0; k < P::vectors; ++k) {
+      sum_terms(block, piece, mean, block.rows, sum, dot,
+                [dy, x](const auto& access, int64_t i, const D& c, D& s, D& q) FASTBN_INLINE {
+                  const D g = in_double(access.load(dy + i));
+                  const D v = in_double(access.load(x + i));
+                  for (int k = 0; k < D::vectors; ++k) {
                     s.v[k] += g.v[k];
                     q.v[k] += g.v[k] * (v.v[k] - c.v[k]);
                   }
@@ -306,8 +312,8 @@ struct ColumnsWalk {
   void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale,
              const A* shift) const {
     map<3>(y, piece, streamed, {mean, scale, shift},
-           [x](const Block& bl, int64_t i, const K (&c)[3]) FASTBN_INLINE {
-             P v = bl.load(x + i);
+           [x](const auto& access, int64_t i, const L (&c)[3]) FASTBN_INLINE {
+             P v = access.load(x + i);
              for (int k = 0; k < P::vectors; ++k) v.v[k] = (v.v[k] - c[0].v[k]) * c[1].v[k] + c[2].v[k];
              return v;
            });
@@ -316,9 +322,9 @@ struct ColumnsWalk {
   void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
                   const A* dy_scale, const A* x_scale, const A* shift) const {
     map<4>(dx, piece, streamed, {mean, dy_scale, x_scale, shift},
-           [dy, x](const Block& bl, int64_t i, const K (&c)[4]) FASTBN_INLINE {
-             P v = bl.load(dy + i);
-             const P d = bl.load(x + i);
+           [dy, x](const auto& access, int64_t i, const L (&c)[4]) FASTBN_INLINE {
+             P v = access.load(dy + i);
+             const P d = access.load(x + i);
              for (int k = 0; k < P::vectors; ++k) {
                v.v[k] = v.v[k] * c[1].v[k] + ((d.v[k] - c[0].v[k]) * c[2].v[k] + c[3].v[k]);
              }
@@ -327,8 +333,8 @@ struct ColumnsWalk {
   }
 
   void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* dy_scale) const {
-    map<1>(dx, piece, streamed, {dy_scale}, [dy](const Block& bl, int64_t i, const K (&c)[1]) FASTBN_INLINE {
-      P v = bl.load(dy + i);
+    map<1>(dx, piece, streamed, {dy_scale}, [dy](const auto& access, int64_t i, const L (&c)[1]) FASTBN_INLINE {
+      P v = access.load(dy + i);
       for (int k = 0; k < P::vectors; ++k) v.v[k] *= c[0].v[k];
       return v;
     });

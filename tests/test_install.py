@@ -1,0 +1,175 @@
+"""Installing and importing: what happens beside another torch, without one, and what a bug report shows.
+In: child interpreters, and copies of the source tree. Out: one clear line, or a working package."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastbn
+
+ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+
+
+def run(*arguments, cwd=TESTS, **environment):
+    """A child interpreter, away from the source folder, which would shadow the installed package."""
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **environment})  # fmt: skip
+
+
+def last_line(done):
+    """The line that a user reads, of a command that failed."""
+    assert done.returncode != 0, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_an_extension_for_another_torch_says_so_in_one_line():
+    done = run("-c", "import torch; torch.__version__ = type(torch.__version__)('1.9.9'); import fastbn")
+    line = last_line(done)
+    assert line.startswith("ImportError: fastbn") and "1.9.9" in line and "--no-build-isolation" in line
+
+
+def test_an_extension_that_does_not_load_says_so_in_one_line():
+    done = run("-c", "import sys; sys.modules['fastbn._C'] = None; import fastbn")
+    line = last_line(done)
+    assert line.startswith("ImportError: fastbn") and "--no-build-isolation" in line
+
+
+def test_there_is_no_silent_fallback():
+    """A missing extension is an error, not a slow batch norm."""
+    code = (
+        "import sys; sys.modules['fastbn._C'] = None\n"
+        "try: import fastbn.modules\n"
+        "except ImportError: print('refused')"
+    )
+    assert run("-c", code).stdout.strip() == "refused"
+
+
+def test_the_report():
+    done = run("-m", "fastbn")
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    for expected in (fastbn.__version__, torch.__version__, fastbn._C.cpu_capability()):
+        assert str(expected) in text
+    for word in ("torch", "compiler", "CPU", "capability", "threads", "CUDA"):
+        assert re.search(word, text, re.IGNORECASE), f"{word} is missing in {text}"
+    forced = run("-m", "fastbn", FASTBN_CPU_CAPABILITY="baseline")
+    assert "baseline" in forced.stdout
+
+
+def test_the_versions_agree():
+    assert importlib.metadata.version("fastbn") == fastbn.__version__
+    assert f'version = "{fastbn.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_importing_is_quick():
+    """Under 0.15 s after torch. The best of five, as anything may disturb one."""
+    code = (
+        "import time, torch; start = time.perf_counter(); import fastbn; print(time.perf_counter() - start)"
+    )
+    assert min(float(run("-c", code).stdout) for _ in range(5)) < 0.15
+
+
+def test_importing_starts_no_threads_and_no_compiler():
+    code = (
+        "import sys, threading, torch; before = set(sys.modules); import fastbn;"
+        "print(threading.active_count());"
+        "print(sorted(m for m in set(sys.modules) - before if m.startswith('torch._inductor')))"
+    )
+    assert run("-c", code).stdout.split() == ["1", "[]"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc to list mapped libraries")
+def test_only_one_openmp_runtime_is_mapped():
+    """Two would be two thread pools on the same cores."""
+    code = (
+        "import re, torch; a = torch.randn(64, 64, 32, 32).add(1)\n"
+        "runtime = re.compile(r'\\S*lib(?:gomp|iomp5|omp)[^/\\s]*')\n"
+        "def mapped(): return set(runtime.findall(open('/proc/self/maps').read()))\n"
+        "before = mapped(); import fastbn; fastbn.BatchNorm2d(64)(a); print(len(before), len(mapped()))"
+    )
+    done = run("-c", code)
+    before, after = map(int, done.stdout.split())
+    assert before >= 1 and after == before, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """The sources without build outputs, so that building leaves nothing in the real ones."""
+    target = tmp_path_factory.mktemp("source") / "fastbn"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "results")
+    shutil.copytree(ROOT, target, ignore=ignored)
+    return target
+
+
+def test_a_build_without_torch_says_what_to_do(source_tree):
+    code = (
+        "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build'];"
+        "runpy.run_path('setup.py')"
+    )
+    done = run("-c", code, cwd=source_tree)
+    line = last_line(done)
+    assert "torch" in line and "pip install --no-build-isolation" in line
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can build for CUDA")
+def test_asking_for_cuda_where_there_is_none_is_refused(source_tree):
+    for value in ("1", "yes"):
+        done = run("setup.py", "--version", cwd=source_tree, FASTBN_CUDA=value)
+        assert "FASTBN_CUDA" in last_line(done) and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(source_tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(folder)!r}))"
+    done = run("-c", code, cwd=source_tree)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.mark.slow
+def test_the_sdist_has_everything_to_build_and_test(sdist, source_tree):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    wanted = {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "fastbn/__init__.py", "tests/conftest.py"}
+    for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "fastbn/*.py", "fastbn/*.pyi", "tests/*.py"):
+        wanted |= {str(path.relative_to(source_tree)) for path in source_tree.glob(pattern)}
+    assert wanted <= names, wanted - names
+    assert not [name for name in names if re.search(r"\.(so|o|pyc|json)$|^build/", name)]
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_and_the_result_works(sdist, tmp_path):
+    """Wheel under 20 MB; the package imports from nowhere near the sources and computes."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    wheels = tmp_path / "wheels"
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "-w", str(wheels)]
+    done = run("-m", "pip", "wheel", *options, str(source), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (wheel,) = wheels.glob("*.whl")
+    assert wheel.stat().st_size < 20 * 2**20
+    target = tmp_path / "site"
+    done = run(
+        "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    code = (
+        "import torch, fastbn; x = torch.randn(4, 3, 5, 5); print(fastbn.__file__);"
+        "torch.testing.assert_close(fastbn.BatchNorm2d(3)(x), torch.nn.BatchNorm2d(3)(x))"
+    )
+    done = run("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(target))
