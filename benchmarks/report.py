@@ -22,6 +22,8 @@ SHORT = {
     "contiguous": "contig", "channels_last": "ch_last",
 }  # fmt: skip
 BIG = 10e6
+# Average load at the start of a run above which its times mean little.
+BUSY = 0.5
 
 
 def make_console() -> Console:
@@ -248,6 +250,9 @@ def show_environment(console: Console, record: Record) -> None:
         f"({record['torch_capability']}), {record['threads']} of {record['cores']} cores of {record['cpu']}, "
         f"huge pages: {record['huge_pages']}, load {record['load']}, csrc {record['csrc'][:12]}"
     )
+    if record["load"] > BUSY:
+        console.print("[red]other work is running on this machine: two threads that wait for each other then "
+                      "measure the scheduler (8 ms and its multiples), not the kernels[/]")  # fmt: skip
 
 
 def main() -> None:
@@ -256,12 +261,12 @@ def main() -> None:
     console = make_console()
     for record in select(records, kind="environment"):
         show_environment(console, record)
-    console.print(header())
+    console.print(header(), soft_wrap=True)
     by_case: dict[str, list[Record]] = {}
     for record in select(records, kind="case"):
         by_case.setdefault(name_of(record), []).append(record)
     for group in by_case.values():
-        console.print(case_line(group))
+        console.print(case_line(group), soft_wrap=True)
     show_summary(console, records)
 
 

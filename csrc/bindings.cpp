@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const 
                                                const OptionalTensor& weight, const Tensor& moments, double eps,
                                                bool training, std::array<bool, 3> output_mask) {
   auto [dx, dw, db] = backward(grad_output, input, weight, moments, eps, training, output_mask);
-  const auto filled = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+  const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
   return {filled(dx), filled(dw), filled(db)};
 }
 

@@ -1,8 +1,8 @@
 // In: tensors of any layout. Out: a Problem for the backend, and the tensors it filled.
 #include "ops.h"
 
-#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 
 #include <cmath>
 
@@ -238,12 +238,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const auto param_dtype = present(weight)                  ? weight->scalar_type()
                            : is_half(input.scalar_type()) ? at::kFloat
                                                             : input.scalar_type();
-  const auto options = input.options();
   std::tuple<Tensor, Tensor, Tensor> grads;
   if (input.numel() == 0) {
-    if (mask[0]) std::get<0>(grads) = at::empty_like(input);
-    if (mask[1]) std::get<1>(grads) = at::zeros({channels}, options.dtype(param_dtype));
-    if (mask[2]) std::get<2>(grads) = at::zeros({channels}, options.dtype(param_dtype));
+    if (mask[0]) std::get<0>(grads) = fresh_like(fold(input).tensor);
+    if (mask[1]) std::get<1>(grads) = fresh({channels}, param_dtype).zero_();
+    if (mask[2]) std::get<2>(grads) = fresh({channels}, param_dtype).zero_();
     return grads;
   }
 
