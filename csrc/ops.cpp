@@ -4,10 +4,13 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
+#include <c10/core/CPUAllocator.h>
+
+#include <memory>
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cpu/pages.h"
 
 namespace fastbn {
 
@@ -103,14 +106,33 @@ Tensor fold_like(const Tensor& t, const Folded& other) {
 // Not at::empty: for tensors of this one device the dispatcher costs more than the allocation.
 Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
 
+// For outputs of large_bytes and more; see cpu/pages.h.
+struct LargeAllocator final : c10::Allocator {
+  struct Block {
+    void* data;
+    int64_t bytes;
+  };
+  static void free(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+    cpu::give_pages(block->data, block->bytes);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    auto block = std::make_unique<Block>(Block{cpu::take_pages(int64_t(bytes)), int64_t(bytes)});
+    c10::profiledCPUMemoryReporter().New(block->data, bytes);
+    void* const data = block->data;
+    return {data, block.release(), &free, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
 Tensor fresh_like(const Tensor& t) {
-  Tensor out = at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
-  // glibc maps blocks beyond 32 MiB anew each time, so every page of them is a fault: that costs four times
-  // what batch norm itself does. Smaller blocks come back already mapped, and then the hint costs nothing.
-  constexpr int64_t worth_bytes = 4 << 20;
-  const int64_t bytes = int64_t(out.nbytes());
-  if (bytes >= worth_bytes) cpu::prefer_huge_pages(out.data_ptr(), bytes);
-  return out;
+  if (int64_t(t.nbytes()) < cpu::large_bytes) {
+    return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
+  }
+  static LargeAllocator* const allocator = new LargeAllocator;  // outlives every tensor
+  return at::detail::empty_strided_generic(t.sizes(), t.strides(), allocator,
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type());
 }
 
 Param param(const OptionalTensor& t, Tensor& keep) {

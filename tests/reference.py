@@ -46,7 +46,7 @@ def rows(array):
 
 @dataclass
 class Oracle:
-    """The right answers; by quantity and channel the magnitude that rounding errors are relative to; by quantity
+    """The right answers; by quantity and channel the magnitude that rounding errors are relative to; and
     the largest single term that is added up, which says what one rounding is where the sum cancels."""
 
     value: dict

@@ -140,7 +140,7 @@ def run_child(*arguments):
     """The tally of a child process; a crash of it is this test's failure, with what it said last."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-X", "faulthandler", __file__, *map(str, arguments)],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-3000:]}"
     return json.loads(done.stdout.splitlines()[-1])
@@ -169,7 +169,7 @@ def test_random_mixtures(name, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 8))
+@pytest.mark.parametrize("seed", range(2, 5))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_more_random_mixtures(name, seed):
     assert sum(run_child(name, "mixed", seed, 20000).values()) == 20000

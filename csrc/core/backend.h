@@ -20,7 +20,4 @@ const char* capability();
 // The widest that this processor runs; FASTBN_CPU_CAPABILITY can only lower it.
 const char* capability_of_processor();
 
-// Tells the kernel to back a fresh tensor with huge pages: one page fault for 2 MiB instead of 512.
-void prefer_huge_pages(void* data, int64_t bytes);
-
 }  // namespace fastbn::cpu

@@ -1,7 +1,6 @@
 // In: calls through core/backend.h. Out: the same calls, made with the widest instruction set there is.
 #include "../core/backend.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -85,16 +84,6 @@ int64_t stream_bytes() {
     return cache > 0 ? int64_t(cache) / 4 : int64_t(8) << 20;
   }();
   return bytes;
-}
-
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  // A hint: where the system refuses it, everything still works, with 4 KiB pages.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace fastbn::cpu

@@ -1,0 +1,92 @@
+// In: calls through pages.h. Out: mappings from the system, and a list of those that wait to be used again.
+#include "pages.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <new>
+
+namespace fastbn::cpu {
+
+namespace {
+
+constexpr int64_t small_page = 4 << 10;
+constexpr int64_t huge_page = 2 << 20;
+
+struct Block {
+  char* data;
+  int64_t bytes;
+};
+
+struct Cache {
+  std::mutex mutex;
+  std::deque<Block> blocks;  // the one that has waited longest first
+  int64_t bytes = 0;
+  int64_t limit = [] {
+    if (const char* megabytes = std::getenv("FASTBN_CPU_CACHE_MB")) return int64_t(std::atoll(megabytes)) << 20;
+    return int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 32;
+  }();
+};
+
+// Never destroyed: tensors may be freed after the static objects of this library are gone.
+Cache& cache() {
+  static Cache* const c = new Cache;
+  return *c;
+}
+
+char* map(int64_t bytes) {
+  void* const mapped =
+      mmap(nullptr, bytes + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  char* const start = static_cast<char*>(mapped);
+  const int64_t head = (huge_page - int64_t(reinterpret_cast<uintptr_t>(start) % huge_page)) % huge_page;
+  if (head > 0) munmap(start, head);
+  munmap(start + head + bytes, huge_page - head);
+#if defined(MADV_HUGEPAGE)
+  // Whole huge pages only: the rest of a last one would be memory that nobody asked for.
+  madvise(start + head, bytes / huge_page * huge_page, MADV_HUGEPAGE);
+#endif
+  return start + head;
+}
+
+}  // namespace
+
+void* take_pages(int64_t bytes) {
+  bytes = round_up(bytes, small_page);
+  Cache& c = cache();
+  {
+    const std::lock_guard<std::mutex> lock(c.mutex);
+    for (auto block = c.blocks.rbegin(); block != c.blocks.rend(); ++block) {
+      if (block->bytes != bytes) continue;
+      char* const data = block->data;
+      c.bytes -= bytes;
+      c.blocks.erase(std::next(block).base());
+      return data;
+    }
+  }
+  return map(bytes);
+}
+
+void give_pages(void* data, int64_t bytes) {
+  bytes = round_up(bytes, small_page);
+  Cache& c = cache();
+  const std::lock_guard<std::mutex> lock(c.mutex);
+  if (bytes > c.limit) {
+    munmap(data, bytes);
+    return;
+  }
+#if defined(MADV_FREE)
+  madvise(data, bytes, MADV_FREE);
+#endif
+  c.blocks.push_back({static_cast<char*>(data), bytes});
+  c.bytes += bytes;
+  for (; c.bytes > c.limit; c.blocks.pop_front()) {
+    munmap(c.blocks.front().data, c.blocks.front().bytes);
+    c.bytes -= c.blocks.front().bytes;
+  }
+}
+
+}  // namespace fastbn::cpu
