@@ -19,6 +19,12 @@ struct PartOfPack {
   FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
 };
 
+// Arrays in pack order.
+template <class E, int Count>
+struct PerColumn {
+  const E* of[Count];
+};
+
 template <class T>
 struct Columns {
   static constexpr int size = Pack<T>::size;
@@ -98,11 +104,12 @@ struct Columns {
   }
 
   template <int Rows, class Access, class E, class F>
-  void each_pack_of_rows(const Access& access, int64_t first, int64_t last, const E* coefficients, E* a, E* b,
-                         const F& f) const {
+  void each_pack_of_rows(const Access access, int64_t first, int64_t last, const E* coefficients, E* a, E* b,
+                         const F f) const {
     using L = Lanes<T, E>;
     const int64_t apart = stride;
-    const auto step = [&](int64_t at, int p) FASTBN_INLINE {
+    // By value: a store could change whatever is reached through a reference, and it would be read again.
+    const auto step = [=](int64_t at, int p) FASTBN_INLINE {
       const L c = L::load(coefficients + p);
       L s = L::load(a + p), q = L::load(b + p);
       for (int r = 0; r < Rows; ++r) f(access, at + r * apart, c, s, q);
@@ -120,7 +127,7 @@ struct Columns {
 
   // out[i] = f(access, i, coefficients of its column); `streamed` asks for stores past the cache.
   template <int Count, class E, class F>
-  void map(T* out, const E* const (&coefficients)[Count], bool streamed, const F& f) const {
+  void map(T* out, const PerColumn<E, Count> coefficients, bool streamed, const F& f) const {
     const bool aligned = reinterpret_cast<uintptr_t>(out + start) % vector_bytes == 0 &&
                          stride * sizeof(T) % vector_bytes == 0 && columns % size == 0;
     const int64_t twos = rows / 2 * 2;
@@ -136,15 +143,13 @@ struct Columns {
   }
 
   template <int Rows, class Access, int Count, class E, class F>
-  void map_rows(const Access& access, int64_t first, int64_t last, T* out, const E* const (&coefficients)[Count],
-                const F& f) const {
+  void map_rows(const Access access, int64_t first, int64_t last, T* out, const PerColumn<E, Count> coefficients,
+                const F f) const {
     using L = Lanes<T, E>;
     const int64_t apart = stride;
-    const E* from[Count];
-    for (int k = 0; k < Count; ++k) from[k] = coefficients[k];
-    const auto step = [&](int64_t at, int p) FASTBN_INLINE {
+    const auto step = [=](int64_t at, int p) FASTBN_INLINE {
       L c[Count];
-      for (int k = 0; k < Count; ++k) c[k] = L::load(from[k] + p);
+      for (int k = 0; k < Count; ++k) c[k] = L::load(coefficients.of[k] + p);
       for (int r = 0; r < Rows; ++r) access.store(f(access, at + r * apart, c), out + at + r * apart);
     };
     const int end = narrow() ? size : whole();

@@ -299,13 +299,13 @@ struct ColumnsWalk {
   template <int Count, class F>
   void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[Count], const F& f) const {
     alignas(64) A expanded[Count][width];
-    const A* pointers[Count];
+    PerColumn<A, Count> arrays;
+    for (int i = 0; i < Count; ++i) arrays.of[i] = expanded[i];
     each_block(piece, [&](const Block& block) {
       for (int i = 0; i < Count; ++i) {
         block.expand(coefficients[i], piece.channels, plan.columns_a_channel, expanded[i]);
-        pointers[i] = expanded[i];
       }
-      block.map(out, pointers, streamed, f);
+      block.map(out, arrays, streamed, f);
     });
   }
 
