@@ -37,7 +37,7 @@ struct Columns {
   bool narrow() const { return columns < size; }
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
-  // Where arrays in pack order hold a column: behind whole() they hold the overlapping pack.
+  // Where arrays hold a column: behind whole() they hold the overlapping pack.
   int slot(int column) const {
     return column < whole() || narrow() ? column : column + whole() + size - columns;
   }
@@ -62,11 +62,13 @@ struct Columns {
       memcpy(last, out + columns - size, sizeof(last));
       memcpy(out + whole(), last, sizeof(last));
     }
+    reorder<T, true>(out, packs() * size);
   }
 
-  // The reverse: adds what arrays in pack order hold to one sum a channel, in a fixed order.
+  // The reverse: adds what an array in pack order holds to one sum a channel, in a fixed order. Consumes the array.
   template <class E>
-  void collect(const E* in, int64_t channels, int64_t a_channel, double* sums) const {
+  void collect(E* in, int64_t channels, int64_t a_channel, double* sums) const {
+    reorder<T, false>(in, packs() * size);
     const int64_t plain = narrow() ? columns : whole();
     if (a_channel == 1) {
       for (int64_t c = 0; c < columns; c += channels) {

@@ -70,7 +70,7 @@ inline Plan make_plan(const Problem& problem) {
     const int64_t rows = shape.N * shape.S;
     plan.rows = rows;
     plan.columns = shape.C;
-    plan.channels_an_item = smaller<int64_t>(shape.C, 512);
+    plan.channels_an_item = smaller(shape.C, max_columns);
     // Few channels: k rows make one, so that vectors are full and lines are whole.
     int64_t k = 1;
     const auto wanting = [&](int64_t bytes) { return bytes < 512 || (bytes % line != 0 && bytes < 2048); };

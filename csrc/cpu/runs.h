@@ -61,41 +61,55 @@ struct ShiftedSums {
   }
 };
 
-// Sums of dy and of dy * (x - mean) over many runs, in double throughout: gradients of parameters are sums that
-// nearly cancel, and what is rounded on the way is a large part of what remains.
+// Sums of dy and of dy * (x - pivot) over many runs, as gradient_t says.
 template <class T>
 struct GradientSums {
-  using L = Lanes<T, double>;
+  using E = gradient_t<T>;
+  using L = Lanes<T, E>;
+  static constexpr int unroll = L::vectors >= 4 ? 1 : 2;
+  static constexpr int64_t stretch = int64_t(gradient_terms) * unroll * Pack<T>::size;
+
   const T* dy;
   const T* x;
-  Vec<double> mean;
-  L s{}, q{};
+  Vec<E> pivot;
+  L s[unroll] = {}, q[unroll] = {};
+  double sum = 0, dot = 0;
+  int64_t pending = 0;
 
-  GradientSums(const T* gradient, const T* data, double m) : dy(gradient), x(data), mean(broadcast(m)) {}
+  GradientSums(const T* gradient, const T* data, E around) : dy(gradient), x(data), pivot(broadcast(around)) {}
 
   void run(int64_t offset, int64_t length) {
-    L a = s, b = q;
-    const T* const gradient = dy + offset;
-    const T* const data = x + offset;
-    const Vec<double> m = mean;
-    each_pack<T, 1>(0, length, [&](int64_t i, int64_t first, int) FASTBN_INLINE {
-      Pack<T> pack = Pack<T>::load(gradient + i);
-      if (first != 0) keep_from(pack, first);
-      const L g = in_double(pack), d = in_double(Pack<T>::load(data + i));
-      for (int k = 0; k < L::vectors; ++k) {
-        a.v[k] += g.v[k];
-        b.v[k] += g.v[k] * (d.v[k] - m);
-      }
-    });
-    s = a, q = b;
+    for (int64_t from = 0; from < length; from += stretch) {
+      const int64_t to = smaller(length, from + stretch);
+      if (pending + (to - from) > stretch) flush();
+      L a[unroll], b[unroll];
+      for (int u = 0; u < unroll; ++u) a[u] = s[u], b[u] = q[u];
+      const T* const gradient = dy + offset;
+      const T* const data = x + offset;
+      const Vec<E> p = pivot;
+      each_pack<T, unroll>(from, to, [&](int64_t i, int64_t first, int u) FASTBN_INLINE {
+        Pack<T> pack = Pack<T>::load(gradient + i);
+        if (first != 0) keep_from(pack, first);
+        const L g = lanes_of<E>(pack), d = lanes_of<E>(Pack<T>::load(data + i));
+        for (int k = 0; k < L::vectors; ++k) {
+          a[u].v[k] += g.v[k];
+          b[u].v[k] += g.v[k] * (d.v[k] - p);
+        }
+      });
+      for (int u = 0; u < unroll; ++u) s[u] = a[u], q[u] = b[u];
+      pending += to - from;
+    }
   }
 
-  double sum() const { return total(s); }
-  double dot() const { return total(q); }
-  static double total(const L& lanes) {
-    Vec<double> v = lanes.v[0];
-    for (int k = 1; k < L::vectors; ++k) v += lanes.v[k];
-    return FASTBN_CAPABILITY::total<double>(v);
+  void flush() {
+    for (int u = 0; u < unroll; ++u) {
+      for (int k = 0; k < L::vectors; ++k) {
+        sum += total<E>(s[u].v[k]);
+        dot += total<E>(q[u].v[k]);
+      }
+      s[u] = q[u] = {};
+    }
+    pending = 0;
   }
 };
 

@@ -40,21 +40,31 @@ FASTBN_HD Vec<A> broadcast(A x) {
 }
 
 using Words = VectorOf<uint32_t>::type;
-using SignedWords = VectorOf<int32_t>::type;
 typedef uint16_t HalfWords __attribute__((vector_size(FASTBN_VECTOR_BYTES / 2)));
 
-// The two conversions below are written out because GCC 12 takes __builtin_convertvector apart at this width.
-FASTBN_HD Vec<float> widen(const BFloat16* p) {
-#if FASTBN_VECTOR_BYTES == 64
-  const Words words = (Words)_mm512_cvtepu16_epi32(load_bits<__m256i>(p));
-#elif FASTBN_VECTOR_BYTES == 32
-  const Words words = (Words)_mm256_cvtepu16_epi32(load_bits<__m128i>(p));
-#else
-  const Words words = __builtin_convertvector(load_bits<HalfWords>(p), Words);
-#endif
-  return (Vec<float>)(words << 16);
+// A word of two bfloat16 becomes the even value and the odd one with one operation each, and back: the lanes of a
+// pack of bfloat16 are the even elements, then the odd ones.
+FASTBN_HD void widen(const BFloat16* p, Vec<float> (&v)[2]) {
+  const Words words = load_bits<Words>(p);
+  v[0] = (Vec<float>)(words << 16);
+  v[1] = (Vec<float>)(words & 0xffff0000u);
 }
-FASTBN_HD Vec<float> widen(const Half* p) {
+// To nearest even, into the upper half of each word. No NaN can overflow into another number: those that
+// arithmetic makes, that come from a bfloat16 input and that formula.h lets pass all have a zero lower half.
+FASTBN_HD Words round_to_bfloat16(Vec<float> v) {
+  const Words u = (Words)v;
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+FASTBN_HD Vec<float> narrow(const Vec<float> (&v)[2], BFloat16*) {
+  const Words even = round_to_bfloat16(v[0]) >> 16, odd = round_to_bfloat16(v[1]);
+#if FASTBN_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#else
+  return (Vec<float>)(even | (odd & 0xffff0000u));
+#endif
+}
+
+FASTBN_HD Vec<float> widen_lanes(const Half* p) {
 #if FASTBN_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_cvtph_ps(load_bits<__m256i>(p));
 #elif FASTBN_VECTOR_BYTES == 32
@@ -66,39 +76,21 @@ FASTBN_HD Vec<float> widen(const Half* p) {
 #endif
 }
 
-// To nearest even, into the upper half of each word. No NaN can overflow into another number: those that
-// arithmetic makes, that come from a bfloat16 input and that formula.h lets pass all have a zero lower half.
-FASTBN_HD SignedWords round_to_bfloat16(Vec<float> v) {
-  const Words u = (Words)v;
-  return (SignedWords)(u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+FASTBN_HD void widen(const Half* p, Vec<float> (&v)[2]) {
+  for (int i = 0; i < 2; ++i) v[i] = widen_lanes(p + i * vector_bytes / 4);
 }
-// Two vectors of floats as one vector of half the element size, in order.
-FASTBN_HD Vec<float> narrow(Vec<float> a, Vec<float> b, BFloat16*) {
-  const SignedWords x = round_to_bfloat16(a), y = round_to_bfloat16(b);
+FASTBN_HD Vec<float> narrow(const Vec<float> (&v)[2], Half*) {
 #if FASTBN_VECTOR_BYTES == 64
-  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-  return (Vec<float>)_mm512_permutexvar_epi64(order, _mm512_packs_epi32((__m512i)x, (__m512i)y));
-#elif FASTBN_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x, (__m256i)y), 0xd8);
-#elif defined(__SSE2__)
-  return (Vec<float>)_mm_packs_epi32((__m128i)x, (__m128i)y);
-#else
-  const HalfWords h[2] = {__builtin_convertvector((Words)x, HalfWords), __builtin_convertvector((Words)y, HalfWords)};
-  return load_bits<Vec<float>>(h);
-#endif
-}
-FASTBN_HD Vec<float> narrow(Vec<float> a, Vec<float> b, Half*) {
-#if FASTBN_VECTOR_BYTES == 64
-  const __m256i h[2] = {_mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT),
-                        _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT)};
+  const __m256i h[2] = {_mm512_cvtps_ph((__m512)v[0], _MM_FROUND_TO_NEAREST_INT),
+                        _mm512_cvtps_ph((__m512)v[1], _MM_FROUND_TO_NEAREST_INT)};
   return (Vec<float>)_mm512_inserti64x4(_mm512_castsi256_si512(h[0]), h[1], 1);
 #elif FASTBN_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_set_m128i(_mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT),
-                                      _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+  return (Vec<float>)_mm256_set_m128i(_mm256_cvtps_ph((__m256)v[1], _MM_FROUND_TO_NEAREST_INT),
+                                      _mm256_cvtps_ph((__m256)v[0], _MM_FROUND_TO_NEAREST_INT));
 #else
   constexpr int lanes = vector_bytes / 4;
   Half h[2 * lanes];
-  for (int i = 0; i < lanes; ++i) h[i] = from_acc<Half>(a[i]), h[lanes + i] = from_acc<Half>(b[i]);
+  for (int i = 0; i < lanes; ++i) h[i] = from_acc<Half>(v[0][i]), h[lanes + i] = from_acc<Half>(v[1][i]);
   return load_bits<Vec<float>>(h);
 #endif
 }
@@ -112,12 +104,17 @@ struct Pack {
   static constexpr int lanes = size / vectors;
   Vec<A> v[vectors];
 
+  // The element of memory that lane i of vector k holds.
+  static constexpr int element(int k, int i) {
+    return std::is_same_v<T, BFloat16> ? 2 * i + k : k * lanes + i;
+  }
+
   static FASTBN_HD Pack load(const T* p) {
     Pack r;
     if constexpr (vectors == 1) {
       r.v[0] = load_bits<Vec<A>>(p);
     } else {
-      r.v[0] = widen(p), r.v[1] = widen(p + lanes);
+      widen(p, r.v);
     }
     return r;
   }
@@ -125,7 +122,7 @@ struct Pack {
     if constexpr (vectors == 1) {
       return (Vec<float>)v[0];
     } else {
-      return narrow(v[0], v[1], (T*)nullptr);
+      return narrow(v, (T*)nullptr);
     }
   }
   FASTBN_HD void store(T* p) const { store_bits(p, bits()); }
@@ -160,12 +157,29 @@ struct Lanes {
   }
 };
 
-// The same values in double, which is exact.
+// The type in which gradients of parameters are summed. They are sums that nearly cancel, and what is rounded on
+// the way is a large part of what remains: so double, in which products of floats are exact. A product of two
+// bfloat16 is exact in float, and so, nearly always, is a sum of gradient_terms of them.
 template <class T>
-FASTBN_HD Lanes<T, double> in_double(const Pack<T>& pack) {
-  Lanes<T, double> r;
-  if constexpr (sizeof(acc_t<T>) == 8) {
-    r.v[0] = pack.v[0];
+using gradient_t = std::conditional_t<std::is_same_v<T, BFloat16>, float, double>;
+constexpr int gradient_terms = 32;
+
+// What is subtracted from x in those products: a bfloat16 where they have to stay exact.
+template <class T>
+FASTBN_HD gradient_t<T> gradient_pivot(double mean) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_acc(from_acc<BFloat16>(float(mean)));
+  } else {
+    return mean;
+  }
+}
+
+// The values of a pack as E.
+template <class E, class T>
+FASTBN_HD Lanes<T, E> lanes_of(const Pack<T>& pack) {
+  Lanes<T, E> r;
+  if constexpr (sizeof(acc_t<T>) == sizeof(E)) {
+    for (int k = 0; k < Pack<T>::vectors; ++k) r.v[k] = pack.v[k];
   } else {
     for (int k = 0; k < Pack<T>::vectors; ++k) {
 #if FASTBN_VECTOR_BYTES == 64
@@ -185,7 +199,39 @@ FASTBN_HD Lanes<T, double> in_double(const Pack<T>& pack) {
   return r;
 }
 
-// Lane i is kept where `first <= i` counts over the whole pack; the others become zero.
+// Every second of the values of two vectors, from `first` on; or the values of two vectors in turn.
+template <class V>
+FASTBN_HD V shuffle(V a, V b, const int (&from)[sizeof(V) / 4]) {
+#if defined(__clang__)
+  V r;
+  for (int i = 0; i < int(sizeof(V) / 4); ++i) r[i] = from[i] < int(sizeof(V) / 4) ? a[from[i]] : b[from[i] - int(sizeof(V) / 4)];
+  return r;
+#else
+  VectorOf<int32_t>::type mask;
+  for (int i = 0; i < int(sizeof(V) / 4); ++i) mask[i] = from[i];
+  return __builtin_shuffle(a, b, mask);
+#endif
+}
+
+// Arrays of one float an element, between the order of memory and that of lanes; in place, whole packs.
+template <class T, bool ToLanes, class E>
+void reorder(E* array, int count) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    constexpr int lanes = Pack<T>::lanes;
+    int first[lanes], second[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      first[i] = ToLanes ? 2 * i : i / 2 + i % 2 * lanes;
+      second[i] = ToLanes ? 2 * i + 1 : lanes / 2 + first[i];
+    }
+    for (int p = 0; p < count; p += Pack<T>::size) {
+      const Vec<float> a = load_bits<Vec<float>>(array + p), b = load_bits<Vec<float>>(array + p + lanes);
+      store_bits(array + p, shuffle(a, b, first));
+      store_bits(array + p + lanes, shuffle(a, b, second));
+    }
+  }
+}
+
+// Values before element `first` become zero.
 template <class T>
 FASTBN_HD void keep_from(Pack<T>& pack, int64_t first) {
   using A = acc_t<T>;
@@ -193,7 +239,7 @@ FASTBN_HD void keep_from(Pack<T>& pack, int64_t first) {
   using Index = typename VectorOf<I>::type;
   for (int k = 0; k < Pack<T>::vectors; ++k) {
     Index index;
-    for (int i = 0; i < Pack<T>::lanes; ++i) index[i] = I(k * Pack<T>::lanes + i);
+    for (int i = 0; i < Pack<T>::lanes; ++i) index[i] = I(Pack<T>::element(k, i));
     pack.v[k] = (Vec<A>)((Index)pack.v[k] & (index >= broadcast<I>(I(first))));
   }
 }

@@ -18,6 +18,11 @@ FASTBN_HD bool improve_pivot(double n, double sum, double squares, A& pivot) {
   return true;
 }
 
+// The sum of dy * (x - mean) from that of dy * (x - pivot).
+FASTBN_HD double about_mean(double dot, double sum, double mean, double pivot) {
+  return mean == pivot ? dot : dot - (mean - pivot) * sum;
+}
+
 template <class T>
 struct RunsWalk {
   using A = acc_t<T>;
@@ -96,9 +101,11 @@ struct RunsWalk {
 
   void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
     for (int64_t k = 0; k < piece.channels; ++k) {
-      GradientSums<T> sums(dy, x, mean[k]);
+      const auto pivot = gradient_pivot<T>(mean[k]);
+      GradientSums<T> sums(dy, x, pivot);
       each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
-      sum[k] = sums.sum(), dot[k] = sums.dot();
+      sums.flush();
+      sum[k] = sums.sum, dot[k] = about_mean(sums.dot, sums.sum, mean[k], double(pivot));
     }
   }
 
@@ -163,7 +170,6 @@ struct ColumnsWalk {
   using A = acc_t<T>;
   using P = Pack<T>;
   using L = Lanes<T, A>;
-  using D = Lanes<T, double>;
   using Block = Columns<T>;
   const Plan& plan;
   const Shape& shape;
@@ -281,19 +287,24 @@ struct ColumnsWalk {
   }
 
   void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
-    memset(sum, 0, piece.channels * sizeof(double));
-    memset(dot, 0, piece.channels * sizeof(double));
+    using E = gradient_t<T>;
+    using G = Lanes<T, E>;
+    E pivot[max_columns];
+    for (int64_t k = 0; k < piece.channels; ++k) {
+      sum[k] = dot[k] = 0;
+      pivot[k] = gradient_pivot<T>(mean[k]);
+    }
     each_block(piece, [&](const Block& block) {
-      sum_terms(block, piece, mean, block.rows, sum, dot,
-                [dy, x](const auto& access, int64_t i, const D& c, D& s, D& q) FASTBN_INLINE {
-                  const D g = in_double(access.load(dy + i));
-                  const D v = in_double(access.load(x + i));
-                  for (int k = 0; k < D::vectors; ++k) {
+      sum_terms(block, piece, pivot, sizeof(E) == 8 ? block.rows : gradient_terms, sum, dot,
+                [dy, x](const auto& access, int64_t i, const G& c, G& s, G& q) FASTBN_INLINE {
+                  const G g = lanes_of<E>(access.load(dy + i)), d = lanes_of<E>(access.load(x + i));
+                  for (int k = 0; k < G::vectors; ++k) {
                     s.v[k] += g.v[k];
-                    q.v[k] += g.v[k] * (v.v[k] - c.v[k]);
+                    q.v[k] += g.v[k] * (d.v[k] - c.v[k]);
                   }
                 });
     });
+    for (int64_t k = 0; k < piece.channels; ++k) dot[k] = about_mean(dot[k], sum[k], mean[k], double(pivot[k]));
   }
 
   template <int Count, class F>
