@@ -152,7 +152,11 @@ struct Columns {
     const auto step = [=](int64_t at, int p) FASTBN_INLINE {
       L c[Count];
       for (int k = 0; k < Count; ++k) c[k] = L::load(coefficients.of[k] + p);
-      for (int r = 0; r < Rows; ++r) access.store(f(access, at + r * apart, c), out + at + r * apart);
+      // All loads before the first store: rows often lie a multiple of 4 KiB apart, where a load behind a store
+      // looks to the processor as if it read what was stored.
+      Pack<T> results[Rows];
+      for (int r = 0; r < Rows; ++r) results[r] = f(access, at + r * apart, c);
+      for (int r = 0; r < Rows; ++r) access.store(results[r], out + at + r * apart);
     };
     const int end = narrow() ? size : whole();
     const int overlap = narrow() || end == columns ? 0 : columns - size;
