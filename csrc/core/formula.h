@@ -31,12 +31,12 @@ FASTBN_HD Normalization<A> normalization(double mean, double variance, double ep
   return {rounded, coefficient<A>(scale), coefficient<A>(lost == 0 ? bias : bias - lost * scale)};
 }
 
-// dx = dy * dy_scale + (x - mean) * x_scale + shift (Ioffe & Szegedy 2015, section 3, solved for dx):
-// dx = g * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n), g = weight * rstd. In eval the statistics are
-// constants and dx = g * dy.
+// dx = (dy + (x - mean) * x_scale) * scale + shift (Ioffe & Szegedy 2015, section 3, solved for dx):
+// dx = g * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n), g = weight * rstd. In eval the statistics are constants
+// and dx = g * dy. The factor g stays outside: g * rstd^2, inside, would underflow where values are about 1e15.
 template <class A>
 struct InputGradient {
-  A mean, dy_scale, x_scale, shift;
+  A mean, x_scale, scale, shift;
 };
 
 // sum and dot are sums over the channel of dy and of dy * (x - mean).
@@ -45,11 +45,11 @@ FASTBN_HD InputGradient<A> input_gradient(double mean, double variance, double e
                                           double sum, double dot) {
   const double rstd = reciprocal_std(variance, eps);
   const double g = weight * rstd;
-  const double x_scale = -g * rstd * rstd * dot / n;
+  const double x_scale = -rstd * (rstd * dot / n);
   const A rounded = coefficient<A>(mean);
   const double lost = mean - double(rounded);
-  const double shift = -g * sum / n - (lost == 0 ? 0 : lost * x_scale);
-  return {rounded, coefficient<A>(g), coefficient<A>(x_scale), coefficient<A>(shift)};
+  const double shift = -g * (sum / n + (lost == 0 ? 0 : lost * x_scale));
+  return {rounded, coefficient<A>(x_scale), coefficient<A>(g), coefficient<A>(shift)};
 }
 
 }  // namespace fastbn

@@ -17,10 +17,10 @@ FASTBN_HD Moments from_shifted_sums(double n, double pivot, double sum, double s
   return {n, pivot + shift, m2 < 0 ? 0 : m2};  // written so that a NaN stays a NaN
 }
 
-// A pivot far from the mean costs digits of the variance: squares and sum * shift then nearly cancel. At
-// three standard deviations one of the 24 bits has gone three times over; beyond that the chunk is read again.
-FASTBN_HD bool pivot_was_good(double n, double sum, const Moments& m) {
-  return sum * sum <= 8 * n * m.m2;
+// A pivot far from the mean costs digits of the variance: squares and sum * shift then nearly cancel. `allowed` is
+// the square of the distance, in standard deviations, that the type of the sums can afford.
+FASTBN_HD bool pivot_was_good(double n, double sum, const Moments& m, double allowed) {
+  return sum * sum <= allowed * n * m.m2;
 }
 
 // Chan, Golub, LeVeque 1983. A side without values returns the other, so empty ranks need no special case.

@@ -143,8 +143,8 @@ void backward(const Backward& args) {
         args.sums[C + c] = sum;
       }
       const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), n, sum, dot);
-      work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.dy_scale;
-      work.coefficient[2][c] = g.x_scale, work.coefficient[3][c] = g.shift;
+      work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.x_scale;
+      work.coefficient[2][c] = g.scale, work.coefficient[3][c] = g.shift;
     }
   };
   const auto grad_apply = [&](const Piece& p) {
@@ -154,7 +154,7 @@ void backward(const Backward& args) {
       pass.walk.grad_apply(dy, x, dx, p, streamed, work.coefficient[0] + c, work.coefficient[1] + c,
                            work.coefficient[2] + c, work.coefficient[3] + c);
     } else {
-      pass.walk.scale_only(dy, dx, p, streamed, work.coefficient[1] + c);
+      pass.walk.scale_only(dy, dx, p, streamed, work.coefficient[2] + c);
     }
   };
   pass.run(3, reduce, grad_stats, finish, grad_apply);

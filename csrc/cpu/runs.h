@@ -14,69 +14,22 @@ FASTBN_HD void each_pack(int64_t from, int64_t to, const F& f) {
   if (i < to) f(to - size, size - (to - i), Unroll - 1);
 }
 
-// Sums of x - pivot and its square over many runs, in the accumulation type, and every so often in double.
-template <class T>
-struct ShiftedSums {
-  using A = acc_t<T>;
-  static constexpr int V = Pack<T>::vectors;
-  static constexpr int unroll = 4 / V;
-  // Values that a lane adds in A before its sum goes to double: their rounding stays below that of the result.
-  static constexpr int terms = 32;
-  static constexpr int64_t stretch = int64_t(terms) * unroll * Pack<T>::size;
-
-  const T* x;
-  Vec<A> pivot;
-  Vec<A> s[4] = {}, q[4] = {};
-  double sum = 0, squares = 0;
-  int64_t pending = 0;
-
-  ShiftedSums(const T* data, A guess) : x(data), pivot(broadcast(guess)) {}
-
-  void run(int64_t offset, int64_t length) {
-    for (int64_t from = 0; from < length; from += stretch) {
-      const int64_t to = smaller(length, from + stretch);
-      if (pending + (to - from) > stretch) flush();
-      Vec<A> a[4] = {s[0], s[1], s[2], s[3]}, b[4] = {q[0], q[1], q[2], q[3]};
-      const T* const data = x + offset;
-      const Vec<A> p = pivot;
-      each_pack<T, unroll>(from, to, [&](int64_t i, int64_t first, int u) FASTBN_INLINE {
-        Pack<T> d = Pack<T>::load(data + i);
-        for (int k = 0; k < V; ++k) d.v[k] -= p;
-        if (first != 0) keep_from(d, first);
-        for (int k = 0; k < V; ++k) {
-          a[u * V + k] += d.v[k];
-          b[u * V + k] += d.v[k] * d.v[k];
-        }
-      });
-      for (int k = 0; k < 4; ++k) s[k] = a[k], q[k] = b[k];
-      pending += to - from;
-    }
-  }
-
-  void flush() {
-    sum += total<A>((s[0] + s[1]) + (s[2] + s[3]));
-    squares += total<A>((q[0] + q[1]) + (q[2] + q[3]));
-    for (int k = 0; k < 4; ++k) s[k] = q[k] = Vec<A>{};
-    pending = 0;
-  }
-};
-
-// Sums of dy and of dy * (x - pivot) over many runs, as gradient_t says.
-template <class T>
-struct GradientSums {
-  using E = gradient_t<T>;
+// The two sums over many runs that both passes need, of a and of a * b, where terms(i, a, b) makes a and b of the
+// pack at i.
+template <class T, class Terms>
+struct PairOfSums {
+  using E = sum_t<T>;
   using L = Lanes<T, E>;
+  // Enough accumulators to hide the latency of an addition, few enough to stay in registers.
   static constexpr int unroll = L::vectors >= 4 ? 1 : 2;
-  static constexpr int64_t stretch = int64_t(gradient_terms) * unroll * Pack<T>::size;
+  static constexpr int64_t stretch = int64_t(float_terms) * unroll * Pack<T>::size;
 
-  const T* dy;
-  const T* x;
-  Vec<E> pivot;
+  Terms terms;
   L s[unroll] = {}, q[unroll] = {};
-  double sum = 0, dot = 0;
+  double first = 0, second = 0;
   int64_t pending = 0;
 
-  GradientSums(const T* gradient, const T* data, E around) : dy(gradient), x(data), pivot(broadcast(around)) {}
+  explicit PairOfSums(const Terms& t) : terms(t) {}
 
   void run(int64_t offset, int64_t length) {
     for (int64_t from = 0; from < length; from += stretch) {
@@ -84,17 +37,12 @@ struct GradientSums {
       if (pending + (to - from) > stretch) flush();
       L a[unroll], b[unroll];
       for (int u = 0; u < unroll; ++u) a[u] = s[u], b[u] = q[u];
-      const T* const gradient = dy + offset;
-      const T* const data = x + offset;
-      const Vec<E> p = pivot;
-      each_pack<T, unroll>(from, to, [&](int64_t i, int64_t first, int u) FASTBN_INLINE {
-        Pack<T> pack = Pack<T>::load(gradient + i);
-        if (first != 0) keep_from(pack, first);
-        const L g = lanes_of<E>(pack), d = lanes_of<E>(Pack<T>::load(data + i));
-        for (int k = 0; k < L::vectors; ++k) {
-          a[u].v[k] += g.v[k];
-          b[u].v[k] += g.v[k] * (d.v[k] - p);
-        }
+      const Terms t = terms;
+      each_pack<T, unroll>(offset + from, offset + to, [&](int64_t i, int64_t before, int u) FASTBN_INLINE {
+        L x, y;
+        t(i, x, y);
+        if (before != 0) keep_from<T, E>(x, before), keep_from<T, E>(y, before);
+        for (int k = 0; k < L::vectors; ++k) a[u].v[k] += x.v[k], b[u].v[k] += x.v[k] * y.v[k];
       });
       for (int u = 0; u < unroll; ++u) s[u] = a[u], q[u] = b[u];
       pending += to - from;
@@ -103,10 +51,8 @@ struct GradientSums {
 
   void flush() {
     for (int u = 0; u < unroll; ++u) {
-      for (int k = 0; k < L::vectors; ++k) {
-        sum += total<E>(s[u].v[k]);
-        dot += total<E>(q[u].v[k]);
-      }
+      for (const auto& v : s[u].v) first += total<E>(v);
+      for (const auto& v : q[u].v) second += total<E>(v);
       s[u] = q[u] = {};
     }
     pending = 0;

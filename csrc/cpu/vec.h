@@ -104,11 +104,6 @@ struct Pack {
   static constexpr int lanes = size / vectors;
   Vec<A> v[vectors];
 
-  // The element of memory that lane i of vector k holds.
-  static constexpr int element(int k, int i) {
-    return std::is_same_v<T, BFloat16> ? 2 * i + k : k * lanes + i;
-  }
-
   static FASTBN_HD Pack load(const T* p) {
     Pack r;
     if constexpr (vectors == 1) {
@@ -157,18 +152,21 @@ struct Lanes {
   }
 };
 
-// The type in which gradients of parameters are summed. They are sums that nearly cancel, and what is rounded on
-// the way is a large part of what remains: so double, in which products of floats are exact. A product of two
-// bfloat16 is exact in float, and so, nearly always, is a sum of gradient_terms of them.
+// The type in which values are summed over a channel. Gradients of parameters, and means around zero, are sums that
+// nearly cancel, and what is rounded on the way is a large part of what remains: so double, in which products of
+// floats are exact. A product of two bfloat16 is exact in float, and so, nearly always, is a sum of float_terms.
 template <class T>
-using gradient_t = std::conditional_t<std::is_same_v<T, BFloat16>, float, double>;
-constexpr int gradient_terms = 32;
+using sum_t = std::conditional_t<std::is_same_v<T, BFloat16>, float, double>;
+constexpr int float_terms = 32;
 
-// What is subtracted from x in those products: a bfloat16 where they have to stay exact.
+// A value near the mean, to subtract from x; where sums are floats, one of T, so that differences are exact too.
+// Any finite value will do: one that is not would spoil the sums of those that are.
 template <class T>
-FASTBN_HD gradient_t<T> gradient_pivot(double mean) {
+FASTBN_HD sum_t<T> pivot_near(double mean) {
+  if (!__builtin_isfinite(mean)) return 0;
   if constexpr (std::is_same_v<T, BFloat16>) {
-    return to_acc(from_acc<BFloat16>(float(mean)));
+    const float rounded = to_acc(from_acc<BFloat16>(float(mean)));
+    return __builtin_isfinite(rounded) ? rounded : 0;
   } else {
     return mean;
   }
@@ -199,12 +197,13 @@ FASTBN_HD Lanes<T, E> lanes_of(const Pack<T>& pack) {
   return r;
 }
 
-// Every second of the values of two vectors, from `first` on; or the values of two vectors in turn.
+// Lane i is value from[i] of a followed by b.
 template <class V>
 FASTBN_HD V shuffle(V a, V b, const int (&from)[sizeof(V) / 4]) {
 #if defined(__clang__)
   V r;
-  for (int i = 0; i < int(sizeof(V) / 4); ++i) r[i] = from[i] < int(sizeof(V) / 4) ? a[from[i]] : b[from[i] - int(sizeof(V) / 4)];
+  constexpr int lanes = sizeof(V) / 4;
+  for (int i = 0; i < lanes; ++i) r[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
   return r;
 #else
   VectorOf<int32_t>::type mask;
@@ -232,15 +231,16 @@ void reorder(E* array, int count) {
 }
 
 // Values before element `first` become zero.
-template <class T>
-FASTBN_HD void keep_from(Pack<T>& pack, int64_t first) {
-  using A = acc_t<T>;
-  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <class T, class E>
+FASTBN_HD void keep_from(Lanes<T, E>& values, int64_t first) {
+  using I = std::conditional_t<sizeof(E) == 8, int64_t, int32_t>;
   using Index = typename VectorOf<I>::type;
-  for (int k = 0; k < Pack<T>::vectors; ++k) {
+  for (int k = 0; k < Lanes<T, E>::vectors; ++k) {
     Index index;
-    for (int i = 0; i < Pack<T>::lanes; ++i) index[i] = I(Pack<T>::element(k, i));
-    pack.v[k] = (Vec<A>)((Index)pack.v[k] & (index >= broadcast<I>(I(first))));
+    for (int i = 0; i < Lanes<T, E>::lanes; ++i) {
+      index[i] = I(std::is_same_v<T, BFloat16> ? 2 * i + k : k * Lanes<T, E>::lanes + i);
+    }
+    values.v[k] = (Vec<E>)((Index)values.v[k] & (index >= broadcast<I>(I(first))));
   }
 }
 

@@ -9,13 +9,16 @@ struct Piece {
   int64_t segment;
 };
 
-// What is wrong with a guess shows in the sums. `again`: read the piece once more with the better pivot.
-template <class A>
-FASTBN_HD bool improve_pivot(double n, double sum, double squares, A& pivot) {
-  const Moments m = from_shifted_sums(n, double(pivot), sum, squares);
-  if (pivot_was_good(n, sum, m) || !(__builtin_isfinite(m.mean))) return false;
-  pivot = A(m.mean);
-  return true;
+// What is wrong with a guess shows in the sums. True: read the piece once more with the better pivot.
+template <class T>
+FASTBN_HD bool improve_pivot(double n, double sum, const Moments& m, sum_t<T>& pivot) {
+  // In standard deviations: 2 leave float sums 0.2 of their precision, 1000 leave double sums of floats plenty.
+  constexpr double allowed = sizeof(sum_t<T>) == sizeof(acc_t<T>) ? 2.0 * 2.0 : 1e3 * 1e3;
+  if (pivot_was_good(n, sum, m, allowed)) return false;
+  const sum_t<T> better = pivot_near<T>(m.mean);
+  const bool differs = better != pivot;
+  pivot = better;
+  return differs;
 }
 
 // The sum of dy * (x - mean) from that of dy * (x - pivot).
@@ -26,7 +29,9 @@ FASTBN_HD double about_mean(double dot, double sum, double mean, double pivot) {
 template <class T>
 struct RunsWalk {
   using A = acc_t<T>;
+  using E = sum_t<T>;
   using P = Pack<T>;
+  using L = Lanes<T, E>;
   const Plan& plan;
   const Shape& shape;
 
@@ -51,7 +56,7 @@ struct RunsWalk {
     return n;
   }
 
-  A guess(const T* x, const Piece& piece, int64_t k) const {
+  E guess(const T* x, const Piece& piece, int64_t k) const {
     int64_t runs = 0;
     each_run(piece, k, false, [&](int64_t, int64_t) { ++runs; });
     const int64_t apart = ceil_div(runs, samples);
@@ -63,27 +68,37 @@ struct RunsWalk {
       sum += double(to_acc(x[offset + (run * 37 + length / 2) % length]));
       n += 2;
     });
-    return A(sum / double(n));
+    return pivot_near<T>(sum / double(n));
+  }
+
+  template <class Terms>
+  PairOfSums<T, Terms> sums(const Piece& piece, int64_t k, const Terms& terms) const {
+    PairOfSums<T, Terms> result(terms);
+    each_run(piece, k, false, [&](int64_t offset, int64_t length) { result.run(offset, length); });
+    result.flush();
+    return result;
   }
 
   void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
     const double n = double(count(piece));
     for (int64_t k = 0; k < piece.channels; ++k) {
-      A pivot = guess(x, piece, k);
-      for (bool again = true; again;) {
-        const A used = pivot;
-        ShiftedSums<T> sums(x, used);
-        each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
-        sums.flush();
-        again = improve_pivot(n, sums.sum, sums.squares, pivot) && pivot != used;
-        const Moments m = from_shifted_sums(n, double(used), sums.sum, sums.squares);
-        mean[k] = m.mean, m2[k] = m.m2;
+      E pivot = guess(x, piece, k);
+      Moments m{};
+      for (int round = 0, again = true; again && round < 2; ++round) {
+        const auto s = sums(piece, k, [x, p = broadcast(pivot)](int64_t i, L& a, L& b) FASTBN_INLINE {
+          a = lanes_of<E>(P::load(x + i));
+          for (auto& v : a.v) v -= p;
+          b = a;
+        });
+        m = from_shifted_sums(n, double(pivot), s.first, s.second);
+        again = improve_pivot<T>(n, s.first, m, pivot);
       }
-      if (!__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
+      mean[k] = m.mean, m2[k] = m.m2;
+      if (sizeof(E) == 4 && !__builtin_isfinite(m.m2)) exact(x, piece, k, n, mean[k], m2[k]);
     }
   }
 
-  // Values too large for their squares to fit in A, or not finite: plainly, in double.
+  // Values too large for their squares to fit in a float, or not finite: plainly, in double.
   void exact(const T* x, const Piece& piece, int64_t k, double n, double& mean, double& m2) const {
     double sum = 0;
     m2 = 0;
@@ -101,11 +116,12 @@ struct RunsWalk {
 
   void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
     for (int64_t k = 0; k < piece.channels; ++k) {
-      const auto pivot = gradient_pivot<T>(mean[k]);
-      GradientSums<T> sums(dy, x, pivot);
-      each_run(piece, k, false, [&](int64_t offset, int64_t length) { sums.run(offset, length); });
-      sums.flush();
-      sum[k] = sums.sum, dot[k] = about_mean(sums.dot, sums.sum, mean[k], double(pivot));
+      const E pivot = pivot_near<T>(mean[k]);
+      const auto s = sums(piece, k, [dy, x, p = broadcast(pivot)](int64_t i, L& a, L& b) FASTBN_INLINE {
+        a = lanes_of<E>(P::load(dy + i)), b = lanes_of<E>(P::load(x + i));
+        for (auto& v : b.v) v -= p;
+      });
+      sum[k] = s.first, dot[k] = about_mean(s.second, s.first, mean[k], double(pivot));
     }
   }
 
@@ -136,24 +152,24 @@ struct RunsWalk {
   }
 
   void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
-                  const A* dy_scale, const A* x_scale, const A* shift) const {
+                  const A* x_scale, const A* scale, const A* shift) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
-      const Vec<A> m = broadcast(mean[k]), g = broadcast(dy_scale[k]), h = broadcast(x_scale[k]),
+      const Vec<A> m = broadcast(mean[k]), h = broadcast(x_scale[k]), g = broadcast(scale[k]),
                    b = broadcast(shift[k]);
       map(dx, piece, k, streamed, [=](int64_t offset) {
         return [=, gradient = dy + offset, in = x + offset](int64_t i) FASTBN_INLINE {
           P v = P::load(gradient + i);
           const P d = P::load(in + i);
-          for (int j = 0; j < P::vectors; ++j) v.v[j] = v.v[j] * g + ((d.v[j] - m) * h + b);
+          for (int j = 0; j < P::vectors; ++j) v.v[j] = (v.v[j] + (d.v[j] - m) * h) * g + b;
           return v;
         };
       });
     }
   }
 
-  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* dy_scale) const {
+  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* scale) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
-      const Vec<A> g = broadcast(dy_scale[k]);
+      const Vec<A> g = broadcast(scale[k]);
       map(dx, piece, k, streamed, [=](int64_t offset) {
         return [=, gradient = dy + offset](int64_t i) FASTBN_INLINE {
           P v = P::load(gradient + i);
@@ -168,14 +184,16 @@ struct RunsWalk {
 template <class T>
 struct ColumnsWalk {
   using A = acc_t<T>;
+  using E = sum_t<T>;
   using P = Pack<T>;
   using L = Lanes<T, A>;
+  using S = Lanes<T, E>;
   using Block = Columns<T>;
   const Plan& plan;
   const Shape& shape;
 
-  // Rows that are summed in A before the sums go to double.
-  static constexpr int64_t terms = 64;
+  // Rows that are summed before the sums go to double, which they may be already.
+  static constexpr int64_t most_rows = sizeof(E) == 8 ? 1 << 20 : float_terms;
   static constexpr int width = int(max_columns) + P::size;
 
   // A second block holds the elements behind the last full row, if there are any.
@@ -199,37 +217,35 @@ struct ColumnsWalk {
     return elements / piece.channels;
   }
 
-  // Adds to a and b, one value a channel, what f makes of the elements of a block; every `rows_at_once` rows what
-  // was summed in E is taken over in double.
-  template <class E, class F>
-  void sum_terms(const Block& block, const Piece& piece, const E* per_channel, int64_t rows_at_once, double* a,
-                 double* b, const F& f) const {
+  // Adds to a and b, one value a channel, what f makes of the elements of a block.
+  template <class F>
+  void sum_terms(const Block& block, const Piece& piece, const E* per_channel, double* a, double* b, const F& f) const {
     alignas(64) E coefficients[width], s[width], q[width];
     block.expand(per_channel, piece.channels, plan.columns_a_channel, coefficients);
-    for (int64_t row = 0; row < block.rows; row += rows_at_once) {
+    for (int64_t row = 0; row < block.rows; row += most_rows) {
       const size_t bytes = size_t(block.packs()) * P::size * sizeof(E);
       memset(s, 0, bytes), memset(q, 0, bytes);
-      block.accumulate(row, smaller(row + rows_at_once, block.rows), coefficients, s, q, f);
+      block.accumulate(row, smaller(row + most_rows, block.rows), coefficients, s, q, f);
       block.collect(s, piece.channels, plan.columns_a_channel, a);
       block.collect(q, piece.channels, plan.columns_a_channel, b);
     }
   }
 
-  void shifted_sums(const Block& block, const T* x, const Piece& piece, const A* pivot, double* sum,
+  void shifted_sums(const Block& block, const T* x, const Piece& piece, const E* pivot, double* sum,
                     double* squares) const {
-    sum_terms(block, piece, pivot, terms, sum, squares,
-              [x](const auto& access, int64_t i, const L& c, L& s, L& q) FASTBN_INLINE {
-                const P v = access.load(x + i);
-                for (int k = 0; k < P::vectors; ++k) {
-                  const Vec<A> d = v.v[k] - c.v[k];
+    sum_terms(block, piece, pivot, sum, squares,
+              [x](const auto& access, int64_t i, const S& c, S& s, S& q) FASTBN_INLINE {
+                const S v = lanes_of<E>(access.load(x + i));
+                for (int k = 0; k < S::vectors; ++k) {
+                  const Vec<E> d = v.v[k] - c.v[k];
                   s.v[k] += d;
                   q.v[k] += d * d;
                 }
               });
   }
 
-  void guess(const T* x, const Piece& piece, A* pivot, double* sum, double* squares) const {
-    memset(pivot, 0, piece.channels * sizeof(A));
+  void guess(const T* x, const Piece& piece, E* pivot, double* sum, double* squares) const {
+    memset(pivot, 0, piece.channels * sizeof(E));
     memset(sum, 0, piece.channels * sizeof(double));
     each_block(piece, [&](const Block& block) {
       if (block.stride == 0 && block.start != 0) return;  // the spare elements
@@ -239,13 +255,13 @@ struct ColumnsWalk {
       sample.stride = block.stride * (block.rows / sample.rows);
       shifted_sums(sample, x, piece, pivot, sum, squares);
       const double n = double(sample.rows * a_row);
-      for (int64_t k = 0; k < piece.channels; ++k) pivot[k] = A(sum[k] / n);
+      for (int64_t k = 0; k < piece.channels; ++k) pivot[k] = pivot_near<T>(sum[k] / n);
     });
   }
 
   void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
     const double n = double(count(piece));
-    A pivot[max_columns];
+    E pivot[max_columns];
     double sum[max_columns], squares[max_columns];
     guess(x, piece, pivot, sum, squares);
     for (int round = 0; round < 2; ++round) {
@@ -256,12 +272,12 @@ struct ColumnsWalk {
       for (int64_t k = 0; k < piece.channels; ++k) {
         const Moments m = from_shifted_sums(n, double(pivot[k]), sum[k], squares[k]);
         mean[k] = m.mean, m2[k] = m.m2;
-        again |= improve_pivot(n, sum[k], squares[k], pivot[k]);
+        again |= improve_pivot<T>(n, sum[k], m, pivot[k]);
       }
       if (!again) break;
     }
     for (int64_t k = 0; k < piece.channels; ++k) {
-      if (!__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
+      if (sizeof(E) == 4 && !__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
     }
   }
 
@@ -287,20 +303,18 @@ struct ColumnsWalk {
   }
 
   void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
-    using E = gradient_t<T>;
-    using G = Lanes<T, E>;
     E pivot[max_columns];
     for (int64_t k = 0; k < piece.channels; ++k) {
       sum[k] = dot[k] = 0;
-      pivot[k] = gradient_pivot<T>(mean[k]);
+      pivot[k] = pivot_near<T>(mean[k]);
     }
     each_block(piece, [&](const Block& block) {
-      sum_terms(block, piece, pivot, sizeof(E) == 8 ? block.rows : gradient_terms, sum, dot,
-                [dy, x](const auto& access, int64_t i, const G& c, G& s, G& q) FASTBN_INLINE {
-                  const G g = lanes_of<E>(access.load(dy + i)), d = lanes_of<E>(access.load(x + i));
-                  for (int k = 0; k < G::vectors; ++k) {
+      sum_terms(block, piece, pivot, sum, dot,
+                [dy, x](const auto& access, int64_t i, const S& c, S& s, S& q) FASTBN_INLINE {
+                  const S g = lanes_of<E>(access.load(dy + i)), v = lanes_of<E>(access.load(x + i));
+                  for (int k = 0; k < S::vectors; ++k) {
                     s.v[k] += g.v[k];
-                    q.v[k] += g.v[k] * (d.v[k] - c.v[k]);
+                    q.v[k] += g.v[k] * (v.v[k] - c.v[k]);
                   }
                 });
     });
@@ -331,20 +345,20 @@ struct ColumnsWalk {
   }
 
   void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
-                  const A* dy_scale, const A* x_scale, const A* shift) const {
-    map<4>(dx, piece, streamed, {mean, dy_scale, x_scale, shift},
+                  const A* x_scale, const A* scale, const A* shift) const {
+    map<4>(dx, piece, streamed, {mean, x_scale, scale, shift},
            [dy, x](const auto& access, int64_t i, const L (&c)[4]) FASTBN_INLINE {
              P v = access.load(dy + i);
              const P d = access.load(x + i);
              for (int k = 0; k < P::vectors; ++k) {
-               v.v[k] = v.v[k] * c[1].v[k] + ((d.v[k] - c[0].v[k]) * c[2].v[k] + c[3].v[k]);
+               v.v[k] = (v.v[k] + (d.v[k] - c[0].v[k]) * c[1].v[k]) * c[2].v[k] + c[3].v[k];
              }
              return v;
            });
   }
 
-  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* dy_scale) const {
-    map<1>(dx, piece, streamed, {dy_scale}, [dy](const auto& access, int64_t i, const L (&c)[1]) FASTBN_INLINE {
+  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* scale) const {
+    map<1>(dx, piece, streamed, {scale}, [dy](const auto& access, int64_t i, const L (&c)[1]) FASTBN_INLINE {
       P v = access.load(dy + i);
       for (int k = 0; k < P::vectors; ++k) v.v[k] *= c[0].v[k];
       return v;
