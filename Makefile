@@ -4,8 +4,7 @@
 # package. So scripts are started by their path, and pytest from within tests/, never as `python -m` from here.
 
 PYTHON ?= python3
-# Used where $(PYTHON) has no torch of its own. For a smaller download on a machine without a GPU:
-#   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# What pip installs where $(PYTHON) has no torch of its own; options of pip may follow the name.
 TORCH ?= torch==2.13.0
 VENV := .venv
 PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich
