@@ -1,6 +1,6 @@
-// In: calls of batch_norm in eager mode. Out: the output, running statistics and counter updated, and a node that
-// keeps what backward needs. In C++ because a small batch norm is all overhead: torch.autograd.Function alone
-// costs as much as torch's whole batch norm.
+// In: calls of batch_norm in eager mode. Out: the output, running statistics and counter updated, and a node
+// that keeps what backward needs. In C++ because a small batch norm is all overhead: torch.autograd.Function
+// alone costs as much as torch's whole batch norm.
 #include "autograd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -62,9 +62,6 @@ auto make_node() {
 
 // Exact under any number of threads; torch's += is a kernel of its own on every forward pass.
 void count_batch(const Tensor& counter) {
-  TORCH_CHECK(counter.scalar_type() == at::kLong && counter.numel() == 1 && counter.is_cpu(),
-              "num_batches_tracked should be one int64 on the CPU, not ", counter.numel(), " of ",
-              counter.scalar_type(), " on ", counter.device());
   __atomic_fetch_add(counter.data_ptr<int64_t>(), 1, __ATOMIC_RELAXED);
   if (!counter.is_inference()) counter.unsafeGetTensorImpl()->bump_version();
 }
@@ -85,32 +82,49 @@ bool is_watched() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                 const OptionalTensor& num_batches_tracked, bool training, double eps) {
+  if (input.dim() < 2 || input.numel() == 0) return false;
+  const int64_t channels = input.size(1);
+  for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
+    if (*t && ((*t)->dim() != 1 || (*t)->size(0) != channels)) return false;
+  }
+  for (const OptionalTensor* t : {&running_mean, &running_var}) {
+    if (*t ? (*t)->requires_grad() : !training) return false;
+  }
+  if (running_mean.has_value() != running_var.has_value()) return false;
+  if (num_batches_tracked && !(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1)) {
+    return false;
+  }
+  return (training ? eps > 0 && input.numel() > channels : eps >= 0) &&
+         dtypes_agree(input, {&weight, &bias, &running_mean, &running_var});
+}
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
                   double eps) {
   if (num_batches_tracked) count_batch(*num_batches_tracked);
-  check_arguments(input, weight, bias, running_mean, running_var, training, eps);
-  const bool wants_grad = torch::autograd::compute_requires_grad(input, weight.value_or(Tensor()), bias.value_or(Tensor()));
+  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+  const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b);
 
   Tensor output, moments;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const OptionalTensor fixed =
-        training ? std::nullopt : OptionalTensor(running_moments(*running_mean, *running_var));
+    const OptionalTensor fixed = training ? std::nullopt : OptionalTensor(running_moments(*running_mean, *running_var));
     std::tie(output, moments) = forward(input, weight, bias, fixed, eps);
     if (training && running_mean) {
-      const int64_t count = input.size(1) == 0 ? 0 : input.numel() / input.size(1);
-      update_running_stats(moments, count, momentum, running_mean, running_var, num_batches_tracked);
+      update_running_stats(moments, input.numel() / input.size(1), momentum, running_mean, running_var,
+                           num_batches_tracked);
     }
   }
   if (wants_grad) {
     const auto node = make_node<BatchNormBackward>();
-    node->set_next_edges(
-        torch::autograd::collect_next_edges(input, weight.value_or(Tensor()), bias.value_or(Tensor())));
+    node->set_next_edges(torch::autograd::collect_next_edges(input, w, b));
     node->input = torch::autograd::SavedVariable(input, false);
-    node->weight = torch::autograd::SavedVariable(weight.value_or(Tensor()), false);
-    node->moments = moments;
+    node->weight = torch::autograd::SavedVariable(w, false);
+    node->moments = std::move(moments);
     node->eps = eps;
     node->training = training;
     torch::autograd::set_history(output, node);

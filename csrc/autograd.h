@@ -7,22 +7,28 @@
 
 namespace fastbn {
 
-// What a backward pass that is itself differentiated, or mapped, calls: grad_output, input, weight, moments, eps,
-// training, mask. Set once, by the Python module, to the autograd.Function of the backward pass.
-using DifferentiableBackward = std::function<std::array<Tensor, 3>(
-    const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, double, bool, std::array<bool, 3>)>;
+// What a backward pass that is itself differentiated, or mapped, calls: grad_output, input, weight, moments,
+// eps, training, mask. Set once, by the Python module, to the autograd.Function of the backward pass.
+using DifferentiableBackward = std::function<std::array<Tensor, 3>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                                   const Tensor&, double, bool, std::array<bool, 3>)>;
 void set_differentiable_backward(DifferentiableBackward f);
 
-// True if the tensor is an ordinary one of a device that has kernels: not mapped, fake, traced, a dual number or
-// a subclass that sees operators.
+// True if the tensor is an ordinary one of a device that has kernels: not mapped, fake, traced, a dual number
+// or a subclass that sees operators.
 bool is_plain(const Tensor& t);
 
 // True while a mode (functorch, a dispatch mode, tracing) wants to see every operator.
 bool is_watched();
 
+// True for a call that is right in every argument and ordinary: (C,) parameters and statistics, some values
+// in each channel. What is not is left to Python, which knows torch's messages and the rarer forms.
+bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                 const OptionalTensor& num_batches_tracked, bool training, double eps);
+
+// For ordinary calls with plain tensors that nobody watches.
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                  double eps);
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps);
 
 }  // namespace fastbn

@@ -1,4 +1,5 @@
-// In: Python objects. Out: calls of ops.cpp and autograd.cpp; the module fastbn._C and the operators fastbn::*.
+// In: Python objects. Out: calls of ops.cpp and autograd.cpp; the module fastbn._C and the operators
+// fastbn::*.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -16,7 +17,8 @@ namespace py = pybind11;
 
 // Subclasses of Tensor may want to see the call; Parameter is the one that never does.
 bool is_tensor_or_parameter(py::handle object) {
-  static const PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  static const PyObject* const parameter =
+      py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
   return THPVariable_CheckExact(object.ptr()) || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == parameter;
 }
 
@@ -32,23 +34,33 @@ OptionalTensor plain(py::handle object, bool& ok) {
   return t;
 }
 
+// Numbers that need no closer look: what else torch takes for one, Python converts.
+double number(py::handle object, bool& ok) {
+  ok = ok && (PyFloat_Check(object.ptr()) || PyLong_Check(object.ptr()));
+  if (!ok) return 0;
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
 py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
-                            py::handle running_var, py::handle num_batches_tracked, bool training,
-                            py::handle momentum, double eps) {
-  bool ok = !input.is_none() && !is_watched() && !at::impl::torch_function_mode_enabled();
+                            py::handle running_var, py::handle num_batches_tracked, py::handle training,
+                            py::handle momentum, py::handle eps) {
+  bool ok =
+      !input.is_none() && PyBool_Check(training.ptr()) && !is_watched() && !at::impl::torch_function_mode_enabled();
   const OptionalTensor x = plain(input, ok), w = plain(weight, ok), b = plain(bias, ok);
   const OptionalTensor mean = plain(running_mean, ok), var = plain(running_var, ok);
   const OptionalTensor counter = plain(num_batches_tracked, ok);
-  if (!ok) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  std::optional<double> factor;
-  if (!momentum.is_none()) {
-    factor = PyFloat_AsDouble(momentum.ptr());
-    if (PyErr_Occurred()) throw py::error_already_set();
+  const std::optional<double> factor = momentum.is_none() ? std::nullopt : std::optional(number(momentum, ok));
+  const double epsilon = number(eps, ok);
+  const bool train = training.ptr() == Py_True;
+  if (!ok || !is_ordinary(*x, w, b, mean, var, counter, train, epsilon)) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
   Tensor output;
   {
     py::gil_scoped_release release;
-    output = batch_norm(*x, w, b, mean, var, counter, training, factor, eps);
+    output = batch_norm(*x, w, b, mean, var, counter, train, factor, epsilon);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
 }
@@ -65,8 +77,7 @@ void set_python_backward(py::function f) {
                                      double eps, bool training, std::array<bool, 3> mask) {
     py::gil_scoped_acquire gil;
     const auto grads = (*kept)(dy, x, w, moments, eps, training, mask).cast<std::array<OptionalTensor, 3>>();
-    return std::array<Tensor, 3>{grads[0].value_or(Tensor()), grads[1].value_or(Tensor()),
-                                 grads[2].value_or(Tensor())};
+    return std::array<Tensor, 3>{grads[0].value_or(Tensor()), grads[1].value_or(Tensor()), grads[2].value_or(Tensor())};
   });
 }
 
@@ -85,8 +96,8 @@ py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t ele
                         !__builtin_mul_overflow(elements, int64_t(8), &elements),
                     "sizes are too large");
   const DType dtype = element_bytes == 8 ? DType::f64 : element_bytes == 4 ? DType::f32 : DType::bf16;
-  const Problem problem{
-      {sizes[0], sizes[1], positions, channels_last ? Layout::channels_last : Layout::channels_first}, dtype};
+  const Problem problem{{sizes[0], sizes[1], positions, channels_last ? Layout::channels_last : Layout::channels_first},
+                        dtype};
   const cpu::Plan p = cpu::make_plan(problem);
   py::dict d;
   d["walk"] = p.walk == cpu::Walk::runs ? "runs" : "columns";
@@ -122,6 +133,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const 
   return {filled(dx), filled(dw), filled(db)};
 }
 
+void update_running_stats_op(const Tensor& moments, int64_t count, std::optional<double> momentum,
+                             const Tensor& running_mean, const Tensor& running_var,
+                             const OptionalTensor& num_batches_tracked) {
+  update_running_stats(moments, count, momentum, running_mean, running_var, num_batches_tracked);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fastbn, m) {
@@ -129,11 +146,15 @@ TORCH_LIBRARY(fastbn, m) {
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, float eps, bool training, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "update_running_stats(Tensor moments, SymInt count, float? momentum, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, Tensor? num_batches_tracked) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(fastbn, CPU, m) {
   m.impl("forward", &forward_op);
   m.impl("backward", &backward_op);
+  m.impl("update_running_stats", &update_running_stats_op);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -3,7 +3,6 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-
 #include <c10/core/CPUAllocator.h>
 
 #include <memory>
@@ -16,7 +15,7 @@ namespace fastbn {
 
 namespace {
 
-DType dtype_of(const Tensor& t, const char* name) {
+DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
       return DType::f32;
@@ -27,7 +26,7 @@ DType dtype_of(const Tensor& t, const char* name) {
     case at::kBFloat16:
       return DType::bf16;
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", t.scalar_type(), "' (", name, ")");
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", t.scalar_type(), "'");
   }
 }
 
@@ -48,21 +47,10 @@ void check_channels(const OptionalTensor& t, const char* name, int64_t channels)
   TORCH_CHECK(t->numel() == channels, name, " should contain ", channels, " elements not ", t->numel());
 }
 
-// One dtype for all, or a half input with float32 for all that belongs to channels.
-void check_dtypes(const Tensor& input, std::initializer_list<std::pair<const char*, const OptionalTensor*>> params) {
-  dtype_of(input, "input");
-  const auto expected_half = is_half(input.scalar_type());
-  std::optional<at::ScalarType> first;
-  for (const auto& [name, t] : params) {
-    if (!present(*t)) continue;
-    const auto dtype = (*t)->scalar_type();
-    TORCH_CHECK(dtype == input.scalar_type() || (expected_half && dtype == at::kFloat),
-                "mixed dtype (CPU): expect parameter to have scalar type of Float or the input's, ",
-                input.scalar_type(), ", but ", name, " is ", dtype);
-    if (!first) first = dtype;
-    TORCH_CHECK(dtype == *first, "mixed dtype (CPU): all parameters and statistics must share one datatype, but ",
-                name, " is ", dtype, " beside ", *first);
-  }
+void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
+  dtype_of(input);
+  TORCH_CHECK(dtypes_agree(input, params), "mixed dtype (CPU): weight and bias should have the dtype of input, ",
+              input.scalar_type(), ", or both be Float beside a half input");
 }
 
 void check_moments(const Tensor& moments, int64_t channels) {
@@ -73,34 +61,42 @@ void check_moments(const Tensor& moments, int64_t channels) {
 }
 
 int64_t channels_of(const Tensor& input) {
-  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ",
-                    input.dim());
+  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ", input.dim());
   return input.size(1);
+}
+
+// The memory format of torch's output: the input's own, or what torch suggests for one that has none.
+at::MemoryFormat output_format(const Tensor& input) {
+  for (const auto format :
+       {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
+    if (input.is_contiguous(format)) return format;
+  }
+  return input.suggest_memory_format();
 }
 
 // The tensor in one of the two layouts that kernels know, copied if it is in neither.
 struct Folded {
   Tensor tensor;
+  at::MemoryFormat format;
   Problem problem;
 };
 
 Folded fold(const Tensor& input) {
   Folded f;
-  const auto format = input.is_contiguous() ? at::MemoryFormat::Contiguous : input.suggest_memory_format();
-  f.tensor = input.contiguous(format);
+  f.format = output_format(input);
+  f.tensor = input.contiguous(f.format);
   const int64_t channels = input.size(1);
   const int64_t samples = input.size(0);
-  const int64_t elements = input.numel();
-  f.problem.dtype = dtype_of(input, "input");
-  f.problem.shape = {samples, channels, elements == 0 ? 0 : elements / (samples * channels),
-                     format == at::MemoryFormat::Contiguous ? Layout::channels_first : Layout::channels_last};
+  f.problem.dtype = dtype_of(input);
+  f.problem.shape = {samples, channels, input.numel() / (samples * channels),
+                     f.format == at::MemoryFormat::Contiguous ? Layout::channels_first : Layout::channels_last};
   return f;
 }
 
-// dy in the layout of x, whatever its own.
-Tensor fold_like(const Tensor& t, const Folded& other) {
-  if (other.problem.shape.layout == Layout::channels_first) return t.contiguous();
-  return t.contiguous(t.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast);
+// Where both formats mean the same order in memory (one channel, say), torch's gradient has the strides of
+// the one that it suggests, and its output does not.
+at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
+  return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
 }
 
 // Not at::empty: for tensors of this one device the dispatcher costs more than the allocation.
@@ -126,19 +122,17 @@ struct LargeAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-Tensor fresh_like(const Tensor& t) {
-  if (int64_t(t.nbytes()) < cpu::large_bytes) {
-    return at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
-  }
+Tensor fresh_like(const Tensor& t, at::MemoryFormat format) {
+  if (int64_t(t.nbytes()) < cpu::large_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
   static LargeAllocator* const allocator = new LargeAllocator;  // outlives every tensor
-  return at::detail::empty_strided_generic(t.sizes(), t.strides(), allocator,
-                                           c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type());
+  return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
+                                   format);
 }
 
 Param param(const OptionalTensor& t, Tensor& keep) {
   if (!present(t)) return {nullptr, DType::f32};
   keep = t->contiguous();
-  return {keep.data_ptr(), dtype_of(keep, "parameter")};
+  return {keep.data_ptr(), dtype_of(keep)};
 }
 
 // Memory for one call: on the stack while it is small, else from torch's allocator.
@@ -159,7 +153,7 @@ template <class F>
 void each_channel(const Tensor& t, const F& f) {
   Tensor flat = t.dim() == 1 ? t : t.reshape({-1});
   const int64_t stride = flat.stride(0);
-  dispatch_dtype(dtype_of(t, "running statistics"), [&](auto type) {
+  dispatch_dtype(dtype_of(t), [&](auto type) {
     using T = typename decltype(type)::type;
     T* data = static_cast<T*>(flat.data_ptr());
     for (int64_t c = 0; c < flat.numel(); ++c) f(c, data[c * stride]);
@@ -185,32 +179,16 @@ void blend(const Tensor& running, const double* batch, double momentum, double f
 
 }  // namespace
 
-void check_arguments(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                     double eps) {
-  TORCH_CHECK_VALUE(!training || eps > 0, "batch_norm eps must be positive during training, but got ", eps);
-  TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", eps);
-  check_device(input, "input");
-  dtype_of(input, "input");
-  const int64_t channels = channels_of(input);
-  if (training) {
-    TORCH_CHECK_VALUE(present(running_mean) == present(running_var),
-                      "running_mean and running_var must either both be None or neither be None");
-    TORCH_CHECK_VALUE(channels == 0 || input.numel() != channels,
-                      "Expected more than 1 value per channel when training, got input size torch.Size(",
-                      input.sizes(), ")");
-  } else {
-    TORCH_CHECK(present(running_mean), "running_mean must be defined in evaluation mode");
-    TORCH_CHECK(present(running_var), "running_var must be defined in evaluation mode");
+bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
+  const auto type = input.scalar_type();
+  std::optional<at::ScalarType> shared;
+  for (const OptionalTensor* t : params) {
+    if (!present(*t)) continue;
+    const auto own = (*t)->scalar_type();
+    if (!(own == type || (is_half(type) && own == at::kFloat)) || shared.value_or(own) != own) return false;
+    shared = own;
   }
-  check_channels(running_mean, "running_mean", channels);
-  check_channels(running_var, "running_var", channels);
-  check_channels(weight, "weight", channels);
-  check_channels(bias, "bias", channels);
-  check_dtypes(input, {{"weight", &weight}, {"bias", &bias}, {"running_mean", &running_mean}, {"running_var", &running_var}});
-  TORCH_CHECK(!present(running_mean) || !(running_mean->requires_grad() || running_var->requires_grad()),
-              "batch_norm is not differentiable with respect to running_mean and running_var: they cannot have"
-              " requires_grad True");
+  return true;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -220,13 +198,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   const bool training = !present(moments);
   check_channels(weight, "weight", channels);
   check_channels(bias, "bias", channels);
-  check_dtypes(input, {{"weight", &weight}, {"bias", &bias}});
+  check_dtypes(input, {&weight, &bias});
   if (!training) check_moments(*moments, channels);
 
-  const Folded x = fold(input);
-  Tensor output = fresh_like(x.tensor);
   Tensor kept = training ? fresh({2, channels}, at::kDouble) : moments->contiguous();
-  if (input.numel() == 0) return {output, training ? kept.zero_() : kept};
+  if (input.numel() == 0) return {fresh_like(input, at::MemoryFormat::Contiguous), training ? kept.zero_() : kept};
+  const Folded x = fold(input);
+  Tensor output = fresh_like(input, x.format);
 
   Tensor kept_weight, kept_bias;
   Scratch scratch(cpu::workspace_bytes(x.problem));
@@ -254,25 +232,25 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
               input.scalar_type(), ", not ", grad_output.scalar_type());
   check_channels(weight, "weight", channels);
-  check_dtypes(input, {{"weight", &weight}});
+  check_dtypes(input, {&weight});
   check_moments(moments, channels);
 
-  const auto param_dtype = present(weight)                  ? weight->scalar_type()
+  const auto param_dtype = present(weight)                ? weight->scalar_type()
                            : is_half(input.scalar_type()) ? at::kFloat
-                                                            : input.scalar_type();
+                                                          : input.scalar_type();
   std::tuple<Tensor, Tensor, Tensor> grads;
   if (input.numel() == 0) {
-    if (mask[0]) std::get<0>(grads) = fresh_like(fold(input).tensor);
+    if (mask[0]) std::get<0>(grads) = fresh_like(input, input.suggest_memory_format());
     if (mask[1]) std::get<1>(grads) = fresh({channels}, param_dtype).zero_();
     if (mask[2]) std::get<2>(grads) = fresh({channels}, param_dtype).zero_();
     return grads;
   }
 
   const Folded x = fold(input);
-  const Tensor dy = fold_like(grad_output, x);
+  const Tensor dy = grad_output.contiguous(x.format);
   const Tensor saved = moments.contiguous();
   Tensor dx, kept_weight;
-  if (mask[0]) dx = fresh_like(x.tensor);
+  if (mask[0]) dx = fresh_like(input, gradient_format(x, input));
   const bool wants_sums = mask[1] || mask[2];
   const int64_t sums_bytes = round_up(2 * channels * int64_t(sizeof(double)), 64);
   Scratch scratch(sums_bytes + cpu::workspace_bytes(x.problem));

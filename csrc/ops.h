@@ -1,9 +1,11 @@
-// In: tensors. Out: tensors, computed by the backend of their device; checks, allocation and layout live here.
+// In: tensors. Out: tensors, computed by the backend of their device; checks, allocation and layout live
+// here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -12,10 +14,8 @@ namespace fastbn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Throws what torch throws for bad sizes, dtypes and devices.
-void check_arguments(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                     double eps);
+// True if params have the dtype of input, or are all float32 beside a half input.
+bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
 
 // moments: float64 [2, C], mean and biased variance; absent: those of the batch. Returns output and moments.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

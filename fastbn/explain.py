@@ -58,9 +58,7 @@ def explain(input, *, training=True):
         raise RuntimeError(f"explain(): input is on {input.device}, and this build has kernels for the CPU only")
     if not input.is_floating_point():
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{input.dtype}'")
-    channels_last = not input.is_contiguous() and (
-        torch._prims_common.suggest_memory_format(input) != torch.contiguous_format
-    )
+    channels_last = ops.output_format(input) != torch.contiguous_format
     plan = ops._C.plan(list(input.shape), channels_last, input.element_size())
     size = math.prod(input.shape) * input.element_size()
     again = training and plan["segments"] > 1  # x, or x and dy, come from memory twice

@@ -18,14 +18,19 @@ class _FastBatchNorm:
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor):  # a proxy of torch.fx has no number of dimensions to look at
             self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            training, counter = True, self.num_batches_tracked
-            if not self.track_running_stats:
-                mean = var = counter = None
-        else:
+        try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            counter = self._buffers["num_batches_tracked"]
+        except KeyError:  # parametrized, pruned, or moved elsewhere by another tool
+            weight, bias = self.weight, self.bias
+            mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        training = self.training
+        if not training:
             training, counter = mean is None and var is None, None
-        return batch_norm(input, self.weight, self.bias, mean, var, counter, training, self.momentum, self.eps)
+        elif not self.track_running_stats:
+            mean = var = counter = None
+        return batch_norm(input, weight, bias, mean, var, counter, training, self.momentum, self.eps)
 
 
 class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):

@@ -1,4 +1,4 @@
-"""In: tensors from autograd.py. Out: the extension, and its operators fastbn::forward and fastbn::backward.
+"""In: tensors from autograd.py. Out: the extension, and its operators fastbn::forward, backward, update_running_stats.
 
 Eager calls go to `_C` directly. What traces operators (torch.compile, torch.export, fake tensors, functorch) goes
 through torch.library, to the same functions of ops.cpp.
@@ -28,23 +28,40 @@ _C = _load()
 
 forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default
+update_running_stats = torch.ops.fastbn.update_running_stats.default
 
 
-def _like_output(input):
-    """A tensor with the strides that batch norm gives its output: torch's suggested format, dense."""
-    return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
+def output_format(input):
+    """The memory format of the output, as in ops.cpp: that of input, or what torch suggests if it has none."""
+    if input.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    if last is not None and input.is_contiguous(memory_format=last):
+        return last
+    return torch._prims_common.suggest_memory_format(input)
 
 
 @torch.library.register_fake("fastbn::forward")
 def _forward_fake(input, weight, bias, moments, eps):
-    return _like_output(input), input.new_empty((2, input.size(1)), dtype=torch.float64)
+    output = torch.empty_like(input, memory_format=output_format(input))
+    return output, input.new_empty((2, input.size(1)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastbn::backward")
 def _backward_fake(grad_output, input, weight, moments, eps, training, output_mask):
     dtype = param_dtype(input, weight)
     param = [input.new_empty(input.size(1), dtype=dtype) if m else input.new_empty(0) for m in output_mask[1:]]
-    return (_like_output(input) if output_mask[0] else input.new_empty(0), *param)
+    if not output_mask[0]:
+        return input.new_empty(0), *param
+    memory_format = output_format(input)
+    if memory_format == torch.contiguous_format:
+        memory_format = torch._prims_common.suggest_memory_format(input)
+    return torch.empty_like(input, memory_format=memory_format), *param
+
+
+@torch.library.register_fake("fastbn::update_running_stats")
+def _update_running_stats_fake(moments, count, momentum, running_mean, running_var, num_batches_tracked):
+    pass
 
 
 def param_dtype(input, weight):

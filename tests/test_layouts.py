@@ -46,6 +46,23 @@ def test_strides_are_torchs(device, layout, shape, training):
 
 
 @training
+@layouts
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 5, 2)], ids=str)
+def test_fake_kernels_give_the_strides_of_the_real_ones(device, layout, shape, training):
+    x = layout(shape, device=device)
+    moments = torch.ones(2, shape[1], dtype=torch.float64, device=device)
+    fake = torch.empty_strided(x.shape, x.stride(), device="meta")
+    ops = torch.ops.fastbn
+    for mask in ([True] * 3, [True, False, False]):
+        real = ops.backward(torch.ones_like(x), x, None, moments, 1e-5, training, mask)
+        guess = ops.backward(torch.ones_like(fake), fake, None, moments.to("meta"), 1e-5, training, mask)
+        assert [t.stride() for t in real] == [t.stride() for t in guess]
+    real = ops.forward(x, None, None, None if training else moments, 1e-5)
+    guess = ops.forward(fake, None, None, None if training else moments.to("meta"), 1e-5)
+    assert [t.stride() for t in real] == [t.stride() for t in guess]
+
+
+@training
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dx_takes_the_strides_of_a_dense_x(device, shape, training):
     for layout in (inputs.contiguous, inputs.channels_last):

@@ -93,6 +93,7 @@ def test_compile_dynamic_batch(compile_model, compiler):
 
     batches, counts = [images(batch) for batch in (4, 7, 9, 16)], []
     for model, twin in (nets(), nets()[::-1]):
+        torch._dynamo.reset()  # the first compilation of a code object takes more attempts than those after it
         counter = CompileCounterWithBackend(compiler)
         compiled = compile_model(model, counter, dynamic=True)
         for x in batches:
@@ -219,8 +220,10 @@ def test_vmap_in_training_without_statistics():
 
 def test_vmap_in_training_with_statistics_refuses_or_is_right():
     """One buffer cannot hold five updates: torch raises, and a silent answer would be wrong."""
-    with pytest.raises(RuntimeError):
-        vmap(fastbn.BatchNorm2d(3))(torch.randn(5, 2, 3, 4, 4))
+    x, stats = torch.randn(5, 2, 3, 4, 4), torch.ones(2, 3)
+    for function in (batch_norm, nn.functional.batch_norm):
+        with pytest.raises(RuntimeError, match="running_mean or running_var, which will be updated in place"):
+            vmap(lambda x, f=function: f(x, *stats, training=True))(x)
 
 
 def test_vmap_over_an_ensemble():
@@ -251,6 +254,41 @@ def test_func_transforms(training):
         y, pullback = vjp(call, x)
         first = [grad(loss)(x), y, *pullback(tangent), *jvp(call, (x,), (tangent,)), jacrev(call)(x)]
         results.append([*first, hessian(loss)(x), vmap(grad(loss))(torch.stack([x, 2 * x]))])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian"])
+def test_running_statistics_move_under_func_transforms(transform):
+    x, stats = torch.randn(4, 3, 2), []
+    for function in (batch_norm, nn.functional.batch_norm):
+        mean, var = torch.zeros(3), torch.ones(3)
+
+        def loss(x, function=function, mean=mean, var=var):
+            return function(x, mean, var, training=True).pow(3).sum()
+
+        {"grad": lambda: grad(loss)(x), "jvp": lambda: jvp(loss, (x,), (x,)), "hessian": lambda: hessian(loss)(x)}[
+            transform
+        ]()
+        stats.append((mean, var))
+    torch.testing.assert_close(*stats)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None], ids=str)
+def test_vmap_over_an_ensemble_in_training(momentum):
+    """Each model has statistics and a counter of its own."""
+    x, results = torch.randn(5, 3), []
+    for cls in (fastbn.BatchNorm1d, nn.BatchNorm1d):
+        models = [cls(3, momentum=momentum) for _ in range(4)]
+        for i, model in enumerate(models):
+            nn.init.constant_(model.weight, i + 1)
+            model.num_batches_tracked.fill_(i)
+        parameters, buffers = stack_module_state(models)
+        if cls is fastbn.BatchNorm1d:
+            y = vmap(lambda p, b, m=models[0]: functional_call(m, (p, b), (x,)))(parameters, buffers)
+        else:  # torch has no batching rule for a momentum of None
+            y = torch.stack([model(x) for model in models])
+            buffers = {name: torch.stack([m.state_dict()[name] for m in models]) for name in buffers}
+        results.append((y, buffers))
     torch.testing.assert_close(*results)
 
 
@@ -288,6 +326,9 @@ def test_opcheck(dtype, channels_last):
             torch.library.opcheck(ops.forward, (leaf, None, None, given, 1e-5))
     for mode in (True, False):
         torch.library.opcheck(ops.backward, (dy, x, weight, moments, 1e-5, mode, [True, True, True]))
+    for momentum, counter in ((0.1, None), (None, torch.tensor(3))):
+        stats = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
+        torch.library.opcheck(ops.update_running_stats, (moments, 40, momentum, *stats, counter))
 
 
 @training

@@ -1,0 +1,57 @@
+"""The extension. What each function refuses is a RuntimeError, ValueError, TypeError or IndexError."""
+
+from collections.abc import Callable
+from types import NotImplementedType
+
+from torch import Tensor
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor | NotImplementedType:
+    """Batch norm, running statistics, counter and autograd node at once; NotImplemented if a call is not ordinary."""
+
+def forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Output, and the moments used: float64 (2, C), mean and biased variance, of the batch if none are given."""
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    training: bool,
+    output_mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias; None where output_mask is False."""
+
+def update_running_stats(
+    moments: Tensor,
+    count: int,
+    momentum: float | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Blend the moments of count values a channel into the running statistics, in place; the variance unbiased."""
+
+def set_differentiable_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """What the autograd node calls, with the arguments of backward, when its own pass is differentiated or watched."""
+
+def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, str | int]:
+    """How the kernels would walk a tensor of these sizes: the fields of fastbn.Plan that they decide."""
+
+def cpu_capability() -> str:
+    """The instruction set of the kernels that run: "baseline", "avx2" or "avx512"."""
+
+def build_info() -> dict[str, str | None]:
+    """Versions of torch and of the compiler at build time, the CUDA built in, and CPU capabilities."""

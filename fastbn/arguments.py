@@ -1,0 +1,78 @@
+"""In: the arguments of batch norm, of any kind. Out: torch's exceptions, or the assurance that they are right.
+
+The short way through the extension only knows what is right (is_ordinary in autograd.cpp); who is wrong comes here.
+"""
+
+import math
+from numbers import Real
+
+import torch
+
+
+def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps):
+    """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps."""
+    _require(isinstance(input, torch.Tensor), "input", 1, "Tensor", input)
+    if training:
+        count = input.shape[0] * math.prod(input.shape[2:])
+        if count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        if eps <= 0.0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    elif eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    tensors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for position, (name, t) in enumerate(tensors.items(), 2):
+        _require(t is None or isinstance(t, torch.Tensor), name, position, "Tensor", t)
+    _require(isinstance(training, bool), "training", 6, "bool", training)
+    return None if momentum is None else _number(momentum, "momentum", 7), _number(eps, "eps", 8)
+
+
+def check_together(input, weight, bias, running_mean, running_var, training):
+    """Checks of the arguments against each other; all of them are tensors or None."""
+    if (running_mean is None) != (running_var is None) and training:
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    channels = input.size(1) if input.dim() > 1 else 0  # as torch counts them
+    shared = None
+    tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, t in tensors.items():
+        if t is None:
+            if not training and name.startswith("running"):
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+            continue
+        if t.device != input.device:
+            raise RuntimeError(f"batch_norm(): {name} is on device {t.device}, but input is on device {input.device}")
+        if t.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+        shared = t.dtype if shared is None else shared
+        half = input.dtype in (torch.float16, torch.bfloat16) and t.dtype == torch.float32
+        if input.is_floating_point() and (t.dtype != shared or not (t.dtype == input.dtype or half)):
+            raise RuntimeError(
+                f"mixed dtype: parameters and statistics should have the dtype of input, {input.dtype}, or all be "
+                f"float32 beside a half input, but {name} is {t.dtype}"
+            )
+        if t.requires_grad and name.startswith("running"):
+            raise RuntimeError(
+                "batch_norm is not differentiable with respect to running_mean and running_var: they cannot have "
+                "requires_grad True"
+            )
+    if input.dim() < 2:
+        raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
+    if input.device.type not in ("cpu", "meta"):
+        raise RuntimeError(
+            f"fastbn: input is on {input.device}, and this build of fastbn has kernels for the CPU only. Move the "
+            "model to the CPU, or use torch.nn's batch norm there."
+        )
+
+
+def _number(value, name, position):
+    """Of the kinds that torch takes for a float argument."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad:
+        return value.item()
+    _require(isinstance(value, (Real, torch.SymFloat, torch.SymInt)), name, position, "float", value)
+    return value
+
+
+def _require(right, name, position, kind, value):
+    if not right:
+        found = "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"batch_norm(): argument '{name}' (position {position}) must be {kind}, not {found}")
