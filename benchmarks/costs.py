@@ -37,9 +37,7 @@ def call_records(peers: list[str], seconds: float, rng: random.Random) -> Iterat
         frozen = peer(tensors.module).eval().requires_grad_(False)
         calls["forward"][variant] = lambda module=module: module(x)
         # the same graph over and over: backward alone, without the forward that made it
-        calls["backward"][variant] = lambda y=y, inputs=inputs: torch.autograd.grad(
-            y, inputs, dy, retain_graph=True
-        )
+        calls["backward"][variant] = lambda y=y, inputs=inputs: torch.autograd.grad(y, inputs, dy, retain_graph=True)
         calls["eval"][variant] = lambda frozen=frozen, values=values: frozen(values)
 
     threads = torch.get_num_threads()

@@ -97,9 +97,7 @@ def main() -> int:
         order = torch.randperm(len(train_images))
         for run in runs.values():
             run.epoch(train_images, train_labels, order)
-        shown = ", ".join(
-            f"{name} loss {run.losses[-1]:.5f} in {run.seconds[-1]:.2f} s" for name, run in runs.items()
-        )
+        shown = ", ".join(f"{name} loss {run.losses[-1]:.5f} in {run.seconds[-1]:.2f} s" for name, run in runs.items())
         console.print(f"epoch {epoch + 1}/{arguments.epochs}: {shown}")
 
     table = Table("", "first loss", "last loss", "test accuracy", "median seconds / epoch", title="Digits")

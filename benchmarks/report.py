@@ -192,9 +192,7 @@ def _import(records: list[Record]) -> Measured:
 
 
 def _memory(records: list[Record]) -> Measured:
-    ours, theirs = (
-        [r["extra"] for r in select(records, kind="memory", peer=peer)] for peer in ("fastbn", "torch")
-    )
+    ours, theirs = ([r["extra"] for r in select(records, kind="memory", peer=peer)] for peer in ("fastbn", "torch"))
     return (max(ours), f"worst of {len(ours)} cases; torch {max(theirs):.2%}") if ours and theirs else None
 
 

@@ -33,9 +33,7 @@ def part_of(path: Path) -> str:
 
 
 def may_see_torch(path: Path) -> bool:
-    return part_of(path) in {"ops", "autograd", "bindings"} or (
-        part_of(path) == "cpu" and path.stem == "parallel"
-    )
+    return part_of(path) in {"ops", "autograd", "bindings"} or (part_of(path) == "cpu" and path.stem == "parallel")
 
 
 def problem_with(root: Path, path: Path, target: str) -> str | None:
@@ -45,11 +43,7 @@ def problem_with(root: Path, path: Path, target: str) -> str | None:
     if not re.fullmatch(r'"[^"]+"|<[^>]+>', target):
         return "cannot be read: name the file"
     if TORCH.match(name):
-        return (
-            None
-            if may_see_torch(path)
-            else "torch belongs in ops.*, autograd.*, bindings.* and cpu/parallel.*"
-        )
+        return None if may_see_torch(path) else "torch belongs in ops.*, autograd.*, bindings.* and cpu/parallel.*"
     if part in {"core", "cpu"} and CUDA.match(name):
         return f"{part}/ knows no CUDA"
     for folder in (path.parent, Path()):

@@ -163,9 +163,7 @@ def assert_no_further(quantity, result, torchs, truth):
     expected = truth.value[quantity]
     ours, theirs = error(as_rows(result), expected).max(), error(as_rows(torchs), expected).max()
     slack = ulp(max(np.abs(expected).max(), truth.term[quantity]), result.dtype)
-    assert ours <= theirs + slack, (
-        f"{quantity}: off by {ours:.4g}, torch only by {theirs:.4g} (one ulp is {slack:.3g})"
-    )
+    assert ours <= theirs + slack, f"{quantity}: off by {ours:.4g}, torch only by {theirs:.4g} (one ulp is {slack:.3g})"
 
 
 def run(function, x, weight, bias, running_mean, running_var, training, momentum, eps, grad_output):

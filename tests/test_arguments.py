@@ -32,9 +32,7 @@ def assert_torchs_error(call, pattern=None):
 
 
 @training
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
 def test_types_that_are_not_real_numbers(device, dtype, training):
     x = torch.ones(4, 3, 5, 5, device=device).to(dtype)
     assert_torchs_error(arguments(device, input=x, training=training))
@@ -115,9 +113,7 @@ def test_momentum_as_a_tensor(device):
 @training
 @pytest.mark.parametrize("momentum", ["a", None, [0.1], 1j], ids=str)
 def test_momentum_of_a_wrong_type(device, momentum, training):
-    assert_torchs_error(
-        arguments(device, momentum=momentum, training=training), "momentum|must be (float|Number)"
-    )
+    assert_torchs_error(arguments(device, momentum=momentum, training=training), "momentum|must be (float|Number)")
 
 
 @pytest.mark.parametrize("value", ["a", [0.1]], ids=str)
@@ -213,9 +209,7 @@ def test_no_elements(device, shape, parameters, training):
 
 
 @pytest.mark.parametrize("name", ["input", *NAMES])
-@pytest.mark.parametrize(
-    "value", [[1.0, 2.0, 3.0], 1.0, "weight", object()], ids=["list", "float", "str", "object"]
-)
+@pytest.mark.parametrize("value", [[1.0, 2.0, 3.0], 1.0, "weight", object()], ids=["list", "float", "str", "object"])
 def test_not_a_tensor(device, name, value):
     call = arguments(device, **{name: value})
     if name == "input":

@@ -96,9 +96,7 @@ def test_gradcheck_of_the_autograd_function(device, training):
         return fastbn.BatchNormFunction.apply(x, weight, bias, given, 1e-3)[0]
 
     inputs = leaves((4, 3, 2), device=device)
-    assert gradcheck(
-        call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
-    )
+    assert gradcheck(call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
     assert gradgradcheck(call, inputs)
 
 
@@ -167,8 +165,7 @@ def test_second_order_against_a_composition(device, weight, bias, training):
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_every_subset_of_requires_grad(device, wanted, training):
     tensors = [
-        t.detach().requires_grad_(flag)
-        for t, flag in zip(leaves((4, 3, 5), device=device), wanted, strict=True)
+        t.detach().requires_grad_(flag) for t, flag in zip(leaves((4, 3, 5), device=device), wanted, strict=True)
     ]
     others = [t.detach().clone().requires_grad_(flag) for t, flag in zip(tensors, wanted, strict=True)]
     y = function(training, 3, device)(*tensors)
@@ -284,9 +281,7 @@ def test_eval_then_training_then_backward_of_the_first(device, dtype):
     bn.train()(x.detach() * 7 + 3)
     assert not torch.equal(bn.running_mean, mean)
     found = torch.autograd.grad(first, (x, bn.weight, bn.bias), dy)
-    right = torch.autograd.grad(
-        composed(x, bn.weight, bn.bias, mean, var, bn.eps), (x, bn.weight, bn.bias), dy
-    )
+    right = torch.autograd.grad(composed(x, bn.weight, bn.bias, mean, var, bn.eps), (x, bn.weight, bn.bias), dy)
     for ours, exact in zip(found, right, strict=True):
         torch.testing.assert_close(ours, exact)
 

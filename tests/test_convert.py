@@ -41,9 +41,7 @@ class Residual(nn.Module):
 
 
 def batch_norms(model):
-    return {
-        name: m for name, m in model.named_modules(remove_duplicate=False) if "BatchNorm" in type(m).__name__
-    }
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if "BatchNorm" in type(m).__name__}
 
 
 @pytest.mark.parametrize("cls", SWAPS, ids=lambda c: c.__name__)
@@ -101,9 +99,7 @@ def test_a_training_run_has_the_same_losses():
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        torch.testing.assert_close(
-            losses[1], losses[0], rtol=1e-3, atol=1e-4, msg=lambda m, s=step: f"step {s}: {m}"
-        )
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4, msg=lambda m, s=step: f"step {s}: {m}")
     torch.testing.assert_close(ours.state_dict(), torchs.state_dict(), rtol=1e-2, atol=1e-3)
     x = torch.randn(8, 4, 6, 6)
     torch.testing.assert_close(ours.eval()(x), torchs.eval()(x), rtol=1e-2, atol=1e-2)

@@ -113,9 +113,7 @@ def test_each_capability(best, capability):
     assert done.stdout.strip() == capability, done.stderr
     chosen = "test_shapes or test_row_lengths or test_channel_counts or constant_channel or no_multiple"
     files = ["test_parity.py", "test_numerics.py", "test_layouts.py"]
-    done = python(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", chosen, *files], capability
-    )
+    done = python(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", chosen, *files], capability)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 200, "the subset has become empty"
 

@@ -46,9 +46,7 @@ def test_an_extension_that_does_not_load_says_so_in_one_line():
 def test_there_is_no_silent_fallback():
     """A missing extension is an error, not a slow batch norm."""
     code = (
-        "import sys; sys.modules['fastbn._C'] = None\n"
-        "try: import fastbn.modules\n"
-        "except ImportError: print('refused')"
+        "import sys; sys.modules['fastbn._C'] = None\ntry: import fastbn.modules\nexcept ImportError: print('refused')"
     )
     assert run("-c", code).stdout.strip() == "refused"
 
@@ -72,9 +70,7 @@ def test_the_versions_agree():
 
 def test_importing_is_quick():
     """Under 0.15 s after torch. The best of five, as anything may disturb one."""
-    code = (
-        "import time, torch; start = time.perf_counter(); import fastbn; print(time.perf_counter() - start)"
-    )
+    code = "import time, torch; start = time.perf_counter(); import fastbn; print(time.perf_counter() - start)"
     assert min(float(run("-c", code).stdout) for _ in range(5)) < 0.15
 
 
@@ -111,10 +107,7 @@ def source_tree(tmp_path_factory):
 
 
 def test_a_build_without_torch_says_what_to_do(source_tree):
-    code = (
-        "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build'];"
-        "runpy.run_path('setup.py')"
-    )
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build'];runpy.run_path('setup.py')"
     done = run("-c", code, cwd=source_tree)
     line = last_line(done)
     assert "torch" in line and "pip install --no-build-isolation" in line
@@ -162,9 +155,7 @@ def test_the_sdist_builds_and_the_result_works(sdist, tmp_path):
     (wheel,) = wheels.glob("*.whl")
     assert wheel.stat().st_size < 20 * 2**20
     target = tmp_path / "site"
-    done = run(
-        "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path
-    )
+    done = run("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     code = (
         "import torch, fastbn; x = torch.randn(4, 3, 5, 5); print(fastbn.__file__);"

@@ -76,9 +76,7 @@ def test_dx_takes_the_strides_of_a_dense_x(device, shape, training):
 @pytest.mark.sanitize
 @training
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(3, 5, 4, 6), (2, 8, 8, 1), (3, 4, 1, 1), (3, 33, 7, 7), (2, 5, 3, 2, 4)], ids=str
-)
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 8, 8, 1), (3, 4, 1, 1), (3, 33, 7, 7), (2, 5, 3, 2, 4)], ids=str)
 def test_mixtures_of_the_layouts_of_x_and_dy(device, shape, dtype, training):
     """pt#64100 was silently wrong; pt#42588 permuted dy on (2, 8, 8, 1)."""
     for layout in (inputs.contiguous, inputs.channels_last):

@@ -73,9 +73,7 @@ def compile_model():
 
 @training
 @compilers
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
-)
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_compile_fullgraph(compile_model, compiler, training, kwargs):
     """momentum=None breaks torch's own graph (pt#194504), ours not. Running statistics move as well."""
     ours, torchs = (model.train(training) for model in nets(**kwargs))

@@ -9,9 +9,7 @@ from reference import check, oracle, rows, run, wide
 import fastbn
 from fastbn.functional import batch_norm
 
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
-)
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 
 
 def train(x, weight=None, bias=None, eps=1e-5):
@@ -46,9 +44,7 @@ def test_constant_channel_gives_beta_exactly(device, layout, value, shape):
     assert torch.equal(stats[1], torch.full_like(stats[1], 0.9)), "the variance of a constant is zero"
 
 
-@pytest.mark.parametrize(
-    "dtype, value", [(torch.float64, 1e300), (torch.bfloat16, 1e10), (torch.float16, 6e4)]
-)
+@pytest.mark.parametrize("dtype, value", [(torch.float64, 1e300), (torch.bfloat16, 1e10), (torch.float16, 6e4)])
 def test_constant_channel_in_other_types(device, dtype, value):
     x = torch.full((6, 3, 5, 5), value, dtype=dtype, device=device)
     assert torch.equal(train(x), torch.zeros_like(x))
@@ -78,9 +74,7 @@ def test_float16_at_its_limits(device, layout):
     assert train(x).abs().max() < 1.5
 
 
-@pytest.mark.parametrize(
-    "case", [((1, 1, 64, 32), 1e4), ((1, 1, 64, 32), 1e-4), ((4, 7, 9, 9), 1e6)], ids=str
-)
+@pytest.mark.parametrize("case", [((1, 1, 64, 32), 1e4), ((1, 1, 64, 32), 1e-4), ((4, 7, 9, 9), 1e6)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_with_unusual_output_gradients(device, case, dtype):
     """pt#57796, pt#62034, pt#156513: dy large or tiny, and with a mean far from zero."""

@@ -47,9 +47,7 @@ NETWORK = [
 
 # One channel below, at and above the sizes that a kernel would pick for chunks and blocks of work.
 BORDERS = [
-    (2, 2, border + step)
-    for border in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-    for step in (-1, 0, 1)
+    (2, 2, border + step) for border in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384) for step in (-1, 0, 1)
 ]
 
 
@@ -95,9 +93,7 @@ def test_chunk_borders_along_the_batch(device, border, training):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(
-    "channels", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 129]
-)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 129])
 def test_channel_counts_channels_last(device, channels):
     for dtype in (F32, BF16, F64):
         check(inputs.channels_last((3, channels, 2, 3), dtype=dtype, device=device))
@@ -153,9 +149,7 @@ def test_regimes(device, regime, dtype, training):
 
 
 @training
-@pytest.mark.parametrize(
-    "regime", ["normal", "mean 1e3", "std 1e-4", "outlier first", "ascending", "drifting"]
-)
+@pytest.mark.parametrize("regime", ["normal", "mean 1e3", "std 1e-4", "outlier first", "ascending", "drifting"])
 @pytest.mark.parametrize("types", [TYPES["float16 float32"], TYPES["bfloat16"]], ids=["float16", "bfloat16"])
 def test_regimes_in_half(device, regime, types, training):
     for shape in regime_shapes():

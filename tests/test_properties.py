@@ -35,10 +35,7 @@ def shapes(draw, largest=400):
 def tensors(seed, shape, dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     channels = shape[1]
-    made = [
-        torch.randn(size, generator=generator, dtype=torch.float64)
-        for size in (shape, channels, channels, shape)
-    ]
+    made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, channels, channels, shape)]
     return [t.to(device=device, dtype=dtype) for t in made]
 
 
@@ -64,9 +61,7 @@ def with_grads(call, leaves, dy):
     grad_layout=st.sampled_from(inputs.LAYOUTS),
     affine=st.booleans(),
 )
-def test_random_cases_against_float64(
-    backend, shape, seed, training, dtype, wide, layout, grad_layout, affine
-):
+def test_random_cases_against_float64(backend, shape, seed, training, dtype, wide, layout, grad_layout, affine):
     torch.manual_seed(seed)
     if layout is inputs.expanded and shape[0] * torch.Size(shape[2:]).numel() == shape[0]:
         layout = inputs.contiguous  # a channel of one repeated value: rstd amplifies the last bit of the mean
@@ -112,9 +107,7 @@ def test_permutation_of_the_channels_is_exact(backend, shape, seed):
     x, weight, bias, dy = tensors(seed, shape, torch.float32, backend.device)
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed)).to(backend.device)
     y, dx, *parameters = with_grads(train, (x, weight, bias), dy)
-    moved = with_grads(
-        train, (x[:, order].contiguous(), weight[order], bias[order]), dy[:, order].contiguous()
-    )
+    moved = with_grads(train, (x[:, order].contiguous(), weight[order], bias[order]), dy[:, order].contiguous())
     for ours, right in zip(moved[:2], (y, dx), strict=True):
         torch.testing.assert_close(ours, right[:, order], rtol=2e-5, atol=2e-5)
     for ours, right in zip(moved[2:], parameters, strict=True):

@@ -15,9 +15,7 @@ import fastbn
 from fastbn.functional import batch_norm
 
 NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
-MODULE_INFOS = {
-    name: [info for info in module_db if info.module_cls is getattr(torch.nn, name)] for name in NAMES
-}
+MODULE_INFOS = {name: [info for info in module_db if info.module_cls is getattr(torch.nn, name)] for name in NAMES}
 OP_INFOS = [op for op in op_db if op.name == "nn.functional.batch_norm"]
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 names = pytest.mark.parametrize("name", NAMES)

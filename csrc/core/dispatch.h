@@ -28,9 +28,8 @@ FASTBN_HD auto dispatch_dtype(DType dtype, Body&& body) {
 
 FASTBN_HD double read(const Param& p, int64_t i, double absent) {
   if (p.data == nullptr) return absent;
-  return dispatch_dtype(p.dtype, [&](auto t) {
-    return double(to_acc(static_cast<const typename decltype(t)::type*>(p.data)[i]));
-  });
+  return dispatch_dtype(
+      p.dtype, [&](auto t) { return double(to_acc(static_cast<const typename decltype(t)::type*>(p.data)[i])); });
 }
 
 }  // namespace fastbn

@@ -41,8 +41,8 @@ struct InputGradient {
 
 // sum and dot are sums over the channel of dy and of dy * (x - mean).
 template <class A>
-FASTBN_HD InputGradient<A> input_gradient(double mean, double variance, double eps, double weight, double n,
-                                          double sum, double dot) {
+FASTBN_HD InputGradient<A> input_gradient(double mean, double variance, double eps, double weight, double n, double sum,
+                                          double dot) {
   const double rstd = reciprocal_std(variance, eps);
   const double g = weight * rstd;
   const double x_scale = -rstd * (rstd * dot / n);

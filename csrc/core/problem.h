@@ -7,9 +7,7 @@ namespace fastbn {
 
 enum class DType : uint8_t { f32, f64, f16, bf16 };
 
-FASTBN_HD constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+FASTBN_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // channels_first: element (n, c, s) at (n * C + c) * S + s. channels_last: at (n * S + s) * C + c.
 enum class Layout : uint8_t { channels_first, channels_last };

@@ -26,11 +26,10 @@ const Capability* capabilities() {
 #if defined(__x86_64__)
   static const Capability all[] = {
       {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
        avx512::run_forward, avx512::run_backward},
-      {"avx2",
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        avx2::run_forward, avx2::run_backward},
       {"baseline", true, baseline::run_forward, baseline::run_backward},
   };
@@ -75,7 +74,8 @@ void backward(const Backward& args) { chosen().backward(args); }
 int64_t workspace_bytes(const Problem& problem) {
   const int64_t channels = problem.shape.C;
   const int64_t coefficient = problem.dtype == DType::f64 ? 8 : 4;
-  return 4 * round_up(channels, 16) * coefficient + make_plan(problem).segments * 2 * channels * int64_t(sizeof(double));
+  return 4 * round_up(channels, 16) * coefficient +
+         make_plan(problem).segments * 2 * channels * int64_t(sizeof(double));
 }
 
 int64_t stream_bytes() {

@@ -8,8 +8,8 @@ namespace fastbn::cpu {
 // A tensor of this many bytes has left the last-level cache before it can be read again.
 int64_t stream_bytes();
 
-#define FASTBN_DECLARE(name)              \
-  namespace name {                        \
+#define FASTBN_DECLARE(name)               \
+  namespace name {                         \
   void run_forward(const Forward& args);   \
   void run_backward(const Backward& args); \
   }

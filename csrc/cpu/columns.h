@@ -38,9 +38,7 @@ struct Columns {
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
   // Where arrays hold a column: behind whole() they hold the overlapping pack.
-  int slot(int column) const {
-    return column < whole() || narrow() ? column : column + whole() + size - columns;
-  }
+  int slot(int column) const { return column < whole() || narrow() ? column : column + whole() + size - columns; }
 
   // From one value a channel to arrays in pack order. `a_channel` neighbouring columns share a channel; the
   // channels repeat after `channels` of them.
@@ -82,10 +80,14 @@ struct Columns {
     constexpr int lanes = vector_bytes / int(sizeof(E));
     for (int64_t c = 0, channel = 0; c < columns; c += a_channel, ++channel) {
       const int64_t in_place = larger<int64_t>(0, smaller(a_channel, plain - c));
-      Vec<E> wide{};
+      Lanes<E, double> wide{};
       int64_t i = 0;
-      for (; i + lanes <= in_place; i += lanes) wide += load_bits<Vec<E>>(in + c + i);
-      double sum = total<E>(wide);
+      for (; i + lanes <= in_place; i += lanes) {
+        const auto values = lanes_of<double>(Pack<E>::load(in + c + i));
+        for (int k = 0; k < values.vectors; ++k) wide.v[k] += values.v[k];
+      }
+      double sum = 0;
+      for (const auto& v : wide.v) sum += total<double>(v);
       for (; i < in_place; ++i) sum += double(in[c + i]);
       for (; i < a_channel; ++i) sum += double(in[slot(int(c + i))]);
       sums[channel] += sum;

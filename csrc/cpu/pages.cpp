@@ -38,8 +38,7 @@ Cache& cache() {
 }
 
 char* map(int64_t bytes) {
-  void* const mapped =
-      mmap(nullptr, bytes + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const mapped = mmap(nullptr, bytes + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   char* const start = static_cast<char*>(mapped);
   const int64_t head = (huge_page - int64_t(reinterpret_cast<uintptr_t>(start) % huge_page)) % huge_page;

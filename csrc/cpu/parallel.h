@@ -16,8 +16,7 @@ template <class Body>
 void parallel_for(int64_t items, int64_t traffic_bytes, Body&& body) {
   constexpr int64_t worth_bytes = 128 << 10;
   using Plain = std::remove_reference_t<Body>;
-  run_parallel(
-      items, traffic_bytes >= worth_bytes, [](void* f, int64_t i) { (*static_cast<Plain*>(f))(i); }, &body);
+  run_parallel(items, traffic_bytes >= worth_bytes, [](void* f, int64_t i) { (*static_cast<Plain*>(f))(i); }, &body);
 }
 
 }  // namespace fastbn::cpu

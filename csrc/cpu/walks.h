@@ -137,8 +137,7 @@ struct RunsWalk {
     });
   }
 
-  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale,
-             const A* shift) const {
+  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale, const A* shift) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
       const Vec<A> m = broadcast(mean[k]), g = broadcast(scale[k]), b = broadcast(shift[k]);
       map(y, piece, k, streamed, [=](int64_t offset) {
@@ -151,11 +150,10 @@ struct RunsWalk {
     }
   }
 
-  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
-                  const A* x_scale, const A* scale, const A* shift) const {
+  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean, const A* x_scale,
+                  const A* scale, const A* shift) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
-      const Vec<A> m = broadcast(mean[k]), h = broadcast(x_scale[k]), g = broadcast(scale[k]),
-                   b = broadcast(shift[k]);
+      const Vec<A> m = broadcast(mean[k]), h = broadcast(x_scale[k]), g = broadcast(scale[k]), b = broadcast(shift[k]);
       map(dx, piece, k, streamed, [=](int64_t offset) {
         return [=, gradient = dy + offset, in = x + offset](int64_t i) FASTBN_INLINE {
           P v = P::load(gradient + i);
@@ -334,20 +332,18 @@ struct ColumnsWalk {
     });
   }
 
-  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale,
-             const A* shift) const {
-    map<3>(y, piece, streamed, {mean, scale, shift},
-           [x](const auto& access, int64_t i, const L (&c)[3]) FASTBN_INLINE {
-             P v = access.load(x + i);
-             for (int k = 0; k < P::vectors; ++k) v.v[k] = (v.v[k] - c[0].v[k]) * c[1].v[k] + c[2].v[k];
-             return v;
-           });
+  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale, const A* shift) const {
+    map<3>(y, piece, streamed, {mean, scale, shift}, [x](const auto& access, int64_t i, const L(&c)[3]) FASTBN_INLINE {
+      P v = access.load(x + i);
+      for (int k = 0; k < P::vectors; ++k) v.v[k] = (v.v[k] - c[0].v[k]) * c[1].v[k] + c[2].v[k];
+      return v;
+    });
   }
 
-  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean,
-                  const A* x_scale, const A* scale, const A* shift) const {
+  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean, const A* x_scale,
+                  const A* scale, const A* shift) const {
     map<4>(dx, piece, streamed, {mean, x_scale, scale, shift},
-           [dy, x](const auto& access, int64_t i, const L (&c)[4]) FASTBN_INLINE {
+           [dy, x](const auto& access, int64_t i, const L(&c)[4]) FASTBN_INLINE {
              P v = access.load(dy + i);
              const P d = access.load(x + i);
              for (int k = 0; k < P::vectors; ++k) {
@@ -358,7 +354,7 @@ struct ColumnsWalk {
   }
 
   void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* scale) const {
-    map<1>(dx, piece, streamed, {scale}, [dy](const auto& access, int64_t i, const L (&c)[1]) FASTBN_INLINE {
+    map<1>(dx, piece, streamed, {scale}, [dy](const auto& access, int64_t i, const L(&c)[1]) FASTBN_INLINE {
       P v = access.load(dy + i);
       for (int k = 0; k < P::vectors; ++k) v.v[k] *= c[0].v[k];
       return v;
