@@ -127,7 +127,7 @@ void backward(const Backward& args) {
   const auto grad_stats = [&](const Piece& p) {
     const int64_t c = p.first_channel;
     const int64_t at = p.segment * 2 * C + c;
-    pass.walk.grad_stats(dy, x, p, mean + c, work.partial[0] + at, work.partial[1] + at);
+    pass.walk.grad_stats(dy, x, p, mean + c, variance + c, work.partial[0] + at, work.partial[1] + at);
   };
   const auto finish = [&](const Piece& p) {
     for (int64_t c = p.first_channel; c < p.first_channel + p.channels; ++c) {

@@ -172,6 +172,13 @@ FASTBN_HD sum_t<T> pivot_near(double mean) {
   }
 }
 
+// The same where products with x - pivot are summed. Around zero a rounded mean has smaller digits than x: they would
+// make the differences long and their products inexact.
+template <class T>
+FASTBN_HD sum_t<T> gradient_pivot(double mean, double variance) {
+  return std::is_same_v<T, BFloat16> && mean * mean < variance ? 0 : pivot_near<T>(mean);
+}
+
 // The values of a pack as E.
 template <class E, class T>
 FASTBN_HD Lanes<T, E> lanes_of(const Pack<T>& pack) {

@@ -114,9 +114,10 @@ struct RunsWalk {
     });
   }
 
-  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
+  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, const double* variance, double* sum,
+                  double* dot) const {
     for (int64_t k = 0; k < piece.channels; ++k) {
-      const E pivot = pivot_near<T>(mean[k]);
+      const E pivot = gradient_pivot<T>(mean[k], variance[k]);
       const auto s = sums(piece, k, [dy, x, p = broadcast(pivot)](int64_t i, L& a, L& b) FASTBN_INLINE {
         a = lanes_of<E>(P::load(dy + i)), b = lanes_of<E>(P::load(x + i));
         for (auto& v : b.v) v -= p;
@@ -300,11 +301,12 @@ struct ColumnsWalk {
     mean = centre, m2 = squares;
   }
 
-  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, double* sum, double* dot) const {
+  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, const double* variance, double* sum,
+                  double* dot) const {
     E pivot[max_columns];
     for (int64_t k = 0; k < piece.channels; ++k) {
       sum[k] = dot[k] = 0;
-      pivot[k] = pivot_near<T>(mean[k]);
+      pivot[k] = gradient_pivot<T>(mean[k], variance[k]);
     }
     each_block(piece, [&](const Block& block) {
       sum_terms(block, piece, pivot, sum, dot,
