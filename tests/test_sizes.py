@@ -114,7 +114,7 @@ def free_bytes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 3, 19000, 19000), (33000, 65, 32, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 3, 3500, 3500), (33000, 65, 32, 32)], ids=str)
 def test_more_than_2_to_the_31_elements(device, shape, layout):
     """pt#81486, pt#51776. Samples repeat, so that the first one and arithmetic give the right answer."""
     count = torch.Size(shape).numel()
@@ -140,11 +140,11 @@ def test_more_than_2_to_the_31_elements(device, shape, layout):
     # dy = y gives dx = rstd * y * (1 - var / (var + eps)), which is y * rstd^3 * eps: nearly nothing
     for index in (0, shape[0] - 1):
         assert dx[index].abs().max() <= 0.05 * rstd.max()
-    del dx
+    del dx, y
+    y = batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
     dy = torch.empty_like(y)
     torch.mul(sample.abs().to(device), 1, out=dy[:1])
     dy[1:] = dy[:1]
-    y = batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
     (dx,) = torch.autograd.grad(y, x, dy)
     # dy does not alternate, so its product with x sums to zero: dx = rstd * (dy - mean dy)
     right = rstd * (sample.double().abs() - sample.double().abs().mean((0, 2, 3), keepdim=True))
