@@ -21,3 +21,29 @@ const char* capability();
 const char* capability_of_processor();
 
 }  // namespace fastbn::cpu
+
+namespace fastbn::cuda {
+
+enum class Pass : uint8_t { forward, backward };
+
+// Where to launch, on the current device. The counters are counter_bytes of zeros before the first launch, and every
+// launch leaves them fit for the next; two launches that may run at the same time must not share them.
+struct Stream {
+  void* handle;  // a cudaStream_t
+  unsigned* counters;
+};
+
+constexpr int64_t counter_bytes = 64 << 10;
+
+// Bytes of device memory that forward or backward want behind their workspace pointer (256-byte aligned, any content).
+int64_t workspace_bytes(const Problem& problem, Pass pass, bool training);
+
+// As for the CPU. They launch kernels and return; a launch that fails is a std::runtime_error.
+void forward(const Forward& args, const Stream& stream);
+void backward(const Backward& args, const Stream& stream);
+
+// running statistics of C channels from moments [2, C] of count values each.
+void update_running_stats(const double* moments, int64_t channels, double count, const Running& running,
+                          const Stream& stream);
+
+}  // namespace fastbn::cuda

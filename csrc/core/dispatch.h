@@ -12,6 +12,9 @@ struct Type {
 };
 
 // body is called with Type<float>{}, Type<double>{}, Type<Half>{} or Type<BFloat16>{}.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // the body is of the side that calls
+#endif
 template <class Body>
 FASTBN_HD auto dispatch_dtype(DType dtype, Body&& body) {
   switch (dtype) {
@@ -30,6 +33,25 @@ FASTBN_HD double read(const Param& p, int64_t i, double absent) {
   if (p.data == nullptr) return absent;
   return dispatch_dtype(
       p.dtype, [&](auto t) { return double(to_acc(static_cast<const typename decltype(t)::type*>(p.data)[i])); });
+}
+
+FASTBN_HD void write(const Output& p, int64_t i, double value) {
+  if (p.data == nullptr) return;
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    static_cast<T*>(p.data)[i] = from_acc<T>(acc_t<T>(value));
+  });
+}
+
+// One channel of the running statistics, from the mean and biased variance of `count` values.
+FASTBN_HD void update(const Running& running, int64_t i, double mean, double var, double count) {
+  if (running.mean.data == nullptr) return;
+  const double momentum = running.batches == nullptr ? running.momentum : 1.0 / double(*running.batches);
+  const auto blend = [&](const Output& p, double batch) {
+    write(p, i, (1 - momentum) * read({p.data, p.dtype}, i, 0) + momentum * batch);
+  };
+  blend(running.mean, mean);
+  blend(running.var, var * (count / (count - 1)));
 }
 
 }  // namespace fastbn

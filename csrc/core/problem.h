@@ -33,12 +33,27 @@ struct Param {
   DType dtype;
 };
 
+// A per-channel result, written in its own dtype, or not wanted (data == nullptr).
+struct Output {
+  void* data;
+  DType dtype;
+};
+
+// running = (1 - momentum) * running + momentum * batch, the variance unbiased. Not wanted: mean.data == nullptr.
+struct Running {
+  Output mean, var;
+  double momentum;
+  const int64_t* batches;  // cumulative average: momentum is 1 / *batches; nullptr otherwise
+};
+
 struct Forward {
   Problem problem;
   const void* input;
   void* output;
   Param weight, bias;
-  double* moments;  // [2, C]: mean, biased variance; read if !training, written if training
+  Param mean, var;  // eval: what to normalize with
+  double* moments;  // [2, C] out: the mean and biased variance used; in eval nullptr where nobody needs them
+  Running running;  // training: brought up to date
   bool training;
   double eps;
   void* workspace;
@@ -51,7 +66,7 @@ struct Backward {
   void* grad_input;  // nullptr: not asked for
   Param weight;
   const double* moments;  // [2, C], as the forward pass left them
-  double* sums;           // [2, C] out: gradients of weight and bias; nullptr: not needed (eval only)
+  Output grad_weight, grad_bias;
   bool training;
   double eps;
   void* workspace;

@@ -1,0 +1,127 @@
+// In: calls through core/backend.h. Out: the launches of the plan for the current device.
+#include <array>
+#include <mutex>
+
+#include "channel.cuh"
+#include "launch.cuh"
+
+namespace fastbn::cuda {
+
+namespace {
+
+// Asked once a device: a query costs as much as a launch.
+const Device& device() {
+  constexpr int most_devices = 64;
+  static std::array<Device, most_devices> known;
+  static std::array<std::once_flag, most_devices> once;
+  const int index = current_device();
+  if (index < 0 || index >= most_devices) throw std::runtime_error("fastbn: device index out of range");
+  std::call_once(once[size_t(index)], [&] { known[size_t(index)] = query_device(); });
+  return known[size_t(index)];
+}
+
+bool aligned(std::initializer_list<const void*> tensors) {
+  uintptr_t bits = 0;
+  for (const void* p : tensors) bits |= reinterpret_cast<uintptr_t>(p);
+  return bits % 16 == 0;
+}
+
+// The plan, or the one without groups of blocks where the device has less room for them than was thought.
+template <class BlocksOf>
+Plan plan_that_fits(const Problem& problem, Pass pass, bool training, bool is_aligned, const BlocksOf& blocks_of) {
+  const Plan plan = make_plan(problem, pass, training, is_aligned, device());
+  if (!plan.cooperative || blocks_of(plan, problem.dtype) * plan.multiprocessors >= plan.blocks) return plan;
+  Device alone = device();
+  alone.cooperative = false;
+  return make_plan(problem, pass, training, is_aligned, alone);
+}
+
+__global__ void __launch_bounds__(threads_a_block)
+    update_running(const double* moments, int64_t channels, double count, Running running) {
+  for (int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; c < channels; c += int64_t(gridDim.x) * blockDim.x) {
+    update(running, c, moments[c], moments[channels + c], count);
+  }
+}
+
+}  // namespace
+
+Geometry geometry_of(const Plan& plan) {
+  Geometry g{};
+  g.stride = plan.columns;
+  g.channels = plan.columns / plan.columns_a_channel;
+  g.channels_an_item = plan.channels_an_item;
+  g.columns_a_channel = plan.columns_a_channel;
+  g.items = plan.items;
+  g.blocks_an_item = unsigned(plan.blocks_an_item), g.groups = unsigned(plan.groups);
+  g.count = double(plan.rows) * double(plan.columns_a_channel);
+  g.inverse_count = 1 / g.count;
+  g.pieces = plan.walk == Walk::rows ? plan.rows * plan.vectors_a_row : plan.rows;
+  g.pieces_a_share = ceil_div(g.pieces, plan.blocks_an_item);
+  g.vectors_a_row = plan.vectors_a_row;
+  g.step_rows = threads_a_block / plan.vectors_a_row;
+  g.step_vectors = threads_a_block % plan.vectors_a_row;
+  g.lanes_a_row = int(plan.lanes_a_row);
+  while ((int64_t(1) << g.log2_lanes) < plan.lanes_a_row) ++g.log2_lanes;
+  const int64_t columns = plan.walk == Walk::rows ? warps_a_block : plan.lanes_a_row * plan.vector;
+  g.packets_offset = int(2 * columns * int64_t(sizeof(double)));
+  g.coefficients_offset = g.packets_offset + int(plan.channels_an_item * int64_t(sizeof(Moments)));
+  g.slices_offset = int(plan.scratch_bytes), g.slice_bytes = int(plan.slice_bytes);
+  g.multiprocessors = plan.multiprocessors, g.stagger = plan.stagger;
+  return g;
+}
+
+Sums* sums_of(const Plan& plan, const Backward& args) {
+  if (!args.training || args.grad_input == nullptr) return nullptr;
+  char* const end = static_cast<char*>(args.workspace) + plan.workspace_bytes;
+  return reinterpret_cast<Sums*>(end) - args.problem.shape.C;
+}
+
+int64_t workspace_bytes(const Problem& problem, Pass pass, bool training) {
+  int64_t bytes = 0;
+  Device alone = device();
+  alone.cooperative = false;
+  for (const bool is_aligned : {false, true}) {
+    for (const Device& d : {device(), alone}) {
+      bytes = larger(bytes, make_plan(problem, pass, training, is_aligned, d).workspace_bytes);
+    }
+  }
+  return bytes;
+}
+
+void forward(const Forward& args, const Stream& stream) {
+  const Plan plan = plan_that_fits(args.problem, Pass::forward, args.training, aligned({args.input, args.output}),
+                                   resident_blocks_of);
+  if (plan.strategy == Strategy::resident) {
+    launch_resident(plan, args, stream);
+    return;
+  }
+  if (args.training) launch_stats(plan, args, stream);
+  launch_apply(plan, args, stream);
+}
+
+void backward(const Backward& args, const Stream& stream) {
+  const bool wants_input = args.grad_input != nullptr;
+  // Sums alone read each element once as it is: the two launches of the streaming strategy become one.
+  const bool is_aligned = aligned({args.grad_output, args.input, args.grad_input});
+  const Pass pass = Pass::backward;
+  Plan plan{};
+  if (wants_input) {
+    plan = plan_that_fits(args.problem, pass, args.training, is_aligned, grad_resident_blocks_of);
+  } else {
+    plan = make_plan(args.problem, pass, false, is_aligned, device());
+  }
+  if (plan.strategy == Strategy::resident) {
+    launch_grad_resident(plan, args, stream);
+    return;
+  }
+  launch_grad_stats(plan, args, stream);
+  if (wants_input && args.training) launch_grad_apply(plan, args, stream);
+}
+
+void update_running_stats(const double* moments, int64_t channels, double count, const Running& running,
+                          const Stream& stream) {
+  const int64_t blocks = smaller<int64_t>(ceil_div(channels, threads_a_block), 1024);
+  launch({blocks, threads_a_block, 0, false, stream.handle}, update_running, moments, channels, count, running);
+}
+
+}  // namespace fastbn::cuda

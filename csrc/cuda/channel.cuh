@@ -1,0 +1,98 @@
+// In: moments or sums of a whole channel. Out: what batch norm returns for it, and the coefficients for its elements.
+#pragma once
+
+#include "../core/dispatch.h"
+#include "../core/formula.h"
+#include "reduce.cuh"
+
+namespace fastbn::cuda {
+
+// The value nearest the middle of a channel that costs nothing to find: one of the share's first. Sums of differences
+// from it keep the digits that sums of the values would lose.
+template <class T, class Walk, class A>
+FASTBN_D void choose_pivots(const Walk& walk, const T* x, const Scratch<A>& scratch, int channels) {
+  if (const int c = int(threadIdx.x); c < channels) {
+    const int64_t at = walk.some_value(c);
+    const A value = at < 0 ? A(0) : to_acc(load(x + at));
+    scratch.at(0, c) = value - value == 0 ? value : A(0);  // an infinite one would spoil the others
+  }
+  __syncthreads();
+}
+
+// The share's moments from its sums of differences, to scratch.packet. True if a pivot was so far from the mean that
+// digits were lost: then the pivots are the means found, for another try. All threads call it.
+template <class A>
+FASTBN_D bool moments_of_share(const Share& share, const Scratch<A>& scratch) {
+  // Float sums of squares lose a bit where the distance is one standard deviation, and four where it is four.
+  constexpr double allowed = 16;
+  const int c = int(threadIdx.x);
+  Moments m{};
+  bool bad = false;
+  if (c < share.channels) {
+    const Sums sums = scratch.template packet<Sums>(c);
+    m = from_shifted_sums(share.count, double(scratch.at(0, c)), sums.first, sums.second);
+    bad = !pivot_was_good(share.count, sums.first, m, allowed);
+  }
+  __syncthreads();  // the packets lie where the sums were
+  if (c < share.channels) {
+    scratch.template packet<Moments>(c) = m;
+    const A mean = A(m.mean);
+    if (mean - mean == 0) scratch.at(0, c) = mean;
+  }
+  return __syncthreads_or(bad) != 0;
+}
+
+// What the forward pass returns for one channel beside its output.
+FASTBN_D void finish_moments(const Forward& args, int64_t channel, double mean, double variance) {
+  const int64_t channels = args.problem.shape.C;
+  if (args.moments != nullptr) args.moments[channel] = mean, args.moments[channels + channel] = variance;
+  if (args.training) update(args.running, channel, mean, variance, double(args.problem.shape.per_channel()));
+}
+
+template <class A>
+FASTBN_D void set_normalization(const Forward& args, int64_t channel, double mean, double variance,
+                                const Scratch<A>& scratch, int c) {
+  const auto z = normalization<A>(mean, variance, args.eps, read(args.weight, channel, 1), read(args.bias, channel, 0));
+  scratch.at(0, c) = z.mean, scratch.at(1, c) = z.scale, scratch.at(2, c) = z.shift;
+}
+
+// Kernels sum dy * (x - the mean rounded to A); this is what they would have with the mean itself.
+template <class A>
+FASTBN_D Sums corrected(const Backward& args, int64_t channel, const Sums& sums) {
+  const double mean = args.moments[channel];
+  const double lost = mean - double(coefficient<A>(mean));
+  return {sums.first, lost == 0 ? sums.second : sums.second - lost * sums.first};
+}
+
+// What the backward pass returns for one channel beside the gradient of the input.
+FASTBN_D void finish_sums(const Backward& args, int64_t channel, const Sums& sums) {
+  const double variance = args.moments[args.problem.shape.C + channel];
+  write(args.grad_weight, channel, sums.second * reciprocal_std(variance, args.eps));
+  write(args.grad_bias, channel, sums.first);
+}
+
+template <class A>
+FASTBN_D void set_input_gradient(const Backward& args, int64_t channel, const Sums& sums, const Scratch<A>& scratch,
+                                 int c) {
+  const int64_t channels = args.problem.shape.C;
+  const auto g = input_gradient<A>(args.moments[channel], args.moments[channels + channel], args.eps,
+                                   read(args.weight, channel, 1), double(args.problem.shape.per_channel()), sums.first,
+                                   sums.second);
+  scratch.at(0, c) = g.mean, scratch.at(1, c) = g.x_scale, scratch.at(2, c) = g.scale, scratch.at(3, c) = g.shift;
+}
+
+// The first rows of the coefficients, for each slot of this thread.
+template <int rows, class Walk, class A>
+FASTBN_D void take(const Walk& walk, const Scratch<A>& scratch, A (&out)[rows][Walk::slots]) {
+#pragma unroll
+  for (int k = 0; k < rows; ++k) {
+#pragma unroll
+    for (int j = 0; j < Walk::slots; ++j) out[k][j] = 0;
+  }
+  walk.each_slot([&](int slot, int channel) {
+#pragma unroll
+    for (int k = 0; k < rows; ++k) out[k][slot] = scratch.at(k, channel);
+  });
+}
+
+}  // namespace fastbn::cuda

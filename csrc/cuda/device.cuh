@@ -1,0 +1,215 @@
+// In: nothing. Out: what kernels and their launches need of the machine, under names that tests/simt gives to the CPU
+// too: launches, shared memory, barriers between blocks, 16-byte and asynchronous copies. The only inline PTX.
+#pragma once
+
+#include "../core/platform.h"
+#include "plan.h"
+
+// 16 bytes of a tensor, in one register quadruple.
+namespace fastbn::cuda {
+struct alignas(16) Bytes16 {
+  uint32_t word[4];
+};
+}  // namespace fastbn::cuda
+
+#if !defined(__CUDACC__)
+#include "simt.h"  // tests/simt/: every CUDA thread is a fiber of one CPU thread
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+// A static array in shared memory: FASTBN_SHARED(double, sums, [32]);
+#define FASTBN_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+// All of the dynamic shared memory of the launch, 16-byte aligned.
+#define FASTBN_DYNAMIC_SHARED(name)                                 \
+  extern __shared__ __align__(128) unsigned char fastbn_dynamic_[]; \
+  unsigned char* const name = fastbn_dynamic_
+
+namespace fastbn::cuda {
+
+#define FASTBN_D __device__ __forceinline__
+
+// ---- host ----------------------------------------------------------------------------------------------------------
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not to be reported again by somebody else's call
+  std::string hint;
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    hint =
+        ". This build of fastbn has no code for this GPU: rebuild it with TORCH_CUDA_ARCH_LIST set to the GPU's "
+        "compute capability (7.0 or later)";
+  }
+  throw std::runtime_error(std::string("fastbn: ") + what + ": " + cudaGetErrorString(error) + hint);
+}
+
+struct Launch {
+  int64_t blocks;
+  int64_t threads;
+  int64_t shared_bytes;
+  bool cooperative;
+  void* stream;
+};
+
+// Opt in to more than 48 KB; remembered by the driver, so that later calls are cheap.
+template <class Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes <= (48 << 10)) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
+}
+
+// Blocks of a kernel that one multiprocessor of the current device holds at a time.
+template <class... P>
+int64_t resident_blocks(void (*kernel)(P...), int64_t threads, int64_t shared_bytes) {
+  allow_shared(kernel, shared_bytes);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(threads), size_t(shared_bytes)),
+        "occupancy");
+  return blocks;
+}
+
+template <class... P, class... A>
+void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
+  allow_shared(kernel, how.shared_bytes);
+  cudaLaunchAttribute attribute[1];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(how.blocks));
+  config.blockDim = dim3(unsigned(how.threads));
+  config.dynamicSmemBytes = size_t(how.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  config.attrs = attribute;
+  if (how.cooperative) {
+    attribute[0].id = cudaLaunchAttributeCooperative;
+    attribute[0].val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...), "kernel launch");
+}
+
+// Of the current device.
+inline Device query_device() {
+  int index = 0;
+  check(cudaGetDevice(&index), "current device");
+  const auto get = [&](cudaDeviceAttr what) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, what, index), "device attribute");
+    return int64_t(value);
+  };
+  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrReservedSharedMemoryPerBlock),
+          get(cudaDevAttrMaxRegistersPerMultiprocessor), get(cudaDevAttrMaxThreadsPerMultiProcessor),
+          get(cudaDevAttrCooperativeLaunch) != 0,
+          // two transfers a clock (kHz) on a bus of so many bits; memory sustains about nine tenths of that
+          get(cudaDevAttrMemoryClockRate) * get(cudaDevAttrGlobalMemoryBusWidth) / 4 / 1000 * 9 / 10};
+}
+
+inline int current_device() {
+  int index = 0;
+  check(cudaGetDevice(&index), "current device");
+  return index;
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+// Every access of a kernel to a tensor goes through these, so that the emulator can count bytes.
+template <class T>
+FASTBN_D T load(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    const unsigned short bits = __ldg(reinterpret_cast<const unsigned short*>(p));
+    T value;
+    memcpy(&value, &bits, 2);
+    return value;
+  } else {
+    return __ldg(p);
+  }
+}
+template <class T>
+FASTBN_D void store(T* p, T value) {
+  *p = value;
+}
+FASTBN_D Bytes16 load16(const void* p) {
+  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+// For what nobody reads again: the first to leave the second-level cache.
+FASTBN_D Bytes16 load16_last(const void* p) {
+  const uint4 v = __ldcs(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+FASTBN_D void store16(void* p, const Bytes16& v) {
+  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+FASTBN_D Bytes16 shared_load16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+FASTBN_D void shared_store16(void* p, const Bytes16& v) {
+  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+
+// 16 bytes from global to shared memory; there after copies_done<n>() for all but the last n commits of this thread.
+FASTBN_D void copy16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  shared_store16(shared, load16(global));
+#endif
+}
+FASTBN_D void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int n>
+FASTBN_D void copies_done() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+// ---- blocks that talk to each other --------------------------------------------------------------------------------
+
+FASTBN_D void fence() { __threadfence(); }
+FASTBN_D unsigned load_acquire(const unsigned* p) {
+  unsigned v;
+#if __CUDA_ARCH__ >= 700
+  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+#else
+  v = *static_cast<const volatile unsigned*>(p), __threadfence();
+#endif
+  return v;
+}
+// Another block's results, written before a barrier: not through the first-level cache.
+template <class T>
+FASTBN_D T load_fresh(const T* p) {
+  return __ldcg(p);
+}
+FASTBN_D unsigned add(unsigned* p, unsigned v) { return atomicAdd(p, v); }
+// old >= last ? 0 : old + 1
+FASTBN_D unsigned increment_until(unsigned* p, unsigned last) { return atomicInc(p, last); }
+template <class Done>
+FASTBN_D void wait_until(Done&& done) {
+  while (!done()) {
+  }
+}
+FASTBN_D void sleep_nanoseconds(int64_t ns) {
+#if __CUDA_ARCH__ >= 700
+  unsigned long long start, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+  do {
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  } while (int64_t(now - start) < ns);
+#endif
+}
+
+}  // namespace fastbn::cuda
+
+#endif

@@ -1,0 +1,117 @@
+// In: the input. Out: the output, its moments, running statistics, in one launch that reads and writes each element
+// once: a group of blocks keeps an item in shared memory between its sums and its output.
+#include "../core/activation.h"
+#include "channel.cuh"
+#include "launch.cuh"
+#include "resident.cuh"
+
+namespace fastbn::cuda {
+
+namespace {
+
+template <class T, class Walk, class Act>
+__global__ void __launch_bounds__(threads_a_block, 4)
+    resident(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters, Act act) {
+  using A = acc_t<T>;
+  constexpr int V = full_vector<T>;
+  FASTBN_DYNAMIC_SHARED(shared);
+  const unsigned group = blockIdx.x / g.blocks_an_item, rank = blockIdx.x % g.blocks_an_item;
+  const T* const x = static_cast<const T*>(args.input);
+  T* const y = static_cast<T*>(args.output);
+  const Scratch<A> scratch{shared, g};
+  const Slice<T, Walk> slice{shared + g.slices_offset};
+  const int c = int(threadIdx.x);
+  stagger(g, g.multiprocessors);
+
+  unsigned set = 0;
+  for (int64_t item = group; item < g.items; item += g.groups, set ^= 1) {
+    Walk walk(g, item, rank);
+    const Share share = walk.share();
+    fetch_all(walk, [&](const Piece& p, int step) { slice.fetch(x, walk, p, step); });
+
+    choose_pivots(walk, x, scratch, share.channels);
+#pragma unroll 1
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      A pivot[1][Walk::slots];
+      take(walk, scratch, pivot);
+      A s[Walk::slots] = {}, q[Walk::slots] = {};
+      double sum[1] = {0}, squares[1] = {0};
+      meet_all(
+          walk,
+          [&](const Piece& p, int step) {
+            A value[V];
+            widen<T, V>(shared_load16(slice.at(walk, step)), value);
+            each_element<V, Walk::slots>(p, [&](int j, int slot) {
+              const A d = value[j] - pivot[0][slot];
+              s[slot] += d;
+              q[slot] += d * d;
+            });
+          },
+          [&] {
+            if constexpr (Walk::slots == 1) sum[0] += double(s[0]), squares[0] += double(q[0]), s[0] = q[0] = 0;
+          });
+      if constexpr (Walk::slots == 1) {
+        block_sums(walk, sum, squares, scratch);
+      } else {
+        block_sums(walk, s, q, scratch);
+      }
+      if (!moments_of_share(share, scratch)) break;
+    }
+
+    if (g.blocks_an_item > 1) {
+      // Two sets of packets: a block may be one item ahead of another of its group, which then still reads the last
+      // set.
+      Moments* const here =
+          static_cast<Moments*>(args.workspace) + (2 * group + set) * g.blocks_an_item * g.channels_an_item;
+      if (c < share.channels) here[rank * g.channels_an_item + c] = scratch.template packet<Moments>(c);
+      group_barrier(counters + group * counter_stride, rank, g.blocks_an_item);
+      merge_packets<OfMoments>(here, g, share.channels, scratch);
+    }
+    if (c < share.channels) {
+      const Moments m = scratch.template packet<Moments>(c);
+      const double variance = m.m2 * g.inverse_count;
+      if (rank == 0) finish_moments(args, share.first_channel + c, m.mean, variance);
+      set_normalization(args, share.first_channel + c, m.mean, variance, scratch, c);
+    }
+    __syncthreads();
+
+    A z[3][Walk::slots];  // mean, scale, shift
+    take(walk, scratch, z);
+    walk.start();
+    for (int step = 0; walk.more(); ++step, walk.next()) {
+      const Piece p = walk.piece();
+      A value[V];
+      widen<T, V>(shared_load16(slice.at(walk, step)), value);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const int slot = Walk::slots == 1 ? 0 : j;
+        value[j] = act.forward((value[j] - z[0][slot]) * z[1][slot] + z[2][slot]);
+      }
+      store_piece<T, V>(y, p, narrow<T, V>(value));
+    }
+    __syncthreads();  // the scratch is written again for the next item
+  }
+}
+
+}  // namespace
+
+void launch_resident(const Plan& plan, const Forward& args, const Stream& stream) {
+  dispatch_full(plan, args.problem.dtype, [&](auto type, auto walk) {
+    using T = typename decltype(type)::type;
+    using W = typename decltype(walk)::type;
+    launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle}, resident<T, W, Identity>,
+           geometry_of(plan), args, stream.counters, Identity{});
+  });
+}
+
+int64_t resident_blocks_of(const Plan& plan, DType dtype) {
+  int64_t blocks = 0;
+  dispatch_full(plan, dtype, [&](auto type, auto walk) {
+    using T = typename decltype(type)::type;
+    using W = typename decltype(walk)::type;
+    blocks = resident_blocks(resident<T, W, Identity>, plan.threads, plan.shared_bytes);
+  });
+  return blocks;
+}
+
+}  // namespace fastbn::cuda
