@@ -14,14 +14,24 @@ TOOLS := ninja ruff==0.17.6 clang-format==23.1.5
 # Which tests `make asan` runs, and whatever else pytest takes.
 ASAN_TESTS ?= -m sanitize
 BENCH_ARGUMENTS ?=
+# The CUDA build on a machine that need not have a GPU: a torch with CUDA in an environment of its own (5 GB).
+CUDA_TORCH ?= torch==2.11.0
+CUDA_VENV := .venv-cuda
+CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
+# Of `make gpu`: where results go, and the seconds that all of it may take.
+OUT ?= benchmarks/results
+GPU_SECONDS ?= 530
 
 BIN := $(CURDIR)/$(VENV)/bin
 PY := $(BIN)/python
 SITE := $(CURDIR)/build/asan/lib
+SIMT_SITE := $(CURDIR)/build/simt/lib
+CUDA_PY := $(CURDIR)/$(CUDA_VENV)/bin/python
+CUDA_SITE := $(CURDIR)/build/cuda/lib
 CXX ?= g++
 # Folders too: their time changes when a file is added or removed.
 SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*') setup.py pyproject.toml
-C_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
+C_SOURCES := $(shell find csrc benchmarks tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SAY := @printf '\n==> %s\n'
 
 # If $(PYTHON) is a virtual environment, one made from it does not see its packages until it is told where.
@@ -31,9 +41,16 @@ PRINT_PURELIB := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # For what looks up programs, such as ninja, by itself. Not for all: $(PYTHON) must not become $(VENV)'s.
 IN_VENV := PATH="$(BIN):$$PATH"
 
+# The toolkit itself: the nvcc in PATH may be a script that starts another one.
+FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^[^A-Z]*TOP=//p')}"; \
+    CUDA_HOME="$$(realpath -m "$${CUDA_HOME:-/usr/local/cuda}")"; export CUDA_HOME; \
+    test -x "$$CUDA_HOME/bin/nvcc" || { \
+        echo "no CUDA toolkit: there is no $$CUDA_HOME/bin/nvcc. Install one, or set CUDA_HOME"; exit 1; }
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench asan sdist clean distclean
+.PHONY: help venv build test test-slow lint includes format bench asan simt simt-build simt-quick cuda-venv cuda-build \
+    gpu sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -42,6 +59,9 @@ help:
 	@echo "make test       lint, include check, and the tests that are not slow"
 	@echo "make test-slow  the slow tests"
 	@echo "make asan       the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator"
+	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
+	@echo "make gpu        on a machine with a GPU, under 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
 	@echo "make build      install fastbn into $(VENV), which every target above does when sources changed"
 	@echo "make venv       make $(VENV) with torch and the tools"
 	@echo "make lint       ruff, clang-format, include check; make format applies the first two"
@@ -82,6 +102,7 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 test: lint build
 	$(SAY) "tests"
 	cd tests && $(IN_VENV) $(PY) -m pytest -m "not slow"
+	@$(MAKE) --no-print-directory simt-quick
 
 test-slow: build
 	$(SAY) "slow tests"
@@ -120,6 +141,49 @@ asan: venv
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    $(PY) -m pytest -p no:cacheprovider $(ASAN_TESTS)
 
+# A third build: the CUDA kernels by g++, every CUDA thread a fiber. tests/conftest.py says which tests are quick there.
+simt-build: venv
+	$(SAY) "building fastbn with the CUDA kernels for the CPU"
+	$(IN_VENV) FASTBN_SIMT=1 $(PY) setup.py --quiet build --build-base build/simt --build-lib $(SIMT_SITE)
+
+simt: simt-build
+	$(SAY) "the tests, with the CUDA kernels on the CPU"
+	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt
+
+simt-quick: simt-build
+	$(SAY) "quick tests, with the CUDA kernels on the CPU"
+	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt -m "not slow"
+
+cuda-venv: $(CUDA_VENV)/.packages
+
+$(CUDA_VENV)/.packages: Makefile
+	$(SAY) "environment in $(CUDA_VENV) with $(CUDA_TORCH): a long download the first time"
+	@test -x $(CUDA_PY) || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PY) -m pip install --quiet $(CUDA_TORCH) numpy setuptools wheel ninja pytest
+	@$(CUDA_PY) -c 'import sys, torch; sys.exit(not torch.version.cuda and f"{torch.__version__} has no CUDA")'
+	@touch $@
+
+# From nothing each time, because ptxas reports only what it compiles. What it and nvcc print goes to build/cuda/build.log.
+cuda-build: $(CUDA_VENV)/.packages
+	$(SAY) "building fastbn with CUDA for $(CUDA_ARCHITECTURES): up to ten minutes on two cores"
+	@rm -rf build/cuda && mkdir -p build/cuda
+	@$(FIND_CUDA); echo "the toolkit is $$CUDA_HOME"; \
+	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" FASTBN_CUDA=1 FASTBN_PTXAS=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+	    $(CUDA_PY) setup.py build --build-base build/cuda --build-lib $(CUDA_SITE) > build/cuda/build.log 2>&1 || { \
+	        grep -nE "error|Error" build/cuda/build.log | head -50; tail -n 20 build/cuda/build.log; exit 1; }
+	$(SAY) "what was built"
+	cd build/cuda && PYTHONPATH=$(CUDA_SITE) $(CUDA_PY) -m fastbn
+	$(SAY) "registers, spills, 16-byte accesses"
+	@$(FIND_CUDA); $(CUDA_PY) tests/check_resources.py build/cuda/build.log $(CUDA_SITE)/fastbn/_C*.so \
+	    --architectures "$(CUDA_ARCHITECTURES)" --json build/cuda/resources.json
+	$(SAY) "benchmarks/probe.cu compiles without a warning"
+	@$(FIND_CUDA); "$$CUDA_HOME/bin/nvcc" -std=c++17 -O3 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
+	    benchmarks/probe.cu -o build/cuda/probe
+
+# Nothing is installed: the python3 and the torch that are there, and no network.
+gpu:
+	OUT="$(OUT)" $(PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS)
+
 sdist: venv
 	$(SAY) "source distribution"
 	$(PY) setup.py --quiet sdist
@@ -129,4 +193,4 @@ clean:
 	rm -rf build dist *.egg-info $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_VENV)

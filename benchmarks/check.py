@@ -12,23 +12,28 @@ CHECKED = 3_000_000
 # So many elements are recomputed at a time, to stay in the cache.
 CHUNK = 300_000
 
+# Others than fastbn may round more than once (torch.compile does, in gradients of half types): they are to compute the
+# same function, and no more is asked of them.
+PEERS_SLACK = 50.0
+
 
 class Mismatch(Exception):
     """A variant's numbers are wrong, so that its times mean nothing."""
 
 
-def _compare(name: str, got: torch.Tensor, want: torch.Tensor, scale: float = 1.0) -> None:
+def _compare(name: str, got: torch.Tensor, want: torch.Tensor, slack: float, scale: float = 1.0) -> None:
     # Half types round to half a unit of their own; below that, everything is computed in float32 or better.
     accuracy = 1e-11 if got.dtype == torch.float64 else 1e-5
     scale = max(scale, want.abs().max().item())
     allowed = torch.finfo(got.dtype).eps * want.abs() + accuracy * scale
-    error = (got.double() - want).abs() - allowed
+    error = (got.double() - want).abs() - slack * allowed
     if not (error <= 0).all():
         raise Mismatch(f"{name} is wrong by {error.max().item():.2e} more than allowed")
 
 
-def verify(tensors: Tensors, peer: Peer) -> None:
-    """Raise :class:`Mismatch` unless ``peer`` computes every pass of ``tensors.module`` rightly."""
+def verify(tensors: Tensors, peer: Peer, slack: float = 1.0) -> None:
+    """Raise :class:`Mismatch` unless ``peer`` computes every pass of ``tensors.module`` rightly. ``slack`` multiplies
+    the errors that are allowed."""
     x, dy, start = tensors.x.detach(), tensors.dy, tensors.module
     module = peer(start)
     with torch.no_grad():
@@ -58,11 +63,11 @@ def verify(tensors: Tensors, peer: Peer) -> None:
         eval_rstd = (wide(start.running_var) + start.eps).rsqrt()
         terms = math.sqrt(per_channel)  # the size of a sum of that many random terms
 
-        _compare("y", y.detach()[:, part], xhat * weight + bias)
-        _compare("dx", dx[:, part], (dy64 - (sum_dy + xhat * sum_dy_xhat) / per_channel) * rstd * weight)
-        _compare("dweight", dweight[part], sum_dy_xhat.flatten(), terms)
-        _compare("dbias", dbias[part], sum_dy.flatten(), terms)
-        _compare("y in eval", y_eval[:, part], (x64 - wide(start.running_mean)) * eval_rstd * weight + bias)
+        _compare("y", y.detach()[:, part], xhat * weight + bias, slack)
+        _compare("dx", dx[:, part], (dy64 - (sum_dy + xhat * sum_dy_xhat) / per_channel) * rstd * weight, slack)
+        _compare("dweight", dweight[part], sum_dy_xhat.flatten(), slack, terms)
+        _compare("dbias", dbias[part], sum_dy.flatten(), slack, terms)
+        _compare("y in eval", y_eval[:, part], (x64 - wide(start.running_mean)) * eval_rstd * weight + bias, slack)
         for name, batch in (("running_mean", mean), ("running_var", unbiased)):
             want = torch.lerp(wide(getattr(start, name)), batch, start.momentum)
-            _compare(name, getattr(module, name)[part], want.flatten())
+            _compare(name, getattr(module, name)[part], want.flatten(), slack)

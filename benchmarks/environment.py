@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -33,6 +34,29 @@ def sources_hash() -> str:
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def gpu() -> dict[str, object]:
+    """Of the current CUDA device, with the clocks and the temperature that it has now."""
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        now = dict(zip(fields.split(","), map(str.strip, answer.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        now = {"nvidia-smi": str(error)}
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **now,
+    }
 
 
 def environment() -> dict[str, object]:

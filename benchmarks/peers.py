@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch._functorch import config as functorch
 
 Peer = Callable[[torch.nn.Module], torch.nn.Module]
 
@@ -23,6 +24,7 @@ def _torch(module: torch.nn.Module) -> torch.nn.Module:
 
 def _torch_compile(module: torch.nn.Module) -> torch.nn.Module:
     torch.compiler.reset()  # or the many shapes of a run make it give up and run eagerly
+    functorch.donated_buffer = False  # or a backward pass cannot be timed over and over
     return torch.compile(copy.deepcopy(module))
 
 

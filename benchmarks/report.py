@@ -17,6 +17,7 @@ from suite import PASSES
 
 Record = dict
 LATEST = Path(__file__).with_name("results") / "latest.jsonl"
+LATEST_GPU = LATEST.with_name("gpu-benchmark.jsonl")
 SHORT = {
     "float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16",
     "contiguous": "contig", "channels_last": "ch_last",

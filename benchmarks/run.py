@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import run_gpu
 import torch
-from check import Mismatch, verify
+from check import PEERS_SLACK, Mismatch, verify
 from costs import call_records, import_record, memory_records, variants
-from environment import environment
+from environment import environment, gpu
 from limits import OF_PASS, limits
 from peers import PEERS, Peer, available
-from report import LATEST, case_line, header, make_console, show_environment, show_summary
+from report import LATEST, LATEST_GPU, case_line, header, make_console, show_environment, show_summary
+from report_gpu import show_gpu_summary
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from suite import PASSES, Case, Tensors, cases, make_tensors
 from timing import Protocol, measure
@@ -34,23 +36,38 @@ SECONDS_PER_BYTE = 5e-8
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time fastbn's batch norm against torch's on the CPU.")
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"],
-                        choices=["float32", "float64", "float16", "bfloat16"])  # fmt: skip
+    parser = argparse.ArgumentParser(description="Time fastbn's batch norm against torch's.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES, help="on the CPU (a GPU: resnet50)")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "float64", "float16", "bfloat16"],
+                        help="(default: float32 bfloat16; on a GPU bfloat16 float32 float16)")  # fmt: skip
     parser.add_argument("--layouts", nargs="+", default=["contiguous", "channels_last"],
                         choices=["contiguous", "channels_last"])  # fmt: skip
-    parser.add_argument("--batch", type=int, default=32, help="of the ResNet-50 cases (default 32)")
+    parser.add_argument("--batch", type=int, nargs="+",
+                        help="of the ResNet-50 cases (default 32; on a GPU 32 128 256)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="(default 2)")
-    parser.add_argument("--peers", nargs="+", default=["torch"], choices=[p for p in PEERS if p != "fastbn"],
-                        help="whom to compare with (torch always takes part)")  # fmt: skip
+    parser.add_argument("--peers", nargs="+", choices=[p for p in PEERS if p != "fastbn"],
+                        help="whom to compare with besides torch (on a GPU torch.compile by default)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=0, help="on a GPU: begin no case after so many (0: no limit)")
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--quick", dest="pace", action="store_const", const="quick", help="fewer repetitions")
     pace.add_argument("--full", dest="pace", action="store_const", const="full", help="many repetitions")
+    parser.add_argument("--compile-only", nargs=2, type=int, metavar=("SHARE", "SHARES"),
+                        help="on a GPU: only fill torch.compile's cache, with this share of the cases")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=LATEST, help="JSON Lines (default %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"JSON Lines (default {LATEST}; of a GPU {LATEST_GPU})")
     parser.set_defaults(pace="normal")
-    return parser.parse_args()
+    return with_defaults(parser.parse_args())
+
+
+def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Those that differ between the devices."""
+    on_gpu = arguments.device == "cuda"
+    arguments.dtypes = arguments.dtypes or (["bfloat16", "float32", "float16"] if on_gpu else ["float32", "bfloat16"])
+    arguments.batch = arguments.batch or ([32, 128, 256] if on_gpu else [32])
+    arguments.peers = arguments.peers or (["torch", "torch.compile"] if on_gpu else ["torch"])
+    arguments.output = arguments.output or (LATEST_GPU if on_gpu else LATEST)
+    return arguments
 
 
 def calls(tensors: Tensors, peer: Peer) -> dict[str, Callable[[], object]]:
@@ -72,7 +89,7 @@ def measure_case(case: Case, peers: list[str], protocol: Protocol, seed: int) ->
     for name in peers:
         if name != "torch":
             try:
-                verify(tensors, PEERS[name])
+                verify(tensors, PEERS[name], 1.0 if name == "fastbn" else PEERS_SLACK)
             except Mismatch as error:
                 return [{"kind": "wrong", **case.fields(), "error": f"{name}: {error}"}]
     by_variant = {name: calls(tensors, peer) for name, peer in variants(peers).items()}
@@ -92,7 +109,10 @@ def measure_all(
 ) -> Iterator[dict[str, object]]:
     """Records as they are measured; prints what it is at."""
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
-    todo = list(cases(arguments.suites, dtypes, arguments.layouts, arguments.batch))
+    todo = []
+    for number, batch in enumerate(arguments.batch):  # shapes other than ResNet-50's have batches of their own
+        suites = arguments.suites if number == 0 else ["resnet50"]
+        todo += cases([s for s in arguments.suites if s in suites], dtypes, arguments.layouts, batch)
     pace = SECONDS[arguments.pace]
     budgets = {case: pace * (ODD_PART if case.suite == "odd" else 1) for case in todo}
     weights = {case: 3 * budgets[case] + case.nbytes * SECONDS_PER_BYTE for case in todo}
@@ -119,6 +139,12 @@ def main() -> int:
     arguments = parse_arguments()
     console = make_console()
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        console.print("[red]torch sees no GPU[/]")
+        return 1
+    if arguments.compile_only:
+        run_gpu.compile_all(arguments, *arguments.compile_only)
+        return 0
     peers, missing = available(list(dict.fromkeys(["fastbn", "torch", *arguments.peers])))
     if "fastbn" in missing:
         console.print(f"[red]fastbn cannot be imported:[/] {missing['fastbn']}")
@@ -127,7 +153,14 @@ def main() -> int:
         console.print(f"missing, not compared: {name} ({reason})")
 
     start = time.perf_counter()
-    head = {**environment(), "pace": arguments.pace, "seed": arguments.seed, "missing": missing}
+    on_gpu = arguments.device == "cuda"
+    head = {
+        **environment(),
+        **(gpu() if on_gpu else {}),
+        "pace": arguments.pace,
+        "seed": arguments.seed,
+        "missing": missing,
+    }
     show_environment(console, head)
     records = [head]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"),
@@ -138,14 +171,15 @@ def main() -> int:
         print(json.dumps(head), file=output, flush=True)
         try:
             with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-                for record in measure_all(arguments, peers, console, progress):
+                measuring = run_gpu.measure_all if on_gpu else measure_all
+                for record in measuring(arguments, peers, console, progress):
                     records.append(record)
                     print(json.dumps(record), file=output, flush=True)
         except KeyboardInterrupt:
             interrupted = True
             console.print("\ninterrupted: what follows is what was measured so far")
 
-    show_summary(console, records)
+    (show_gpu_summary if on_gpu else show_summary)(console, records)
     console.print(f"{time.perf_counter() - start:.0f} s; results in {os.path.relpath(arguments.output)}")
     if interrupted:
         return 130

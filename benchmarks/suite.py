@@ -46,6 +46,8 @@ ODD_TYPES = [(16, 64, 28, 28)]
 
 # Tensors of the activation's size that a pass cannot avoid to read or write: x, y; then x, dy, dx as well.
 PASSES = {"forward": 2, "forward+backward": 5, "eval": 2}
+# On a GPU the backward pass is timed by itself: x, dy, dx.
+GPU_PASSES = {"forward": 2, "backward": 3, "eval": 2}
 
 MODULES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -95,6 +97,14 @@ def cases(suites: list[str], dtypes: list[torch.dtype], layouts: list[str], batc
                             yield Case("odd", shape, dtype, layout)
 
 
+def gpu_cases(dtypes: list[torch.dtype], layouts: list[str], batches: list[int]) -> Iterator[Case]:
+    """The types in the order given and the largest batch first, because time may end before the cases do."""
+    for dtype in dtypes:
+        for layout in layouts:
+            for batch in sorted(batches, reverse=True):
+                yield from cases(["resnet50"], [dtype], [layout], batch)
+
+
 @dataclass
 class Tensors:
     """What a case computes with. ``module`` is torch's batch norm: every variant starts from a copy of it."""
@@ -104,17 +114,18 @@ class Tensors:
     module: nn.Module
 
 
-def make_tensors(case: Case, seed: int) -> Tensors:
+def make_tensors(case: Case, seed: int, device: torch.device | str = "cpu") -> Tensors:
     torch.manual_seed(seed)
+    how = {"dtype": case.dtype, "device": device}
     if case.layout == "contiguous":
-        x, dy = (torch.randn(case.shape, dtype=case.dtype) for _ in range(2))
+        x, dy = (torch.randn(case.shape, **how) for _ in range(2))
     else:  # made in place: a copy on the way would hide what the measurement of memory looks for
         batch, channels, *space = case.shape
-        x, dy = (torch.randn(batch, *space, channels, dtype=case.dtype).movedim(-1, 1) for _ in range(2))
+        x, dy = (torch.randn(batch, *space, channels, **how).movedim(-1, 1) for _ in range(2))
 
     # parameters of half types stay in float32, as autocast trains
     parameter_type = torch.float64 if case.dtype == torch.float64 else torch.float32
-    module = MODULES[len(case.shape)](case.shape[1], dtype=parameter_type)
+    module = MODULES[len(case.shape)](case.shape[1], dtype=parameter_type, device=device)
     with torch.no_grad():
         module.weight.uniform_(0.5, 1.5)
         module.bias.normal_()

@@ -35,15 +35,18 @@ def _sample(call: Callable[[], object], repeats: int) -> float:
 
 
 def measure(
-    variants: dict[str, Callable[[], object]], protocol: Protocol, rng: random.Random
+    variants: dict[str, Callable[[], object]],
+    protocol: Protocol,
+    rng: random.Random,
+    sample: Callable[[Callable[[], object], int], float] = _sample,
 ) -> dict[str, dict[str, float]]:
     """Seconds per call of each variant: median, and quartiles ``low`` and ``high``."""
     repeats, round_time = {}, 0.0
     for name, call in variants.items():
-        _sample(call, 1)  # warm up
-        estimate = _sample(call, 1)
+        sample(call, 1)  # warm up
+        estimate = sample(call, 1)
         if estimate < SHORTEST_SAMPLE:
-            estimate = _sample(call, 10)
+            estimate = sample(call, 10)
         repeats[name] = math.ceil(SHORTEST_SAMPLE / estimate)
         round_time += repeats[name] * estimate
     rounds = int(max(protocol.least_rounds, min(protocol.most_rounds, protocol.seconds / round_time)))
@@ -54,7 +57,7 @@ def measure(
     try:
         for _ in range(rounds):
             for name in rng.sample(list(variants), len(variants)):
-                samples[name].append(_sample(variants[name], repeats[name]))
+                samples[name].append(sample(variants[name], repeats[name]))
     finally:
         gc.enable()
 

@@ -142,8 +142,11 @@ FASTBN_D Bytes16 load16_last(const void* p) {
   const uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
+// In assembly, because the compiler merges it with the stores of single elements beside it, and stores those alone.
 FASTBN_D void store16(void* p, const Bytes16& v) {
-  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 FASTBN_D Bytes16 shared_load16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);

@@ -1,0 +1,208 @@
+"""What the CUDA kernels cost, and whether that is what the planner counts on. In: the log of a build with `ptxas -v`,
+and the built library. Out: a table (as JSON too), a line for each broken rule, and exit status 1 if there is one.
+
+Rules, for each kernel and architecture:
+1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic;
+2. no more registers than `registers_a_thread` of csrc/cuda/plan.h, for kernels of the resident strategy;
+3. kernels that walk in whole vectors load and store 16 bytes at a time (SASS: LDG.E.128 or LDGSTS...128, STG.E.128),
+   and nothing in SASS touches local memory.
+Kernels of float64 are listed and not judged: no default plan is tuned for them.
+
+Usage: check_resources.py BUILD_LOG LIBRARY [--architectures "8.0;9.0"] [--json FILE] [--cuobjdump PROGRAM]
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+PLAN = Path(__file__).parents[1] / "csrc" / "cuda" / "plan.h"
+COMPILING = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+ARCH = re.compile(r"^\s*arch = (sm_\w+)")
+FUNCTION = re.compile(r"^\s*Function : (\w+)")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+# Of SASS, what the rules look at: reads and writes of global and of local memory.
+LOADS, STORES, LOCAL = ("LDG", "LDGSTS"), ("STG",), ("LDL", "STL")
+
+
+@dataclass
+class Kernel:
+    name: str
+    arch: str
+    registers: int = 0
+    shared: int = 0  # static
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    sass: dict[str, int] = field(default_factory=dict)  # how often each memory instruction is there
+
+    @property
+    def judged(self) -> bool:
+        return "double" not in self.name.split("(")[0]
+
+    @property
+    def resident(self) -> bool:
+        return "resident" in self.name
+
+    @property
+    def vectors(self) -> bool:
+        """Whether it is the variant of a walk in whole vectors."""
+        return (walk := re.search(r"Walk<\w+, (\d+)\b", self.name)) is not None and int(walk[1]) > 1
+
+    def count(self, names: Iterable[str], width: str = "") -> int:
+        return sum(n for i, n in self.sass.items() if i.split(".")[0] in names and (not width or width in i.split(".")))
+
+
+def demangle(names: list[str]) -> list[str]:
+    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    plain = result.stdout.splitlines()
+    short = [re.sub(r"fastbn::|cuda::|\(anonymous namespace\)::|^void ", "", name) for name in plain]
+    return [re.sub(r"\([^()]*(?:\([^()]*\)[^()]*)*\)$", "", name) for name in short]
+
+
+def parse_log(text: str) -> list[Kernel]:
+    """The kernels in the order ptxas compiled them; names as mangled. A kernel compiled twice is there once."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    kernel = None
+    for line in text.splitlines():
+        if match := COMPILING.search(line):
+            kernel = kernels[match[1], match[2]] = Kernel(match[1], match[2])
+        elif kernel is None:
+            continue
+        elif match := STACK.search(line):
+            kernel.stack, kernel.spill_stores, kernel.spill_loads = map(int, match.groups())
+        elif match := USED.search(line):
+            kernel.registers = int(match[1])
+            kernel.shared = int(found[1]) if (found := SHARED.search(line)) else 0
+            kernel = None
+    return list(kernels.values())
+
+
+def parse_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
+    """How often each instruction on global or local memory occurs, by mangled name and architecture."""
+    found: dict[tuple[str, str], Counter[str]] = {}
+    arch, counts = "", Counter()
+    for line in lines:
+        if match := INSTRUCTION.match(line):
+            if match[1].split(".")[0] in (*LOADS, *STORES, *LOCAL):
+                counts[match[1]] += 1
+        elif match := ARCH.match(line):
+            arch = match[1]
+        elif match := FUNCTION.match(line):
+            counts = found.setdefault((match[1], arch), Counter())
+    return found
+
+
+def disassemble(program: str, library: str) -> dict[tuple[str, str], Counter[str]]:
+    with subprocess.Popen(
+        [program, "-sass", library], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        found = parse_sass(process.stdout)
+    if process.returncode != 0 or not found:
+        raise SystemExit(f"check_resources: {program} -sass {library} found no code (status {process.returncode})")
+    return found
+
+
+def find_cuobjdump() -> str:
+    """The toolkit's, or the one that triton (and so torch with CUDA) brings."""
+    places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "cuobjdump")]
+    if (triton := importlib.util.find_spec("triton")) is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    found = shutil.which("cuobjdump") or next((str(place) for place in places if place.is_file()), None)
+    if found is None:
+        raise SystemExit("check_resources: no cuobjdump in PATH, in CUDA_HOME, or with triton")
+    return found
+
+
+def targets(architectures: str) -> set[str]:
+    """Those that torch compiles machine code for, given a TORCH_CUDA_ARCH_LIST."""
+    return {"sm_" + name.removesuffix("+PTX").replace(".", "") for name in architectures.split(";")}
+
+
+def registers_assumed(plan: Path = PLAN) -> int:
+    return int(re.search(r"registers_a_thread\s*=\s*(\d+)", plan.read_text())[1])
+
+
+def problems_of(kernel: Kernel, registers: int) -> list[str]:
+    if not kernel.judged:
+        return []
+    problems = []
+    if kernel.spill_stores or kernel.spill_loads:
+        problems.append(f"spills {kernel.spill_stores} bytes to memory and reads {kernel.spill_loads} back")
+    if kernel.stack:
+        problems.append(f"has a stack frame of {kernel.stack} bytes")
+    if kernel.resident and kernel.registers > registers:
+        problems.append(f"uses {kernel.registers} registers, the plan counts on {registers}")
+    if local := kernel.count(LOCAL):
+        problems.append(f"has {local} instructions on local memory")
+    if kernel.vectors and not kernel.count(LOADS, "128"):
+        problems.append("loads no 16 bytes at a time")
+    if kernel.vectors and "stats" not in kernel.name.split("<")[0] and not kernel.count(STORES, "128"):
+        problems.append("stores no 16 bytes at a time")
+    return problems
+
+
+def unjudged(kernels: list[Kernel]) -> list[str]:
+    """A rule that no kernel falls under has lost them, by a change of names."""
+    judged = [kernel for kernel in kernels if kernel.judged]
+    kinds = {"of the resident strategy": "resident", "that walk in whole vectors": "vectors"}
+    return [f"no kernels {words}: have names changed?" for words, kind in kinds.items()
+            if not any(getattr(kernel, kind) for kernel in judged)]  # fmt: skip
+
+
+def table(kernels: list[Kernel]) -> str:
+    lines = [f"{'arch':<7}{'regs':>5}{'static':>8}{'stack':>6}{'spill':>6}{'ld16':>6}{'st16':>6}  kernel"]
+    for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
+        spill = k.spill_stores + k.spill_loads
+        wide = f"{k.count(LOADS, '128'):>6}{k.count(STORES, '128'):>6}"
+        lines.append(f"{k.arch:<7}{k.registers:>5}{k.shared:>8}{k.stack:>6}{spill:>6}{wide}  {k.name}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Registers, spills and 16-byte accesses of the CUDA kernels.")
+    parser.add_argument("log", type=Path)
+    parser.add_argument("library")
+    parser.add_argument("--architectures", help="as in TORCH_CUDA_ARCH_LIST: those that the library must have")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--cuobjdump")
+    arguments = parser.parse_args()
+
+    kernels = parse_log(arguments.log.read_text())
+    if not kernels:
+        raise SystemExit(f"check_resources: {arguments.log} has no output of ptxas -v")
+    sass = disassemble(arguments.cuobjdump or find_cuobjdump(), arguments.library)
+    unseen = []
+    if arguments.architectures and (missing := targets(arguments.architectures) - {arch for _, arch in sass}):
+        unseen.append(f"no code for {', '.join(sorted(missing))}")
+    for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels]), strict=True):
+        if (kernel.name, kernel.arch) not in sass:
+            unseen.append(f"{kernel.arch} {name}: compiled, and not in the library")
+        kernel.sass = dict(sass.get((kernel.name, kernel.arch), {}))
+        kernel.name = name
+    registers = registers_assumed()
+    problems = [f"{k.arch} {k.name}: {problem}" for k in kernels for problem in problems_of(k, registers)]
+    problems += unseen + unjudged(kernels)
+    print(table(kernels))
+    if arguments.json:
+        report = {"registers_assumed": registers, "problems": problems, "kernels": [asdict(k) for k in kernels]}
+        arguments.json.write_text(json.dumps(report, indent=1))
+    architectures = sorted({k.arch for k in kernels})
+    print(f"{len(kernels)} kernels for {', '.join(architectures)}; at most {registers} registers assumed")
+    print("\n".join(problems) or "resources: every rule holds")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

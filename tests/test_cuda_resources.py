@@ -1,0 +1,130 @@
+"""The reader of ptxas and of SASS, and the rules. In: samples of what the tools print. Out: what was read of them, and
+a broken rule each. `make cuda-build` applies the rules to the kernels themselves."""
+
+import dataclasses
+
+import check_resources as resources
+import pytest
+
+pytestmark = pytest.mark.cpu
+
+LOG = """
+[1/7] nvcc -c resident.cu
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN6fastbn4cuda5statsIfNS0_8RowsWalkIfLi4EEELi4EEEvv' for 'sm_90'
+ptxas info    : Function properties for _ZN6fastbn4cuda5statsIfNS0_8RowsWalkIfLi4EEELi4EEEvv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 78 registers, used 1 barriers
+ptxas info    : Compile time = 38.944 ms
+ptxas info    : Compiling entry function '_ZN6fastbn4cuda8residentIfNS0_11ColumnsWalkIfLi4EEEEEvv' for 'sm_80'
+ptxas info    : Function properties for _ZN6fastbn4cuda8residentIfNS0_11ColumnsWalkIfLi4EEEEEvv
+    104 bytes stack frame, 132 bytes spill stores, 188 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 104 bytes cumulative stack size, 256 bytes smem, 376 bytes cmem[0]
+"""
+
+SASS = """
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,7]
+	code for sm_80
+		Function : first
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                      /* 0x00000a0000017a02 */
+                                                                               /* 0x000fe40000000f00 */
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R11], [R8.64] ;        /* 0x00000000080b7fae */
+        /*0020*/              @!P0 STG.E.128 [R2.64], R4 ;                     /* 0x0000000402007986 */
+        /*0030*/              @UP1 LDG.E.U16.CONSTANT R4, [R2.64] ;            /* 0x0000000402047981 */
+        /*0040*/                   STL.64 [R1], R4 ;                           /* 0x0000000402047981 */
+        /*1ff50*/                  STG.E.128 desc[UR4][R2.64], R4 ;            /* 0x0000000402047981 */
+Fatbin elf code:
+================
+arch = sm_90
+		Function : first
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;            /* 0x0000000402047981 */
+"""
+
+GOOD = resources.Kernel(
+    "resident<float, RowsWalk<float, 4>, Identity>", "sm_90", 64, 0, sass={"LDGSTS.E.BYPASS.128": 1, "STG.E.128": 1}
+)
+
+
+def test_the_log_is_read():
+    first, second = resources.parse_log(LOG)
+    assert (first.arch, first.registers, first.shared, first.stack, first.spill_stores) == ("sm_90", 78, 0, 0, 0)
+    assert (second.arch, second.registers, second.shared) == ("sm_80", 64, 256)
+    assert (second.stack, second.spill_stores, second.spill_loads) == (104, 132, 188)
+    names = resources.demangle([first.name, second.name])
+    assert names == ["stats<float, RowsWalk<float, 4>, 4>", "resident<float, ColumnsWalk<float, 4> >"]
+
+
+def test_a_kernel_compiled_again_counts_once():
+    assert len(resources.parse_log(LOG + LOG)) == 2
+
+
+def test_sass_is_read():
+    found = resources.parse_sass(SASS.splitlines())
+    assert found["first", "sm_80"] == {
+        "LDGSTS.E.BYPASS.128": 1,
+        "STG.E.128": 2,
+        "LDG.E.U16.CONSTANT": 1,
+        "STL.64": 1,
+    }
+    assert found["first", "sm_90"] == {"LDG.E.128": 1}
+
+
+def test_architectures():
+    assert resources.targets("8.0;9.0;10.0+PTX") == {"sm_80", "sm_90", "sm_100"}
+
+
+def test_the_plans_assumption_is_found():
+    assert 32 <= resources.registers_assumed() <= 255
+
+
+def test_a_good_kernel_passes():
+    assert resources.problems_of(GOOD, 64) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spill_stores": 4}, "spills"),
+        ({"spill_loads": 4}, "spills"),
+        ({"stack": 8}, "stack frame"),
+        ({"registers": 65}, "registers"),
+        ({"sass": {**GOOD.sass, "LDL.64": 2}}, "local memory"),
+        ({"sass": {"LDG.E.64": 8, "STG.E.128": 1}}, "loads no 16 bytes"),
+        ({"sass": {"LDG.E.128": 8, "STG.E.U16": 1}}, "stores no 16 bytes"),
+        ({"sass": {}, "name": "resident<Half, RowsWalk<Half, 8>, Identity>"}, "loads no 16 bytes"),
+        ({"sass": {}, "name": "apply<BFloat16, ColumnsWalk<BFloat16, 8>, 8, Identity>"}, "stores no 16 bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_rule_is_found(change, message):
+    assert any(message in problem for problem in resources.problems_of(dataclasses.replace(GOOD, **change), 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "vectors"),
+    [
+        ("apply<float, RowsWalk<float, 4, long>, 4, Identity>", True),
+        ("resident<BFloat16, ColumnsWalk<BFloat16, 8>, Identity>", True),
+        ("apply<float, RowsWalk<float, 1, int>, 1, Identity>", False),
+        ("update_running", False),
+    ],
+)
+def test_walks_in_whole_vectors_are_known_by_name(name, vectors):
+    assert dataclasses.replace(GOOD, name=name).vectors == vectors
+
+
+def test_a_rule_without_kernels_is_a_broken_rule():
+    assert resources.unjudged([GOOD]) == []
+    assert len(resources.unjudged([dataclasses.replace(GOOD, name="another<float, Way<float, 4>>")])) == 2
+
+
+def test_what_need_not_hold():
+    """float64 is not judged; sums alone store nothing wide; single values are what walks of one value take."""
+    double = dataclasses.replace(GOOD, name="resident<double, RowsWalk<double, 2>, Identity>", registers=90, stack=8)
+    sums = dataclasses.replace(GOOD, name="stats<float, RowsWalk<float, 4>, 4>", registers=128, sass={"LDG.E.128": 4})
+    single = dataclasses.replace(GOOD, name="apply<float, RowsWalk<float, 1>, 1, Identity>", sass={"LDG.E": 4})
+    for kernel in (double, sums, single):
+        assert resources.problems_of(kernel, 64) == []
