@@ -1,6 +1,9 @@
 """Builds fastbn._C. Everything that is not the extension is in pyproject.toml.
 
-FASTBN_CUDA=0/1 turns the CUDA backend off or on; by default it is built where nvcc is and torch has CUDA.
+FASTBN_CUDA=0/1 turns the CUDA backend off or on; by default it is built where nvcc is and torch has CUDA, for the GPUs
+in TORCH_CUDA_ARCH_LIST, else those of this machine, else ARCHITECTURES.
+FASTBN_PTXAS=1 prints registers and spills of each kernel.
+FASTBN_SIMT=1 builds for tests: the CUDA kernels compiled by g++ and executed on the CPU by tests/simt.
 FASTBN_SANITIZE=1 builds for AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
@@ -40,31 +43,74 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+# Data center GPUs; the last one as PTX too, which newer ones compile for themselves.
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES_BEFORE_CUDA_12_8 = "8.0;9.0+PTX"
+
+
+def architectures() -> str:
+    """What nvcc compiles for; torch reads it from the environment."""
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not chosen and torch.cuda.is_available():
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        chosen = ";".join(f"{major}.{minor}" for major, minor in sorted(here))
+    if not chosen:
+        cuda = tuple(map(int, torch.version.cuda.split(".")[:2]))
+        chosen = ARCHITECTURES if cuda >= (12, 8) else ARCHITECTURES_BEFORE_CUDA_12_8
+    os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
+    return chosen
+
+
+def as_cpp(kernels: list[str]) -> list[str]:
+    """A source that includes each .cu, for a build that knows files by their suffix."""
+    folder = Path("build/simt/sources")
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    wrapped = []
+    for kernel in kernels:
+        path, text = folder / f"{Path(kernel).stem}_cu.cpp", f'#include "../../../{kernel}"\n'
+        if not (ROOT / path).exists() or (ROOT / path).read_text() != text:
+            (ROOT / path).write_text(text)
+        wrapped.append(str(path))
+    return wrapped
+
+
 def extension():
-    cuda_sources = sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp")
-    cuda = want_cuda() and bool(cuda_sources)
-    if want_cuda() and not cuda_sources:
-        message = "fastbn: this version has no CUDA kernels yet"
-        if os.environ.get("FASTBN_CUDA") == "1":
-            sys.exit(message)
-        print(f"{message}; building for the CPU only")
+    simt = os.environ.get("FASTBN_SIMT") == "1"
+    cuda = not simt and want_cuda()
+    files = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + sources("csrc/cuda/*.cpp")
+    kernels = sources("csrc/cuda/*.cu")
+    include_dirs = [str(ROOT / "csrc")]
     # OpenMP is compiled in but not linked: its symbols are then those of the runtime that torch brought, and
     # there is one thread pool in the process instead of two.
     flags = ["-O3", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
+    nvcc = ["-O3", "-lineinfo"]
     link = ["-Wl,--strip-all"]
+    if simt:
+        files += as_cpp(kernels) + ["tests/simt/bindings.cpp"]
+        include_dirs.append(str(ROOT / "tests" / "simt"))
+        flags += ["-O2", "-std=c++20", "-DFASTBN_SIMT"]
+    if cuda:
+        files += kernels
+        flags += [
+            "-DFASTBN_CUDA",
+            f'-DFASTBN_CUDA_VERSION="{torch.version.cuda}"',
+            f'-DFASTBN_CUDA_ARCHITECTURES="{architectures()}"',
+        ]
+        if os.environ.get("FASTBN_PTXAS") == "1":
+            nvcc.append("-Xptxas=-v")
     if os.environ.get("FASTBN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags = [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
         link = sanitize
     flags.append(f'-DFASTBN_TORCH_VERSION="{torch.__version__}"')
     make = CUDAExtension if cuda else CppExtension
     return make(
         "fastbn._C",
-        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + (cuda_sources if cuda else []),
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]} if cuda else flags,
+        files,
+        include_dirs=include_dirs,
+        extra_compile_args={"cxx": flags, "nvcc": nvcc} if cuda else flags,
         extra_link_args=link,
-        depends=sources("csrc/**/*.h"),
+        depends=[path for pattern in ("csrc/**/*.h", "csrc/**/*.cuh", "tests/simt/*.h") for path in sources(pattern)],
     )
 
 

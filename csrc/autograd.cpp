@@ -60,19 +60,22 @@ auto make_node() {
   }
 }
 
-// Exact under any number of threads; torch's += is a kernel of its own on every forward pass.
-void count_batch(const Tensor& counter) {
-  __atomic_fetch_add(counter.data_ptr<int64_t>(), 1, __ATOMIC_RELAXED);
-  if (!counter.is_inference()) counter.unsafeGetTensorImpl()->bump_version();
-}
-
 }  // namespace
 
 void set_differentiable_backward(DifferentiableBackward f) { differentiable_backward() = std::move(f); }
 
 bool is_plain(const Tensor& t) {
-  static const c10::DispatchKeySet ordinary{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                            c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
+  static const c10::DispatchKeySet ordinary{
+      c10::DispatchKey::CPU,
+      c10::DispatchKey::AutogradCPU,
+      c10::DispatchKey::AutocastCPU,
+#if defined(FASTBN_CUDA)
+      c10::DispatchKey::CUDA,
+      c10::DispatchKey::AutogradCUDA,
+      c10::DispatchKey::AutocastCUDA,
+#endif
+      c10::DispatchKey::ADInplaceOrView,
+  };
   return (t.key_set().raw_repr() & ~ordinary.raw_repr()) == 0 && t.layout() == at::kStrided && !t._fw_grad(0).defined();
 }
 
@@ -88,7 +91,7 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
   if (input.dim() < 2 || input.numel() == 0) return false;
   const int64_t channels = input.size(1);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
-    if (*t && ((*t)->dim() != 1 || (*t)->size(0) != channels)) return false;
+    if (*t && ((*t)->dim() != 1 || (*t)->size(0) != channels || (*t)->device() != input.device())) return false;
   }
   for (const OptionalTensor* t : {&running_mean, &running_var}) {
     if (*t ? (*t)->requires_grad() : !training) return false;
@@ -105,19 +108,14 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
                   double eps) {
-  if (num_batches_tracked) count_batch(*num_batches_tracked);
   const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b);
 
   Tensor output, moments;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const OptionalTensor fixed = training ? std::nullopt : OptionalTensor(running_moments(*running_mean, *running_var));
-    std::tie(output, moments) = forward(input, weight, bias, fixed, eps);
-    if (training && running_mean) {
-      update_running_stats(moments, input.numel() / input.size(1), momentum, running_mean, running_var,
-                           num_batches_tracked);
-    }
+    const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
+    std::tie(output, moments) = forward(input, weight, bias, statistics, training, eps, wants_grad);
   }
   if (wants_grad) {
     const auto node = make_node<BatchNormBackward>();

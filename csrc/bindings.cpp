@@ -7,13 +7,21 @@
 #include <torch/library.h>
 
 #include "autograd.h"
+#include "context.h"
 #include "core/backend.h"
 #include "cpu/plan.h"
+#include "cuda/plan.h"
+#include "cuda/query.h"
+
+namespace py = pybind11;
+
+#if defined(FASTBN_SIMT)
+void bind_simulator(py::module_& m);  // tests/simt/bindings.cpp
+#endif
 
 namespace {
 
 using namespace fastbn;
-namespace py = pybind11;
 
 // Subclasses of Tensor may want to see the call; Parameter is the one that never does.
 bool is_tensor_or_parameter(py::handle object) {
@@ -81,7 +89,7 @@ void set_python_backward(py::function f) {
   });
 }
 
-py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t element_bytes) {
+Problem problem_of(const std::vector<int64_t>& sizes, bool channels_last, int64_t element_bytes) {
   TORCH_CHECK_INDEX(sizes.size() >= 2, "sizes should have at least 2 entries (N, C, ...), not ", sizes.size());
   TORCH_CHECK_VALUE(element_bytes == 2 || element_bytes == 4 || element_bytes == 8,
                     "element_bytes should be 2, 4 or 8, not ", element_bytes);
@@ -96,8 +104,11 @@ py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t ele
                         !__builtin_mul_overflow(elements, int64_t(8), &elements),
                     "sizes are too large");
   const DType dtype = element_bytes == 8 ? DType::f64 : element_bytes == 4 ? DType::f32 : DType::bf16;
-  const Problem problem{{sizes[0], sizes[1], positions, channels_last ? Layout::channels_last : Layout::channels_first},
-                        dtype};
+  return {{sizes[0], sizes[1], positions, channels_last ? Layout::channels_last : Layout::channels_first}, dtype};
+}
+
+py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t element_bytes) {
+  const Problem problem = problem_of(sizes, channels_last, element_bytes);
   const cpu::Plan p = cpu::make_plan(problem);
   py::dict d;
   d["walk"] = p.walk == cpu::Walk::runs ? "runs" : "columns";
@@ -108,11 +119,99 @@ py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t ele
   return d;
 }
 
+// The numbers of a GPU and of a plan for one, by their names in C++.
+#define FASTBN_FIELD(type, name) {#name, &cuda::type::name}
+constexpr std::pair<const char*, int64_t cuda::Device::*> device_fields[] = {
+    FASTBN_FIELD(Device, multiprocessors),
+    FASTBN_FIELD(Device, shared_per_multiprocessor),
+    FASTBN_FIELD(Device, shared_per_block),
+    FASTBN_FIELD(Device, shared_reserved),
+    FASTBN_FIELD(Device, registers_per_multiprocessor),
+    FASTBN_FIELD(Device, threads_per_multiprocessor),
+    FASTBN_FIELD(Device, bytes_per_microsecond),
+};
+constexpr std::pair<const char*, int64_t cuda::Plan::*> plan_fields[] = {
+    FASTBN_FIELD(Plan, vector),
+    FASTBN_FIELD(Plan, threads),
+    FASTBN_FIELD(Plan, rows),
+    FASTBN_FIELD(Plan, columns),
+    FASTBN_FIELD(Plan, columns_a_channel),
+    FASTBN_FIELD(Plan, items),
+    FASTBN_FIELD(Plan, channels_an_item),
+    FASTBN_FIELD(Plan, vectors_a_row),
+    FASTBN_FIELD(Plan, lanes_a_row),
+    FASTBN_FIELD(Plan, blocks_an_item),
+    FASTBN_FIELD(Plan, groups),
+    FASTBN_FIELD(Plan, waves),
+    FASTBN_FIELD(Plan, blocks),
+    FASTBN_FIELD(Plan, shared_bytes),
+    FASTBN_FIELD(Plan, scratch_bytes),
+    FASTBN_FIELD(Plan, slice_bytes),
+    FASTBN_FIELD(Plan, stagger),
+    FASTBN_FIELD(Plan, workspace_bytes),
+    FASTBN_FIELD(Plan, bytes),
+    FASTBN_FIELD(Plan, least_bytes),
+};
+#undef FASTBN_FIELD
+
+cuda::Device device_of(const py::dict& numbers) {
+  cuda::Device device{};
+  for (const auto& [name, member] : device_fields) {
+    TORCH_CHECK_VALUE(numbers.contains(name), "device should have the entry '", name, "'");
+    device.*member = numbers[name].cast<int64_t>();
+    TORCH_CHECK_VALUE(device.*member >= 0, "device['", name, "'] should not be negative, but is ", device.*member);
+  }
+  TORCH_CHECK_VALUE(device.multiprocessors > 0, "device['multiprocessors'] should be positive");
+  TORCH_CHECK_VALUE(numbers.contains("cooperative"), "device should have the entry 'cooperative'");
+  device.cooperative = numbers["cooperative"].cast<bool>();
+  return device;
+}
+
+py::dict cuda_plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t element_bytes,
+                   const std::string& direction, bool training, bool aligned, const py::dict& device) {
+  TORCH_CHECK_VALUE(direction == "forward" || direction == "backward",
+                    "direction should be 'forward' or 'backward', not '", direction, "'");
+  const cuda::Plan p = cuda::make_plan(problem_of(sizes, channels_last, element_bytes),
+                                       direction == "forward" ? cuda::Pass::forward : cuda::Pass::backward, training,
+                                       aligned, device_of(device));
+  py::dict d;
+  d["strategy"] = p.strategy == cuda::Strategy::resident ? "resident" : "streaming";
+  d["walk"] = p.walk == cuda::Walk::rows ? "rows" : "columns";
+  d["cooperative"] = p.cooperative;
+  for (const auto& [name, member] : plan_fields) d[name] = p.*member;
+  return d;
+}
+
+#if defined(FASTBN_GPU)
+py::dict cuda_device(const Tensor& input) {
+  check_device(input);
+  const Context context(input);
+  TORCH_CHECK_VALUE(context.on_gpu(), "input should be on a GPU, but is on ", input.device());
+  const cuda::Device device = cuda::current_numbers();
+  py::dict d;
+  for (const auto& [name, member] : device_fields) d[name] = device.*member;
+  d["cooperative"] = device.cooperative;
+  return d;
+}
+#endif
+
 py::dict build_info() {
   py::dict d;
   d["torch"] = FASTBN_TORCH_VERSION;
   d["compiler"] = "g++ " __VERSION__;
+#if defined(FASTBN_CUDA)
+  d["backends"] = std::vector<std::string>{"cpu", "cuda"};
+  d["cuda"] = FASTBN_CUDA_VERSION;
+  d["cuda_architectures"] = FASTBN_CUDA_ARCHITECTURES;
+#else
+#if defined(FASTBN_SIMT)
+  d["backends"] = std::vector<std::string>{"simt"};
+#else
+  d["backends"] = std::vector<std::string>{"cpu"};
+#endif
   d["cuda"] = py::none();
+  d["cuda_architectures"] = py::none();
+#endif
   d["cpu_capability"] = cpu::capability();
   d["cpu_capability_of_processor"] = cpu::capability_of_processor();
   return d;
@@ -136,7 +235,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const 
 void update_running_stats_op(const Tensor& moments, int64_t count, std::optional<double> momentum,
                              const Tensor& running_mean, const Tensor& running_var,
                              const OptionalTensor& num_batches_tracked) {
-  update_running_stats(moments, count, momentum, running_mean, running_var, num_batches_tracked);
+  update_running_stats(moments, count, {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+void implement(torch::Library& m) {
+  m.impl("forward", &forward_op);
+  m.impl("backward", &backward_op);
+  m.impl("update_running_stats", &update_running_stats_op);
 }
 
 }  // namespace
@@ -151,18 +256,21 @@ TORCH_LIBRARY(fastbn, m) {
       "Tensor(b!) running_var, Tensor? num_batches_tracked) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(fastbn, CPU, m) {
-  m.impl("forward", &forward_op);
-  m.impl("backward", &backward_op);
-  m.impl("update_running_stats", &update_running_stats_op);
-}
+TORCH_LIBRARY_IMPL(fastbn, CPU, m) { implement(m); }
+#if defined(FASTBN_CUDA)
+TORCH_LIBRARY_IMPL(fastbn, CUDA, m) { implement(m); }
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   cpu::capability();  // a bad FASTBN_CPU_CAPABILITY is reported by the import
   m.def("batch_norm", &eager_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
         py::arg("eps"));
-  m.def("forward", &forward, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
+  m.def("check_device", &check_device, py::arg("input"));
+  m.def("forward",
+        py::overload_cast<const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double>(
+            &forward),
+        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
         py::call_guard<py::gil_scoped_release>());
   m.def(
       "backward",
@@ -173,11 +281,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("moments"), py::arg("eps"),
       py::arg("training"), py::arg("output_mask"));
-  m.def("update_running_stats", &update_running_stats, py::arg("moments"), py::arg("count"), py::arg("momentum"),
-        py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "update_running_stats",
+      [](const Tensor& moments, int64_t count, std::optional<double> momentum, const OptionalTensor& running_mean,
+         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
+        update_running_stats(moments, count, {running_mean, running_var, num_batches_tracked, momentum});
+      },
+      py::arg("moments"), py::arg("count"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
+      py::arg("num_batches_tracked"), py::call_guard<py::gil_scoped_release>());
   m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
   m.def("plan", &plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"));
+  m.def("cuda_plan", &cuda_plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"),
+        py::arg("direction"), py::arg("training"), py::arg("aligned"), py::arg("device"));
+#if defined(FASTBN_GPU)
+  m.def("cuda_device", &cuda_device, py::arg("input"));
+#endif
+#if defined(FASTBN_SIMT)
+  py::module_ simulator = m.def_submodule("simt");
+  bind_simulator(simulator);
+#endif
   m.def("cpu_capability", &cpu::capability);
   m.def("build_info", &build_info);
 }

@@ -1,15 +1,15 @@
 // In: tensors of any layout. Out: a Problem for the backend, and the tensors it filled.
 #include "ops.h"
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <c10/core/CPUAllocator.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 
-#include <memory>
-
+#include "context.h"
 #include "core/backend.h"
 #include "core/dispatch.h"
-#include "cpu/pages.h"
+
+#if defined(FASTBN_SIMT)
+#include <mutex>
+#endif
 
 namespace fastbn {
 
@@ -34,27 +34,34 @@ bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
 bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
-void check_device(const Tensor& t, const char* name) {
+void check_dense(const Tensor& t, const char* name) {
   TORCH_CHECK(t.layout() == at::kStrided, "fastbn: ", name, " must be a dense tensor, but its layout is ", t.layout());
-  TORCH_CHECK(t.is_cpu(), "fastbn: ", name, " is on ", t.device(),
-              ", and this build of fastbn has kernels for the CPU only. Move the model to the CPU, or use torch.nn's"
-              " batch norm there.");
 }
 
-void check_channels(const OptionalTensor& t, const char* name, int64_t channels) {
+void check_input(const Tensor& input) {
+  check_dense(input, "input");
+  check_device(input);
+}
+
+void check_beside(const Tensor& t, const char* name, const Tensor& input) {
+  check_dense(t, name);
+  TORCH_CHECK(t.device() == input.device(), "fastbn: ", name, " is on device ", t.device(), ", but input is on device ",
+              input.device());
+}
+
+void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input) {
   if (!present(t)) return;
-  check_device(*t, name);
+  check_beside(*t, name, input);
   TORCH_CHECK(t->numel() == channels, name, " should contain ", channels, " elements not ", t->numel());
 }
 
 void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
   dtype_of(input);
-  TORCH_CHECK(dtypes_agree(input, params), "mixed dtype (CPU): weight and bias should have the dtype of input, ",
+  TORCH_CHECK(dtypes_agree(input, params), "mixed dtype: weight and bias should have the dtype of input, ",
               input.scalar_type(), ", or both be Float beside a half input");
 }
 
 void check_moments(const Tensor& moments, int64_t channels) {
-  check_device(moments, "moments");
   TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
   TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2 && moments.size(1) == channels,
               "moments should have sizes [2, ", channels, "], not ", moments.sizes());
@@ -99,47 +106,17 @@ at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
   return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
 }
 
-// Not at::empty: for tensors of this one device the dispatcher costs more than the allocation.
-Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
-
-// For outputs of large_bytes and more; see cpu/pages.h.
-struct LargeAllocator final : c10::Allocator {
-  struct Block {
-    void* data;
-    int64_t bytes;
-  };
-  static void free(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    c10::profiledCPUMemoryReporter().Delete(block->data);
-    cpu::give_pages(block->data, block->bytes);
-  }
-  c10::DataPtr allocate(size_t bytes) override {
-    auto block = std::make_unique<Block>(Block{cpu::take_pages(int64_t(bytes)), int64_t(bytes)});
-    c10::profiledCPUMemoryReporter().New(block->data, bytes);
-    void* const data = block->data;
-    return {data, block.release(), &free, at::kCPU};
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-};
-
-Tensor fresh_like(const Tensor& t, at::MemoryFormat format) {
-  if (int64_t(t.nbytes()) < cpu::large_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
-  static LargeAllocator* const allocator = new LargeAllocator;  // outlives every tensor
-  return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
-                                   format);
-}
-
 Param param(const OptionalTensor& t, Tensor& keep) {
   if (!present(t)) return {nullptr, DType::f32};
-  keep = t->contiguous();
-  return {keep.data_ptr(), dtype_of(keep)};
+  const Tensor& row = t->is_contiguous() ? *t : (keep = t->contiguous());
+  return {row.const_data_ptr(), dtype_of(row)};
 }
 
-// Memory for one call: on the stack while it is small, else from torch's allocator.
+// Memory for one call: on the CPU's stack while it is small, else from torch's allocator.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) {
-    if (bytes > int64_t(sizeof(small_))) large_ = fresh({bytes}, at::kByte);
+  Scratch(const Context& context, int64_t bytes) {
+    if (bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) large_ = context.empty({bytes}, at::kByte);
   }
   void* data() { return large_.defined() ? large_.data_ptr() : small_; }
 
@@ -148,36 +125,138 @@ class Scratch {
   Tensor large_;
 };
 
-// The value at i of a tensor of C values, strided or not.
-template <class F>
-void each_channel(const Tensor& t, const F& f) {
-  Tensor flat = t.dim() == 1 ? t : t.reshape({-1});
-  const int64_t stride = flat.stride(0);
-  dispatch_dtype(dtype_of(t), [&](auto type) {
-    using T = typename decltype(type)::type;
-    T* data = static_cast<T*>(flat.data_ptr());
-    for (int64_t c = 0; c < flat.numel(); ++c) f(c, data[c * stride]);
-  });
+int64_t workspace_bytes([[maybe_unused]] const Context& context, const Problem& problem,
+                        [[maybe_unused]] cuda::Pass pass, [[maybe_unused]] bool training) {
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::workspace_bytes(problem, pass, training);
+#endif
+  return cpu::workspace_bytes(problem);
 }
 
-void blend(const Tensor& running, const double* batch, double momentum, double factor) {
-  const auto update = [&](const Tensor& target) {
-    each_channel(target, [&](int64_t c, auto& value) {
-      using T = std::remove_reference_t<decltype(value)>;
-      const double old = double(to_acc(value));
-      value = from_acc<T>(acc_t<T>((1 - momentum) * old + momentum * (batch[c] * factor)));
-    });
-  };
-  if (running.dim() == 1) {
-    update(running);
-  } else {
-    const Tensor flat = running.reshape({-1}).clone();
-    update(flat);
-    running.copy_(flat.view(running.sizes()));
+#if defined(FASTBN_SIMT)
+// The emulator runs one kernel at a time.
+std::mutex& emulator() {
+  static std::mutex mutex;
+  return mutex;
+}
+#endif
+
+void launch([[maybe_unused]] Context& context, const Forward& args) {
+#if defined(FASTBN_SIMT)
+  const std::lock_guard<std::mutex> lock(emulator());
+#endif
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::forward(args, args.training ? context.stream_with_counters() : context.stream());
+#endif
+  cpu::forward(args);
+}
+
+void launch([[maybe_unused]] Context& context, const Backward& args) {
+#if defined(FASTBN_SIMT)
+  const std::lock_guard<std::mutex> lock(emulator());
+#endif
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::backward(args, context.stream_with_counters());
+#endif
+  cpu::backward(args);
+}
+
+void bump_version(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+// Running statistics as a kernel brings them up to date, C of them in a row; others by way of a copy.
+class RunningArgument {
+ public:
+  RunningArgument(const Statistics& statistics, const Context& context) {
+    if (!present(statistics.mean)) return;
+    running_.mean = take(*statistics.mean, 0);
+    running_.var = take(*statistics.var, 1);
+    if (statistics.momentum) {
+      running_.momentum = *statistics.momentum;
+    } else if (present(statistics.batches)) {
+      set_cumulative(*statistics.batches, context);
+    }
   }
+
+  const Running& get() const { return running_; }
+
+  // After the launch.
+  void store() {
+    for (int i = 0; i < 2; ++i) {
+      if (target_[i] == nullptr) continue;
+      if (copy_[i].defined()) {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        target_[i]->copy_(copy_[i]);
+      }
+      bump_version(*target_[i]);
+    }
+  }
+
+ private:
+  Output take(const Tensor& t, int i) {
+    target_[i] = &t;
+    if (!t.is_contiguous()) copy_[i] = t.contiguous();
+    return {(copy_[i].defined() ? copy_[i] : t).data_ptr(), dtype_of(t)};
+  }
+
+  // A counter on the GPU is read there: to read it here would wait for all the work that was queued.
+  void set_cumulative(const Tensor& batches, const Context& context) {
+    TORCH_CHECK(batches.numel() == 1, "num_batches_tracked should contain 1 element not ", batches.numel());
+    if (context.on_gpu() && batches.device() == target_[0]->device()) {
+      batches_ = batches.to(at::kLong);
+      running_.batches = batches_.const_data_ptr<int64_t>();
+    } else {
+      running_.momentum = 1.0 / batches.item<double>();
+    }
+  }
+
+  Running running_{};
+  const Tensor* target_[2] = {};
+  Tensor copy_[2], batches_;
+};
+
+// On the CPU exact under any number of threads; torch's += is a kernel of its own on every forward pass.
+void count_batch(const Tensor& counter) {
+  if (counter.is_cpu()) {
+    __atomic_fetch_add(counter.data_ptr<int64_t>(), 1, __ATOMIC_RELAXED);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    counter.add_(1);
+  }
+  bump_version(counter);
+}
+
+// What every forward pass does once its arguments are known to be right.
+Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   Forward& args) {
+  const Folded x = fold(input);
+  Tensor output = context.empty_like(input, x.format);
+  Tensor kept_weight, kept_bias;
+  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
+  args.problem = x.problem;
+  args.input = x.tensor.const_data_ptr();
+  args.output = output.data_ptr();
+  args.weight = param(weight, kept_weight);
+  args.bias = param(bias, kept_bias);
+  args.workspace = scratch.data();
+  launch(context, args);
+  return output;
 }
 
 }  // namespace
+
+void check_device(const Tensor& input) {
+  TORCH_CHECK(has_kernels(input.device()), "fastbn: input is on ", input.device(),
+              ", and this build of fastbn has kernels for ",
+#if defined(FASTBN_CUDA)
+              "CPU and CUDA only. Move the model there, or use torch.nn's batch norm."
+#else
+              "the CPU only. Use torch.nn's batch norm there, or build fastbn with CUDA, where nvcc and a torch for"
+              " CUDA are: FASTBN_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fastbn"
+#endif
+  );
+}
 
 bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
   const auto type = input.scalar_type();
@@ -193,137 +272,136 @@ bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTenso
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& moments, double eps) {
-  check_device(input, "input");
+  check_input(input);
   const int64_t channels = channels_of(input);
   const bool training = !present(moments);
-  check_channels(weight, "weight", channels);
-  check_channels(bias, "bias", channels);
+  check_channels(weight, "weight", channels, input);
+  check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
-  if (!training) check_moments(*moments, channels);
+  if (!training) {
+    check_beside(*moments, "moments", input);
+    check_moments(*moments, channels);
+  }
 
-  Tensor kept = training ? fresh({2, channels}, at::kDouble) : moments->contiguous();
-  if (input.numel() == 0) return {fresh_like(input, at::MemoryFormat::Contiguous), training ? kept.zero_() : kept};
-  const Folded x = fold(input);
-  Tensor output = fresh_like(input, x.format);
-
-  Tensor kept_weight, kept_bias;
-  Scratch scratch(cpu::workspace_bytes(x.problem));
-  Forward args{x.problem,
-               x.tensor.const_data_ptr(),
-               output.data_ptr(),
-               param(weight, kept_weight),
-               param(bias, kept_bias),
-               kept.data_ptr<double>(),
-               training,
-               eps,
-               scratch.data()};
-  cpu::forward(args);
+  Context context(input);
+  Tensor kept = training ? context.empty({2, channels}, at::kDouble) : moments->contiguous();
+  if (input.numel() == 0) {
+    return {context.empty_like(input, at::MemoryFormat::Contiguous), training ? kept.zero_() : kept};
+  }
+  Forward args{};
+  args.training = training;
+  args.eps = eps;
+  if (training) {
+    args.moments = kept.data_ptr<double>();
+  } else {
+    const double* const given = kept.const_data_ptr<double>();
+    args.mean = {given, DType::f64};
+    args.var = {given + channels, DType::f64};
+  }
+  Tensor output = run_forward(context, input, weight, bias, args);
   return {output, kept};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const Statistics& statistics, bool training, double eps, bool wants_moments) {
+  if (statistics.batches) count_batch(*statistics.batches);
+  const int64_t channels = input.size(1);
+  Context context(input);
+  Tensor moments;
+  if (training || wants_moments) moments = context.empty({2, channels}, at::kDouble);
+  Forward args{};
+  args.training = training;
+  args.eps = eps;
+  args.moments = moments.defined() ? moments.data_ptr<double>() : nullptr;
+  if (!training) {
+    Tensor kept_mean, kept_var;
+    args.mean = param(statistics.mean, kept_mean);
+    args.var = param(statistics.var, kept_var);
+    return {run_forward(context, input, weight, bias, args), moments};
+  }
+  RunningArgument running(statistics, context);
+  args.running = running.get();
+  Tensor output = run_forward(context, input, weight, bias, args);
+  running.store();
+  return {output, moments};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
                                             const OptionalTensor& weight, const Tensor& moments, double eps,
                                             bool training, std::array<bool, 3> mask) {
-  check_device(input, "input");
-  check_device(grad_output, "grad_output");
+  check_input(input);
+  check_beside(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
               ", not ", grad_output.sizes());
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
               input.scalar_type(), ", not ", grad_output.scalar_type());
-  check_channels(weight, "weight", channels);
+  check_channels(weight, "weight", channels, input);
   check_dtypes(input, {&weight});
+  check_beside(moments, "moments", input);
   check_moments(moments, channels);
 
   const auto param_dtype = present(weight)                ? weight->scalar_type()
                            : is_half(input.scalar_type()) ? at::kFloat
                                                           : input.scalar_type();
-  std::tuple<Tensor, Tensor, Tensor> grads;
+  Context context(input);
+  Tensor dx, dw, db;
+  if (mask[1]) dw = context.empty({channels}, param_dtype);
+  if (mask[2]) db = context.empty({channels}, param_dtype);
   if (input.numel() == 0) {
-    if (mask[0]) std::get<0>(grads) = fresh_like(input, input.suggest_memory_format());
-    if (mask[1]) std::get<1>(grads) = fresh({channels}, param_dtype).zero_();
-    if (mask[2]) std::get<2>(grads) = fresh({channels}, param_dtype).zero_();
-    return grads;
+    if (mask[0]) dx = context.empty_like(input, input.suggest_memory_format());
+    if (mask[1]) dw.zero_();
+    if (mask[2]) db.zero_();
+    return {dx, dw, db};
   }
+  if (!mask[0] && !mask[1] && !mask[2]) return {dx, dw, db};
 
   const Folded x = fold(input);
   const Tensor dy = grad_output.contiguous(x.format);
   const Tensor saved = moments.contiguous();
-  Tensor dx, kept_weight;
-  if (mask[0]) dx = fresh_like(input, gradient_format(x, input));
-  const bool wants_sums = mask[1] || mask[2];
-  const int64_t sums_bytes = round_up(2 * channels * int64_t(sizeof(double)), 64);
-  Scratch scratch(sums_bytes + cpu::workspace_bytes(x.problem));
-  double* const sums = static_cast<double*>(scratch.data());
-  Backward args{x.problem,
-                dy.const_data_ptr(),
-                x.tensor.const_data_ptr(),
-                mask[0] ? dx.data_ptr() : nullptr,
-                param(weight, kept_weight),
-                saved.const_data_ptr<double>(),
-                wants_sums ? sums : nullptr,
-                training,
-                eps,
-                static_cast<char*>(scratch.data()) + sums_bytes};
-  if (mask[0] || wants_sums) cpu::backward(args);
-
-  std::get<0>(grads) = dx;
-  const auto to_param = [&](int64_t row) {
-    Tensor grad = fresh({channels}, param_dtype);
-    const double* from = sums + row * channels;
-    each_channel(grad, [&](int64_t c, auto& value) {
-      using T = std::remove_reference_t<decltype(value)>;
-      value = from_acc<T>(acc_t<T>(from[c]));
-    });
-    return grad;
+  Tensor kept_weight;
+  if (mask[0]) dx = context.empty_like(input, gradient_format(x, input));
+  const auto output = [](const Tensor& t) {
+    return t.defined() ? Output{t.data_ptr(), dtype_of(t)} : Output{nullptr, DType::f32};
   };
-  if (mask[1]) std::get<1>(grads) = to_param(0);
-  if (mask[2]) std::get<2>(grads) = to_param(1);
-  return grads;
+  // Without a gradient of the input there are only sums to make, as in eval.
+  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && mask[0]));
+  launch(context, Backward{x.problem, dy.const_data_ptr(), x.tensor.const_data_ptr(), output(dx).data,
+                           param(weight, kept_weight), saved.const_data_ptr<double>(), output(dw), output(db), training,
+                           eps, scratch.data()});
+  return {dx, dw, db};
 }
 
-Tensor running_moments(const Tensor& running_mean, const Tensor& running_var) {
-  const int64_t channels = running_mean.numel();
-  check_channels(running_mean, "running_mean", channels);
-  check_channels(running_var, "running_var", channels);
-  Tensor moments = fresh({2, channels}, at::kDouble);
-  double* out = moments.data_ptr<double>();
-  for (const Tensor& t : {running_mean, running_var}) {
-    each_channel(t, [&](int64_t c, const auto& value) { out[c] = double(to_acc(value)); });
-    out += channels;
-  }
-  return moments;
-}
-
-void update_running_stats(const Tensor& moments, int64_t count, std::optional<double> momentum,
-                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                          const OptionalTensor& num_batches_tracked) {
-  TORCH_CHECK_VALUE(present(running_mean) == present(running_var),
+void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics) {
+  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
                     "running_mean and running_var must either both be None or neither be None");
-  if (!present(running_mean)) return;
+  if (!present(statistics.mean)) return;
+  check_dense(moments, "moments");
+  check_device(moments);
   TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
   const int64_t channels = moments.size(1);
   check_moments(moments, channels);
-  check_channels(running_mean, "running_mean", channels);
-  check_channels(running_var, "running_var", channels);
+  for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
+    check_dense(**t, name);
+    TORCH_CHECK((*t)->device() == moments.device(), "fastbn: ", name, " is on device ", (*t)->device(),
+                ", but moments is on device ", moments.device());
+    TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
+  }
   TORCH_CHECK_VALUE(count >= 0, "count should be the number of values in a channel, not ", count);
-  if (count == 0) return;
-  double factor = 0;
-  if (momentum) {
-    factor = *momentum;
-  } else if (present(num_batches_tracked)) {
-    TORCH_CHECK(num_batches_tracked->numel() == 1, "num_batches_tracked should contain 1 element not ",
-                num_batches_tracked->numel());
-    factor = 1.0 / num_batches_tracked->item<double>();
-  }
+  if (count == 0 || channels == 0) return;
+
+  const Context context(moments);
   const Tensor kept = moments.contiguous();
-  const double* m = kept.const_data_ptr<double>();
-  const double n = double(count);
-  blend(*running_mean, m, factor, 1);
-  blend(*running_var, m + channels, factor, n / (n - 1));
-  for (const Tensor& t : {*running_mean, *running_var}) {
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  const double* const m = kept.const_data_ptr<double>();
+  RunningArgument running(statistics, context);
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) {
+    cuda::update_running_stats(m, channels, double(count), running.get(), context.stream());
+    return running.store();
   }
+#endif
+  for (int64_t c = 0; c < channels; ++c) update(running.get(), c, m[c], m[channels + c], double(count));
+  running.store();
 }
 
 }  // namespace fastbn

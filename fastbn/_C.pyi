@@ -18,6 +18,9 @@ def batch_norm(
 ) -> Tensor | NotImplementedType:
     """Batch norm, running statistics, counter and autograd node at once; NotImplemented if a call is not ordinary."""
 
+def check_device(input: Tensor) -> None:
+    """RuntimeError for a tensor of a device that this build has no kernels for, with what to do."""
+
 def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -50,8 +53,29 @@ def set_differentiable_backward(function: Callable[..., tuple[Tensor | None, ...
 def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, str | int]:
     """How the kernels would walk a tensor of these sizes: the fields of fastbn.Plan that they decide."""
 
+def cuda_plan(
+    sizes: list[int],
+    channels_last: bool,
+    element_bytes: int,
+    direction: str,
+    training: bool,
+    aligned: bool,
+    device: dict[str, int | bool],
+) -> dict[str, str | int | bool]:
+    """How the CUDA kernels would walk such tensors, direction "forward" or "backward", on a GPU with these numbers.
+
+    A pure function in every build: the GPU need not be there. device and the result have the names of the fields of
+    cuda::Device and cuda::Plan in csrc/cuda/plan.h. aligned: tensors begin at multiples of 16 bytes.
+    """
+
+def cuda_device(input: Tensor) -> dict[str, int | bool]:
+    """The numbers of the GPU that input is on, as cuda_plan takes them; in builds that have the CUDA kernels."""
+
 def cpu_capability() -> str:
     """The instruction set of the kernels that run: "baseline", "avx2" or "avx512"."""
 
-def build_info() -> dict[str, str | None]:
-    """Versions of torch and of the compiler at build time, the CUDA built in, and CPU capabilities."""
+def build_info() -> dict[str, str | list[str] | None]:
+    """Versions of torch and of the compiler at build time, backends and CUDA built in, and CPU capabilities.
+
+    backends: ["cpu"], ["cpu", "cuda"], or ["simt"], the build for tests that runs the CUDA kernels on the CPU.
+    """

@@ -7,7 +7,7 @@
 from . import functional
 from .autograd import BatchNormFunction
 from .convert import convert, revert
-from .explain import Plan, explain
+from .explain import CudaPlan, Plan, explain
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormFunction",
+    "CudaPlan",
     "Plan",
     "convert",
     "explain",

@@ -20,7 +20,16 @@ def _cpu_model() -> str:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none seen by torch"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        memory = f"{p.total_memory / 2**30:.0f} GiB"
+        found.append(f"{p.name} (sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, {memory})")
+    return ", ".join(found)
+
+
+def _shown(value: object) -> object:
+    return ", ".join(value) if isinstance(value, list) else value
 
 
 def report() -> dict[str, object]:
@@ -32,7 +41,7 @@ def report() -> dict[str, object]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda or "none",
-        **{f"built: {name}": value for name, value in _C.build_info().items()},
+        **{f"built: {name}": _shown(value) for name, value in _C.build_info().items()},
         "CPU": _cpu_model(),
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "FASTBN_CPU_CAPABILITY": os.environ.get("FASTBN_CPU_CAPABILITY", "not set"),

@@ -8,6 +8,8 @@ from numbers import Real
 
 import torch
 
+from . import ops
+
 
 def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps):
     """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps."""
@@ -57,11 +59,8 @@ def check_together(input, weight, bias, running_mean, running_var, training):
             )
     if input.dim() < 2:
         raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
-    if input.device.type not in ("cpu", "meta"):
-        raise RuntimeError(
-            f"fastbn: input is on {input.device}, and this build of fastbn has kernels for the CPU only. Move the "
-            "model to the CPU, or use torch.nn's batch norm there."
-        )
+    if input.device.type not in ops.DEVICES:  # torch.compile cannot look into the extension, and need not
+        ops._C.check_device(input)
 
 
 def _number(value, name, position):

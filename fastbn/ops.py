@@ -25,6 +25,11 @@ def _load():
 
 
 _C = _load()
+_BACKENDS = _C.build_info()["backends"]
+# The build for tests that runs the CUDA kernels on the CPU.
+SIMULATED = _BACKENDS == ["simt"]
+# Devices that batch norm may be called with; on meta nothing is computed.
+DEVICES = ("meta", "cpu") if SIMULATED else ("meta", *_BACKENDS)
 
 forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default

@@ -1,5 +1,5 @@
-"""What every test shares: the backends under test, markers, seeds, and thread counts that are put back.
-In: pytest's hooks. Out: the fixtures `backend`, `device`, `threads`, and a fixed random state."""
+"""What every test shares: the backend under test, markers, seeds, and thread counts that are put back.
+In: pytest's hooks and its option --backend. Out: the fixtures `backend`, `device`, `threads`, a fixed random state."""
 
 import random
 from dataclasses import dataclass
@@ -19,22 +19,65 @@ class Backend:
     device: torch.device
 
 
-BACKENDS = [Backend("cpu", torch.device("cpu"))]
+# simt: the CUDA kernels executed on the CPU, by the build that FASTBN_SIMT=1 makes (make simt).
+BACKENDS = {
+    "cpu": Backend("cpu", torch.device("cpu")),
+    "simt": Backend("simt", torch.device("cpu")),
+    "cuda": Backend("cuda", torch.device("cuda")),
+}
 
 MARKERS = {
     "slow": "takes more than a few seconds, builds something, or needs much memory",
     "sanitize": "small and free of compilers and fuzzing, so that it also runs under AddressSanitizer",
+    "cpu": "about the CPU backend, or about no backend at all: skipped with --backend simt and cuda",
+    "simt": "about the emulator of tests/simt: needs --backend simt",
+    "cuda": "needs a GPU: skipped without --backend cuda",
+    "simt_quick": "part of the short run with --backend simt, where all that has no such mark counts as slow",
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", choices=tuple(BACKENDS), default="cpu", help="whose kernels the tests run")
 
 
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    complaint = unavailable(config.getoption("--backend"))
+    if complaint:
+        raise pytest.UsageError(complaint)
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
-def backend(request):
-    return request.param
+def unavailable(backend):
+    """Why the fastbn that is imported cannot test this backend, or None. Asked for and absent is an error, no skip."""
+    from fastbn import _C
+
+    backends = _C.build_info().get("backends", ["a version before this one"])
+    if backend not in backends:
+        return f"--backend {backend}: the fastbn in {_C.__file__} has {', '.join(backends)}"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "--backend cuda: torch sees no GPU"
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    backend = config.getoption("--backend")
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        for name in ("cpu", "simt", "cuda"):
+            if name in marks and name != backend:
+                item.add_marker(pytest.mark.skip(reason=f"for --backend {name}"))
+        if backend == "simt" and "slow" in marks:
+            item.add_marker(pytest.mark.skip(reason="slow on a processor, and a thousand times that in the emulator"))
+        if backend == "simt" and not marks & {"slow", "simt_quick"}:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        chosen = BACKENDS[metafunc.config.getoption("--backend")]
+        metafunc.parametrize("backend", [chosen], ids=[chosen.name])
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def test_types_that_are_not_real_numbers(device, dtype, training):
     )
 
 
+@pytest.mark.simt_quick
 @pytest.mark.parametrize("parameters", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @training
@@ -85,7 +86,10 @@ def test_mixed_types_are_seen_through_the_statistics_alone(device, training):
         (torch.float16, torch.float16),
         (torch.bfloat16, torch.float32),
     ):
-        call["running_mean"], call["running_var"] = torch.zeros(3).to(mean), torch.ones(3).to(var)
+        call["running_mean"], call["running_var"] = (
+            torch.zeros(3, device=device).to(mean),
+            torch.ones(3, device=device).to(var),
+        )
         assert_torchs_error(call, "mixed dtype")
 
 

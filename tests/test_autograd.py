@@ -160,6 +160,7 @@ def test_second_order_against_a_composition(device, weight, bias, training):
             torch.testing.assert_close(ours, right)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @training
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -193,6 +194,7 @@ def test_no_graph_without_grad_mode(device):
         assert y.grad_fn is None and not y.requires_grad
 
 
+@pytest.mark.simt_quick
 def test_only_what_is_asked_is_computed(device):
     """grad for one input alone, in every choice of one, equals that entry of the full gradient."""
     tensors = leaves((4, 3, 5), device=device)
@@ -265,6 +267,7 @@ def test_change_of_the_bias_does_not_matter(device):
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_eval_then_training_then_backward_of_the_first(device, dtype):

@@ -102,6 +102,7 @@ def best():
     return done.stdout.strip()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_capability(best, capability):
     """One that the machine has passes a subset of the parity tests; a higher one is refused in one line."""
@@ -118,6 +119,7 @@ def test_each_capability(best, capability):
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 200, "the subset has become empty"
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES[:2])
 def test_lower_capabilities_pass_everything_numerical(best, capability):
@@ -128,6 +130,7 @@ def test_lower_capabilities_pass_everything_numerical(best, capability):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("value", ["avx1024", "AVX2 ", "", "none"])
 def test_unknown_capabilities_are_refused(value):
     done = python("import fastbn", value)
@@ -137,6 +140,7 @@ def test_unknown_capabilities_are_refused(value):
         assert done.returncode != 0 and "FASTBN_CPU_CAPABILITY" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.cpu
 def test_capabilities_agree_closely(best):
     """Not in bits, as vectors of another width sum in another order; to a few units in the last place."""
     code = (

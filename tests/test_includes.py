@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 SCRIPT = Path(__file__).with_name("check_includes.py")
 
 HOUSE = {
@@ -14,10 +16,11 @@ HOUSE = {
     "cpu/kernels.h": '#include "../core/formula.h"\n',
     "cpu/kernels.cpp": '#include <immintrin.h>\n#include "cpu/kernels.h"  // by the path from csrc\n',
     "cpu/parallel.cpp": "#include <ATen/Parallel.h>\n",
-    "cuda/device.cuh": "#include <cuda_runtime.h>\n",
+    "cuda/device.cuh": '#include <cuda_runtime.h>\n#include "simt.h"\n',
     "cuda/stats.cu": '#include "../core/formula.h"\n#include "device.cuh"\n',
+    "context.h": "#include <c10/cuda/CUDAGuard.h>\n",
     "ops.h": "#include <ATen/ATen.h>\n",
-    "ops.cpp": '#include "cpu/kernels.h"\n#include "ops.h"\n',
+    "ops.cpp": '#include "context.h"\n#include "cpu/kernels.h"\n#include "ops.h"\n',
     "autograd.h": '#include "ops.h"\n',
     "bindings.cpp": '#include <torch/extension.h>\n#include "autograd.h"\n',
 }
@@ -34,6 +37,8 @@ BROKEN = {
     "torch in a kernel": ("cpu/bad.cpp", "  #  include <ATen/ATen.h>"),
     "torch in quotes": ("cuda/bad.cu", '#include "torch/extension.h"'),
     "pybind11 in a kernel": ("cpu/bad.cpp", "#include <pybind11/pybind11.h>"),
+    "the emulator in a kernel": ("cuda/bad.cu", '#include "simt.h"'),
+    "context includes ops": ("context.h", '#include "ops.h"'),
     "CUDA in core": ("core/bad.h", "#include <cuda_fp16.h>"),
     "a macro for a name": ("core/bad.h", "#include HEADER"),
     "a missing file": ("cpu/bad.cpp", '#include "nowhere.h"'),

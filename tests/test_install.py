@@ -15,6 +15,8 @@ import torch
 
 import fastbn
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
 

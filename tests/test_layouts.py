@@ -107,6 +107,7 @@ def test_expanded_output_gradients(device, layout, training):
     assert leaf.grad.abs().max() < 1e-4, "the sum of a normalized batch is constant"
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("shift", range(1, 9))
@@ -127,6 +128,7 @@ def test_addresses_that_are_no_multiple_of_a_vector(device, shift, itemsize):
         check(x, grad_output=dy, training=False)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 def test_offset_parameters_and_statistics(device):
     """Views into one flat buffer, as FSDP and fused optimizers make them."""
@@ -139,6 +141,7 @@ def test_offset_parameters_and_statistics(device):
         assert_close(quantity, result, truth)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -156,6 +159,7 @@ def test_running_buffers_with_strides_are_updated_in_place(device, stride, dtype
     assert (memory[untouched] == 7).all(), "and nothing between them is"
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 def test_strided_weights(device):
     memory = torch.randn(2, 15, device=device)

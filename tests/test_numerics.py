@@ -16,6 +16,7 @@ def train(x, weight=None, bias=None, eps=1e-5):
     return batch_norm(x, None, None, weight, bias, True, 0.1, eps)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @LAYOUTS
 @pytest.mark.parametrize("mean, std", [(1e4, 1), (1e3, 0.01), (-1e4, 1), (3e6, 1), (1e5, 1e-2)])
@@ -30,6 +31,7 @@ def test_variance_beside_a_large_mean(device, layout, mean, std):
     assert (abs(wide(moments[1]) - exact) <= bound).all()
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @LAYOUTS
 @pytest.mark.parametrize("value", [1e10, -1e10, 0.1, 1e4, 3e38, 0.0])
@@ -89,6 +91,7 @@ def test_gradients_with_unusual_output_gradients(device, case, dtype):
         check(x, grad_output=dy, param_dtype=parameter, training=False)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @LAYOUTS
 @pytest.mark.parametrize("shape", [(4, 5, 6, 6), (3, 16, 7, 7), (2, 33, 3, 1)])
@@ -113,6 +116,7 @@ def test_nan_and_inf_stay_in_their_channel(device, layout, shape):
     assert torch.isfinite(stats[0][others]).all() and torch.isfinite(stats[1][others]).all()
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @LAYOUTS
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -126,6 +130,7 @@ def test_eval_touches_only_the_element(device, layout, value):
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 def test_unbiased_running_variance_biased_normalization_eps_inside_the_root(device):
     x = torch.tensor([[1.0], [3.0], [5.0]], device=device)
@@ -149,6 +154,7 @@ def test_eps_zero_in_eval(device):
     check(torch.randn(4, 3, 5, 5, device=device), training=False, eps=0.0)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @LAYOUTS
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

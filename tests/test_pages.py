@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.cpu
+
 CODE = """
 import torch, fastbn
 x = torch.randn(8, 16, 128, 128)

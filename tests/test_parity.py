@@ -60,6 +60,7 @@ def test_shapes(device, shape, types, training):
         check(layout(shape, dtype=types[0], device=device), param_dtype=types[1], training=training)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @training
 @types
@@ -92,6 +93,7 @@ def test_chunk_borders_along_the_batch(device, border, training):
         check(inputs.channels_last((border + step, 5, 2, 2), device=device), training=training)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 129])
 def test_channel_counts_channels_last(device, channels):
@@ -100,6 +102,7 @@ def test_channel_counts_channels_last(device, channels):
         check(inputs.offset_channels_last((3, channels, 2, 3), dtype=dtype, device=device), training=False)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 50, 63, 64, 65])
 def test_row_lengths(device, size):
@@ -108,6 +111,7 @@ def test_row_lengths(device, size):
         check(inputs.offset((2, 3, size), dtype=dtype, device=device), training=False)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @training
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -118,6 +122,7 @@ def test_optional_arguments(device, affine, stats, training):
               training=training)  # fmt: skip
 
 
+@pytest.mark.simt_quick
 @pytest.mark.sanitize
 @training
 @pytest.mark.parametrize("only", ["weight", "bias"])
@@ -127,6 +132,7 @@ def test_one_parameter(device, only, training):
         check(layout((4, 6, 5, 5), device=device), affine=False, training=training, **parameter)
 
 
+@pytest.mark.simt_quick
 @pytest.mark.parametrize("momentum", [0.0, 1.0, -1.0, 2.0, 0.1, 0.999])
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0])
 def test_momentum_and_eps(device, momentum, eps):

@@ -2,9 +2,7 @@
 In: hypothesis strategies, the same examples every run. Out: invariances of values and gradients."""
 
 import inputs
-import pytest
 import torch
-from conftest import BACKENDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import check
@@ -14,7 +12,6 @@ from fastbn.functional import batch_norm
 bounded = settings(
     deadline=None, derandomize=True, max_examples=60, database=None, suppress_health_check=list(HealthCheck)
 )
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 seeds = st.integers(0, 2**31 - 1)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -49,7 +46,6 @@ def with_grads(call, leaves, dy):
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
-@backends
 @bounded
 @given(
     shape=shapes(),
@@ -75,7 +71,6 @@ def test_random_cases_against_float64(backend, shape, seed, training, dtype, wid
     )
 
 
-@backends
 @bounded
 @given(shape=shapes(), seed=seeds, shift=st.floats(-100, 100), scale=st.floats(0.01, 100))
 def test_shift_and_scale_of_the_input(backend, shape, seed, shift, scale):
@@ -87,7 +82,6 @@ def test_shift_and_scale_of_the_input(backend, shape, seed, shift, scale):
         torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6 / min(scale, 1))
 
 
-@backends
 @bounded
 @given(shape=shapes(), seed=seeds)
 def test_permutation_of_the_batch(backend, shape, seed):
@@ -99,7 +93,6 @@ def test_permutation_of_the_batch(backend, shape, seed):
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
 
 
-@backends
 @bounded
 @given(shape=shapes(), seed=seeds)
 def test_permutation_of_the_channels_is_exact(backend, shape, seed):
@@ -114,7 +107,6 @@ def test_permutation_of_the_channels_is_exact(backend, shape, seed):
         torch.testing.assert_close(ours, right[order], rtol=2e-5, atol=2e-4)
 
 
-@backends
 @bounded
 @given(
     seed=seeds,
@@ -139,7 +131,6 @@ def test_scale_of_the_weights_before_it(backend, seed, a, features, units, batch
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6 * magnitude)
 
 
-@backends
 @bounded
 @given(shape=shapes(), seed=seeds, layout=st.sampled_from(inputs.LAYOUTS))
 def test_the_output_is_normalized(backend, shape, seed, layout):
@@ -153,7 +144,6 @@ def test_the_output_is_normalized(backend, shape, seed, layout):
     torch.testing.assert_close(rows.var(1, correction=0)[spread], expected[spread], rtol=1e-6, atol=1e-6)
 
 
-@backends
 @bounded
 @given(shape=shapes(), seed=seeds)
 def test_the_input_gradient_is_orthogonal_to_one_and_to_the_output(backend, shape, seed):
@@ -166,7 +156,6 @@ def test_the_input_gradient_is_orthogonal_to_one_and_to_the_output(backend, shap
     assert ((dx * y).sum(axes).abs() <= bound).all()
 
 
-@backends
 @bounded
 @given(shape=shapes(), seed=seeds)
 def test_training_with_known_moments_is_eval(backend, shape, seed):

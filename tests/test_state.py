@@ -34,6 +34,7 @@ def assert_same_state(ours, torchs):
         torch.testing.assert_close(ours[key], value, equal_nan=True)
 
 
+@pytest.mark.simt_quick
 @names
 @options
 def test_a_training_run_keeps_torchs_state(device, name, kwargs):
@@ -66,6 +67,7 @@ def test_the_counter_and_the_buffers_are_updated_in_place(device):
     assert bn.num_batches_tracked == 1
 
 
+@pytest.mark.simt_quick
 @pytest.mark.parametrize("momentum", [None, 0.0, 1.0, -1.0, 2.0, 0.1])
 @pytest.mark.parametrize("counter", ["counter", "no counter"])
 def test_momentum_with_and_without_a_counter(device, momentum, counter):

@@ -1,5 +1,5 @@
-// In: Forward and Backward. Out: outputs, moments, gradients: the order in which the primitives run.
-// Compiled once per instruction set; the file that includes it sets FASTBN_CAPABILITY and FASTBN_VECTOR_BYTES.
+// In: Forward and Backward. Out: outputs, moments, running statistics, gradients: the order in which the primitives
+// run. Compiled once per instruction set; the file that includes it sets FASTBN_CAPABILITY and FASTBN_VECTOR_BYTES.
 
 #define FASTBN_INLINE __attribute__((always_inline))
 
@@ -74,8 +74,7 @@ void forward(const Forward& args) {
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
   const bool streamed = should_stream(args.problem, 1);
-  double* const mean = args.moments;
-  double* const variance = args.moments + C;
+  const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
     const int64_t at = p.segment * 2 * C + p.first_channel;
@@ -84,6 +83,8 @@ void forward(const Forward& args) {
   const auto finish = [&](const Piece& p) {
     const int64_t end = p.first_channel + p.channels;
     if (args.training) {
+      double* const mean = args.moments;
+      double* const variance = args.moments + C;
       double n = 0;
       for (int64_t k = 0; k < pass.plan.segments; ++k) {
         const double here = double(pass.walk.count({p.first_channel, p.channels, k}));
@@ -98,8 +99,15 @@ void forward(const Forward& args) {
       for (int64_t c = p.first_channel; c < end; ++c) variance[c] /= n;
     }
     for (int64_t c = p.first_channel; c < end; ++c) {
-      const auto z = normalization<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
+      const double mean = args.training ? args.moments[c] : read(args.mean, c, 0);
+      const double variance = args.training ? args.moments[C + c] : read(args.var, c, 1);
+      const auto z = normalization<A>(mean, variance, args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
       work.coefficient[0][c] = z.mean, work.coefficient[1][c] = z.scale, work.coefficient[2][c] = z.shift;
+      if (args.training) {
+        update(args.running, c, mean, variance, count);
+      } else if (args.moments != nullptr) {
+        args.moments[c] = mean, args.moments[C + c] = variance;
+      }
     }
   };
   const auto apply = [&](const Piece& p) {
@@ -119,7 +127,7 @@ void backward(const Backward& args) {
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
   const bool streamed = should_stream(args.problem, 1);
-  const bool reduce = args.training || args.sums != nullptr;
+  const bool reduce = args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
@@ -138,10 +146,8 @@ void backward(const Backward& args) {
           dot += work.partial[1][k * 2 * C + c];
         }
       }
-      if (args.sums != nullptr) {
-        args.sums[c] = dot * reciprocal_std(variance[c], args.eps);
-        args.sums[C + c] = sum;
-      }
+      if (args.grad_weight.data != nullptr) write(args.grad_weight, c, dot * reciprocal_std(variance[c], args.eps));
+      write(args.grad_bias, c, sum);
       const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), n, sum, dot);
       work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.x_scale;
       work.coefficient[2][c] = g.scale, work.coefficient[3][c] = g.shift;

@@ -1,0 +1,141 @@
+// In: the input of a call. Out: its device, stream, barrier counters and memory.
+#include "context.h"
+
+#include <c10/core/CPUAllocator.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "cpu/pages.h"
+
+#if defined(FASTBN_CUDA)
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#endif
+
+namespace fastbn {
+
+namespace {
+
+// For outputs of large_bytes and more; see cpu/pages.h.
+struct LargeAllocator final : c10::Allocator {
+  struct Block {
+    void* data;
+    int64_t bytes;
+  };
+  static void free(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+    cpu::give_pages(block->data, block->bytes);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    auto block = std::make_unique<Block>(Block{cpu::take_pages(int64_t(bytes)), int64_t(bytes)});
+    c10::profiledCPUMemoryReporter().New(block->data, bytes);
+    void* const data = block->data;
+    return {data, block.release(), &free, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+#if defined(FASTBN_CUDA)
+
+// Once a device: the oldest with the barriers that the kernels count on.
+void check_capability(int device) {
+  static std::atomic<uint64_t> checked{0};
+  const uint64_t bit = uint64_t(1) << (device & 63);
+  if (checked.load(std::memory_order_relaxed) & bit) return;
+  int major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  TORCH_CHECK(major >= 7, "fastbn: cuda:", device, " has compute capability ", major, ".", minor,
+              ", and fastbn's kernels need 7.0 or later. Use torch.nn's batch norm there.");
+  checked.fetch_or(bit, std::memory_order_relaxed);
+}
+
+Tensor zeroed_counters(const c10::cuda::CUDAStream& stream) {
+  Tensor t = at::detail::empty_cuda({cuda::counter_bytes}, at::kByte, stream.device(), std::nullopt);
+  C10_CUDA_CHECK(cudaMemsetAsync(t.data_ptr(), 0, size_t(cuda::counter_bytes), stream.stream()));
+  return t;
+}
+
+// A captured graph may be replayed beside anything, on any stream. A stream that torch did not make (torch gives it its
+// handle for an id) may be destroyed, and another one get its handle while the last kernel runs; or be
+// cudaStreamPerThread, one handle for many streams.
+bool needs_own_counters(const c10::cuda::CUDAStream& stream) {
+  const cudaStream_t handle = stream.stream();
+  if (handle == nullptr) return false;  // the default stream cannot be captured, nor asked while another one is
+  if (stream.id() == c10::StreamId(reinterpret_cast<intptr_t>(handle))) return true;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(handle, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// The counters of a stream: made once, as zeroing them is a launch.
+Tensor kept_counters(const c10::cuda::CUDAStream& stream) {
+  static std::mutex mutex;
+  static auto* const kept = new std::map<std::pair<int, c10::StreamId>, Tensor>;  // outlives every stream
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor& t = (*kept)[{stream.device_index(), stream.id()}];
+  if (!t.defined()) t = zeroed_counters(stream);
+  return t;
+}
+
+#endif
+
+}  // namespace
+
+#if defined(FASTBN_CUDA)
+
+Context::Context(const Tensor& input) : gpu_(input.is_cuda()), device_(input.device()) {
+  if (!gpu_) return;
+  guard_.set_device(device_);
+  check_capability(device_.index());
+  handle_ = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
+}
+
+cuda::Stream Context::stream_with_counters() {
+  const auto stream = c10::cuda::getCurrentCUDAStream(device_.index());
+  counters_ = needs_own_counters(stream) ? zeroed_counters(stream) : kept_counters(stream);
+  return {handle_, static_cast<unsigned*>(counters_.data_ptr())};
+}
+
+#elif defined(FASTBN_SIMT)
+
+Context::Context(const Tensor&) : gpu_(true) {}
+
+cuda::Stream Context::stream_with_counters() {
+  alignas(256) thread_local unsigned counters[cuda::counter_bytes / sizeof(unsigned)] = {};
+  return {nullptr, counters};
+}
+
+#else
+
+Context::Context(const Tensor&) : gpu_(false) {}
+
+#endif
+
+// Not at::empty: for tensors of one known device the dispatcher costs more than the allocation.
+Tensor Context::empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
+#if defined(FASTBN_CUDA)
+  if (gpu_) return at::detail::empty_cuda(sizes, dtype, device_, std::nullopt);
+#endif
+  return at::detail::empty_cpu(sizes, dtype);
+}
+
+Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
+#if defined(FASTBN_CUDA)
+  if (gpu_) return at::detail::empty_cuda(t.sizes(), t.scalar_type(), device_, format);
+#endif
+  if (int64_t(t.nbytes()) < cpu::large_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
+  static LargeAllocator* const allocator = new LargeAllocator;  // outlives every tensor
+  return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
+                                   format);
+}
+
+}  // namespace fastbn

@@ -1,0 +1,440 @@
+// In: a number of seeds, and optionally a word that names of cases must contain. Out: status 0 if the CUDA kernels,
+// executed on the CPU, gave what a float64 reference gives for every case, read and wrote the bytes of their plan, and
+// every kind of plan was reached; otherwise a message about the first case that did not. Without torch and Python.
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <set>
+#include <sstream>
+
+#include "core/backend.h"
+#include "core/dispatch.h"
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
+
+using namespace fastbn;
+using cuda::Pass, cuda::Plan, cuda::Strategy, cuda::Walk;
+
+namespace {
+
+// ---- random numbers: what is tested is a function of the seed ------------------------------------------------------
+
+uint64_t state = 1;
+uint64_t random_bits() {
+  state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+  return state * 0x2545f4914f6cdd1d >> 11;
+}
+int64_t below(int64_t n) { return int64_t(random_bits() % uint64_t(n)); }
+double uniform() { return double(random_bits()) * 0x1p-53; }
+// Variance 1, and never further than 3 from 0, so that no first value of a channel is an outlier.
+double noise() { return 2 * (uniform() + uniform() + uniform()) - 3; }
+
+// ---- tensors -------------------------------------------------------------------------------------------------------
+
+// On the heap, and ends with it, so that ASan sees what reads or writes too far.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(DType dtype, int64_t count, bool misaligned = false) : dtype_(dtype), count_(count) {
+    const size_t offset = misaligned ? size_t(size_of(dtype)) : 0, bytes = size_t(count * size_of(dtype));
+    memory_.reset(new char[offset + bytes]);
+    data_ = memory_.get() + offset;
+    std::memset(data_, 0xff, bytes);  // NaN
+  }
+  void* data() const { return data_; }
+  DType dtype() const { return dtype_; }
+  int64_t count() const { return count_; }
+  size_t bytes() const { return size_t(count_ * size_of(dtype_)); }
+  Param param() const { return {data_, dtype_}; }
+  Output output() const { return {data_, dtype_}; }
+  double get(int64_t i) const { return read({data_, dtype_}, i, NAN); }
+  void set(int64_t i, double value) { write({data_, dtype_}, i, value); }
+
+ private:
+  DType dtype_ = DType::f32;
+  int64_t count_ = 0;
+  std::unique_ptr<char[]> memory_;
+  char* data_ = nullptr;
+};
+
+struct Aligned {
+  void* data = nullptr;
+  explicit Aligned(int64_t bytes, int fill) {
+    if (posix_memalign(&data, 256, size_t(bytes)) != 0) std::abort();
+    std::memset(data, fill, size_t(bytes));
+  }
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+};
+
+double epsilon(DType dtype) {
+  return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+}
+
+// ---- cases ---------------------------------------------------------------------------------------------------------
+
+struct Gpu {
+  const char* name;
+  int64_t multiprocessors, shared_per_multiprocessor, shared_per_block;
+  bool cooperative;
+};
+constexpr Gpu gpus[] = {
+    {"small", 4, 64 << 10, 48 << 10, true},    // groups of several blocks, several waves
+    {"roomy", 6, 200 << 10, 160 << 10, true},  // an item fits in a block
+    {"alone", 4, 64 << 10, 48 << 10, false},   // no cooperative launches
+    {"poor", 2, 24 << 10, 22 << 10, true},     // little fits
+};
+
+struct Case {
+  std::string name;
+  Problem problem;
+  bool misaligned, odd_values;
+};
+
+std::string doing;  // the plan in work
+
+[[noreturn]] void wrong(const Case& c, const std::string& text) {
+  throw std::runtime_error(c.name + ": " + text + "\n  " + doing);
+}
+
+int64_t index_of(const Shape& shape, int64_t n, int64_t channel, int64_t s) {
+  return shape.layout == Layout::channels_first ? (n * shape.C + channel) * shape.S + s
+                                                : (n * shape.S + s) * shape.C + channel;
+}
+
+// What a result of some size becomes in half precision.
+double fitting(DType dtype, double want) { return dtype == DType::f16 && std::abs(want) > 65500 ? INFINITY : want; }
+
+// |got - want| <= relative * (|want| + scale); where no number is due, any infinity or NaN will do.
+void expect(const Case& c, const char* what, int64_t i, double got, double want, double relative, double scale = 0) {
+  if (std::isfinite(want) ? std::abs(got - want) <= relative * (std::abs(want) + scale) : !std::isfinite(got)) return;
+  std::ostringstream text;
+  text.precision(17);
+  text << what << "[" << i << "] is " << got << ", should be " << want;
+  wrong(c, text.str());
+}
+
+// Rounding to the type of the result, and sums in float (double for double): measured errors are below half of it.
+double tolerance(DType of_result, DType of_values) {
+  return epsilon(of_result) + (of_values == DType::f64 ? 1e-13 : 4e-6);
+}
+
+// What was reached, for example "resident rows forward, several blocks, several waves".
+std::map<std::string, int> reached;
+
+std::vector<std::string> names_of(const Plan& plan, Pass pass, bool training) {
+  std::string base = plan.strategy == Strategy::resident ? "resident" : training ? "streaming" : "streaming eval";
+  base += plan.walk == Walk::rows ? " rows" : " columns";
+  base += pass == Pass::forward ? " forward" : " backward";
+  std::vector<std::string> names = {base + (plan.blocks_an_item > 1 ? ", several blocks" : ", one block")};
+  if (plan.strategy == Strategy::resident && plan.waves > 1) names.push_back(base + ", several waves");
+  if (plan.vector == 1) names.push_back(base + ", scalar");
+  return names;
+}
+
+std::set<std::string> all_names() {
+  std::set<std::string> names;
+  for (const Walk walk : {Walk::rows, Walk::columns}) {
+    for (const Pass pass : {Pass::forward, Pass::backward}) {
+      for (const int64_t blocks : {1, 2}) {
+        Plan plan{};
+        plan.walk = walk, plan.blocks_an_item = blocks, plan.waves = 2, plan.vector = 4;
+        plan.strategy = Strategy::resident;
+        for (const auto& name : names_of(plan, pass, true)) names.insert(name);
+        plan.strategy = Strategy::streaming, plan.vector = 1;
+        for (const bool training : {false, true}) {
+          if (pass == Pass::forward && !training) continue;  // the same kernel as in training
+          for (const auto& name : names_of(plan, pass, training)) names.insert(name);
+        }
+      }
+    }
+  }
+  return names;
+}
+
+std::unique_ptr<Aligned> counters;
+
+// One call of the backend: launches, bytes, barrier counters.
+template <class Body>
+void call(const Case& c, const Plan& plan, Pass pass, bool training, const Body& body) {
+  for (const auto& name : names_of(plan, pass, training)) ++reached[name];
+  doing = names_of(plan, pass, training)[0] + ": " + std::to_string(plan.items) + " items of " +
+          std::to_string(plan.channels_an_item) + " channels, " + std::to_string(plan.blocks_an_item) +
+          " blocks an item, " + std::to_string(plan.waves) + " waves, " + std::to_string(plan.vector) +
+          " elements an access, " + std::to_string(plan.shared_bytes) + " bytes shared";
+  simt::stats = {};
+  body(cuda::Stream{nullptr, static_cast<unsigned*>(counters->data)});
+  if (plan.strategy == Strategy::resident && simt::stats.launches != 1) {
+    wrong(c, std::to_string(simt::stats.launches) + " launches of the resident strategy");
+  }
+  // Those of barriers, in the first half, may have their top bit set: it flips with each barrier.
+  constexpr size_t count = cuda::counter_bytes / sizeof(unsigned);
+  for (size_t i = 0; i < count; ++i) {
+    const unsigned n = static_cast<unsigned*>(counters->data)[i];
+    if (n == 0 || (n == 0x80000000u && i < count / 2)) continue;
+    wrong(c, "counter " + std::to_string(i) + " is " + std::to_string(n) + " after the launch");
+  }
+}
+
+void written_once(const Case& c, const char* what, const simt::Watch& watch) {
+  for (size_t i = 0; i < watch.writes.size(); ++i) {
+    if (watch.writes[i] == 1 && watch.reads[i] == 0) continue;
+    wrong(c, std::string(what) + " byte " + std::to_string(i) + " was written " + std::to_string(watch.writes[i]) +
+                 " times and read " + std::to_string(watch.reads[i]) + " times");
+  }
+}
+
+// Every byte `least` times, and not more often but for `spare` bytes: the first value of a channel, as pivot.
+void was_read(const Case& c, const char* what, const simt::Watch& watch, int64_t least, int64_t spare) {
+  int64_t more = 0;
+  for (size_t i = 0; i < watch.reads.size(); ++i) {
+    more += watch.reads[i] - least;
+    if (watch.writes[i] == 0 && watch.reads[i] >= least) continue;
+    wrong(c, std::string(what) + " byte " + std::to_string(i) + " was read " + std::to_string(watch.reads[i]) +
+                 " times, not " + std::to_string(least) + ", and written " + std::to_string(watch.writes[i]) +
+                 " times");
+  }
+  if (more > spare)
+    wrong(c, std::string(what) + " was read more often than planned, by bytes: " + std::to_string(more));
+}
+
+// ---- forward and backward of one case ------------------------------------------------------------------------------
+
+Tensor random_tensor(const Case& c, double base) {
+  const Shape& shape = c.problem.shape;
+  Tensor t(c.problem.dtype, shape.elements(), c.misaligned);
+  for (int64_t channel = 0; channel < shape.C; ++channel) {
+    const double center = base * double(channel % 7 - 3), width = 0.5 + double(channel % 3);
+    for (int64_t n = 0; n < shape.N; ++n) {
+      for (int64_t s = 0; s < shape.S; ++s) t.set(index_of(shape, n, channel, s), center + width * noise());
+    }
+  }
+  return t;
+}
+
+Tensor random_param(const Case& c, int64_t kind) {
+  if (kind == 0) return {};
+  Tensor t(kind == 1 ? DType::f32 : c.problem.dtype, c.problem.shape.C);
+  for (int64_t i = 0; i < t.count(); ++i) t.set(i, i == 1 ? 0 : noise());
+  return t;
+}
+
+std::vector<double> values_of(const Tensor& t, const Shape& shape, int64_t channel) {
+  std::vector<double> values;
+  for (int64_t n = 0; n < shape.N; ++n) {
+    for (int64_t s = 0; s < shape.S; ++s) values.push_back(t.get(index_of(shape, n, channel, s)));
+  }
+  return values;
+}
+
+struct Statistics {
+  double mean, var;
+};
+Statistics statistics_of(const std::vector<double>& values) {
+  double sum = 0, squares = 0;
+  for (double v : values) sum += v;
+  const double mean = sum / double(values.size());
+  for (double v : values) squares += (v - mean) * (v - mean);
+  return {mean, squares / double(values.size())};
+}
+
+void test_case(const Case& c) {
+  const Shape& shape = c.problem.shape;
+  const DType dtype = c.problem.dtype;
+  const int64_t C = shape.C, count = shape.per_channel();
+  const double eps = 1e-5, momentum = 0.25;
+  const bool training = count > 1 && below(4) != 0;
+  const double tol = tolerance(dtype, dtype);
+
+  Tensor x = random_tensor(c, dtype == DType::bf16 ? 1 : 4);
+  if (c.odd_values) {  // a constant channel, and one that must keep its NaN or infinity to itself
+    for (int64_t i = 0; i < count; ++i) x.set(index_of(shape, i / shape.S, 0, i % shape.S), 96);
+    x.set(index_of(shape, below(shape.N), C - 1, below(shape.S)), below(2) ? NAN : INFINITY);
+  }
+  const Tensor weight = random_param(c, below(3)), bias = random_param(c, below(3));
+  Tensor mean = random_param(c, 1 + below(2)), var = random_param(c, 1 + below(2));
+  for (int64_t i = 0; i < C; ++i) var.set(i, 0.5 + uniform());
+  const auto given = [&](int64_t i) { return Statistics{mean.get(i), var.get(i)}; };
+
+  // ---- forward
+  Tensor y(dtype, shape.elements(), c.misaligned), moments(DType::f64, 2 * C);
+  Tensor running_mean = random_param(c, 1 + below(2)), running_var = random_param(c, 1 + below(2));
+  std::vector<double> old_mean, old_var;
+  for (int64_t i = 0; i < C; ++i) old_mean.push_back(running_mean.get(i)), old_var.push_back(running_var.get(i));
+  const int64_t batches = 4;
+  const bool cumulative = below(2), tracked = below(4) != 0;
+
+  const auto plan_of = [&](Pass pass, bool of_training) {
+    return cuda::make_plan(c.problem, pass, of_training, !c.misaligned, cuda::query_device());
+  };
+  {
+    const Plan plan = plan_of(Pass::forward, training);
+    const Aligned workspace(cuda::workspace_bytes(c.problem, Pass::forward, training), 0xff);
+    const simt::Watch watch_x(x.data(), x.bytes()), watch_y(y.data(), y.bytes());
+    Forward args{};
+    args.problem = c.problem, args.input = x.data(), args.output = y.data();
+    args.weight = weight.param(), args.bias = bias.param();
+    args.mean = mean.param(), args.var = var.param();
+    args.moments = static_cast<double*>(moments.data());
+    if (tracked)
+      args.running = {running_mean.output(), running_var.output(), momentum, cumulative ? &batches : nullptr};
+    args.training = training, args.eps = eps, args.workspace = workspace.data;
+    call(c, plan, Pass::forward, training, [&](const cuda::Stream& stream) { cuda::forward(args, stream); });
+    written_once(c, "y", watch_y);
+    const int64_t least = training && plan.strategy == Strategy::streaming ? 2 : 1;
+    // Values that are no numbers, or all the same, may cost a second reading.
+    const int64_t pivots = !training ? 0 : C * plan.blocks_an_item * size_of(dtype);
+    was_read(c, "x", watch_x, least, pivots + (c.odd_values && least == 2 ? int64_t(x.bytes()) : 0));
+    if (plan.bytes != (least + 1) * int64_t(x.bytes())) wrong(c, "plan.bytes of forward");
+  }
+  std::vector<Statistics> used(static_cast<size_t>(C));
+  for (int64_t i = 0; i < C; ++i) {
+    const std::vector<double> values = values_of(x, shape, i), results = values_of(y, shape, i);
+    const Statistics st = used[size_t(i)] = training ? statistics_of(values) : given(i);
+    const double std = std::sqrt(st.var + eps);
+    const double tight = dtype == DType::f64 ? 1e-12 : 2e-6;
+    expect(c, "mean", i, moments.get(i), st.mean, tight, std);
+    expect(c, "var", i, moments.get(C + i), st.var, tight, 1e-12);
+    const double w = read(weight.param(), i, 1), b = read(bias.param(), i, 0);
+    for (int64_t k = 0; k < count; ++k) {
+      const double want = (values[size_t(k)] - st.mean) / std * w + b;
+      expect(c, "y", k * C + i, results[size_t(k)], want, tol, std::abs(w) * 4 + std::abs(b));
+    }
+    const double m = cumulative ? 1.0 / double(batches) : momentum;
+    const double n = double(count);
+    const bool updated = training && tracked;
+    const auto blended = [&](double old, double batch) { return updated ? (1 - m) * old + m * batch : old; };
+    expect(c, "running_mean", i, running_mean.get(i), blended(old_mean[size_t(i)], st.mean),
+           tolerance(running_mean.dtype(), dtype), 4);
+    expect(c, "running_var", i, running_var.get(i), blended(old_var[size_t(i)], st.var * n / (n - 1)),
+           tolerance(running_var.dtype(), dtype), 4);
+  }
+
+  // ---- backward
+  const int64_t wanted = 1 + below(7);  // 1: of the input, 2: weight, 4: bias
+  const Tensor dy = random_tensor(c, 0.25);
+  Tensor dx = wanted & 1 ? Tensor(dtype, shape.elements(), c.misaligned) : Tensor();
+  const Tensor dw = wanted & 2 ? random_param(c, 1 + below(2)) : Tensor();
+  const Tensor db = wanted & 4 ? random_param(c, 1 + below(2)) : Tensor();
+  {
+    const Plan plan = plan_of(Pass::backward, training && wanted & 1);
+    const Aligned workspace(cuda::workspace_bytes(c.problem, Pass::backward, training), 0xff);
+    const simt::Watch watch_x(x.data(), x.bytes()), watch_dy(dy.data(), dy.bytes());
+    const simt::Watch watch_dx(dx.data(), dx.bytes());
+    Backward args{};
+    args.problem = c.problem, args.grad_output = dy.data(), args.input = x.data(), args.grad_input = dx.data();
+    args.weight = weight.param(), args.moments = static_cast<const double*>(moments.data());
+    args.grad_weight = dw.output(), args.grad_bias = db.output();
+    args.training = training, args.eps = eps, args.workspace = workspace.data;
+    call(c, plan, Pass::backward, training && wanted & 1,
+         [&](const cuda::Stream& stream) { cuda::backward(args, stream); });
+    written_once(c, "dx", watch_dx);
+    const int64_t least = training && wanted & 1 && plan.strategy == Strategy::streaming ? 2 : 1;
+    const bool needs_x = training || wanted & 6;  // in eval, dx is a multiple of dy
+    was_read(c, "dy", watch_dy, least, 0);
+    was_read(c, "x", watch_x, needs_x ? least : 0, 0);
+    if (plan.bytes != (2 * least + 1) * int64_t(x.bytes())) wrong(c, "plan.bytes of backward");
+  }
+  for (int64_t i = 0; i < C; ++i) {
+    const std::vector<double> values = values_of(x, shape, i), gradients = values_of(dy, shape, i);
+    const Statistics st = used[size_t(i)];
+    const double rstd = 1 / std::sqrt(st.var + eps), w = read(weight.param(), i, 1), n = double(count);
+    double sum = 0, dot = 0, sizes = 0, dot_sizes = 0;
+    for (size_t k = 0; k < values.size(); ++k) {
+      const double xhat = (values[k] - st.mean) * rstd;
+      sum += gradients[k], dot += gradients[k] * xhat;
+      sizes += std::abs(gradients[k]), dot_sizes += std::abs(gradients[k] * xhat);
+    }
+    if (wanted & 2)
+      expect(c, "dweight", i, dw.get(i), fitting(dw.dtype(), dot), tolerance(dw.dtype(), dtype), dot_sizes);
+    if (wanted & 4) expect(c, "dbias", i, db.get(i), fitting(db.dtype(), sum), tolerance(db.dtype(), dtype), sizes);
+    if (!(wanted & 1)) continue;
+    const std::vector<double> results = values_of(dx, shape, i);
+    for (size_t k = 0; k < values.size(); ++k) {
+      const double xhat = (values[k] - st.mean) * rstd;
+      const double want = w * rstd * (gradients[k] - (training ? sum / n + xhat * dot / n : 0));
+      expect(c, "dx", int64_t(k) * C + i, results[k], want, tol, std::abs(w * rstd) * 4);
+    }
+  }
+}
+
+void test_running() {
+  const int64_t C = 700;
+  Tensor moments(DType::f64, 2 * C), mean(DType::f32, C), var(DType::f64, C);
+  for (int64_t i = 0; i < 2 * C; ++i) moments.set(i, 1 + uniform());
+  for (int64_t i = 0; i < C; ++i) mean.set(i, 1), var.set(i, 2);
+  cuda::update_running_stats(static_cast<const double*>(moments.data()), C, 10,
+                             {mean.output(), var.output(), 0.5, nullptr}, {nullptr, nullptr});
+  const Case c{"update_running_stats", {}, false, false};
+  for (int64_t i = 0; i < C; ++i) {
+    expect(c, "mean", i, mean.get(i), 0.5 + 0.5 * moments.get(i), 1e-7);
+    expect(c, "var", i, var.get(i), 1 + 0.5 * moments.get(C + i) * 10 / 9, 1e-14);
+  }
+}
+
+constexpr int64_t shapes[][3] = {
+    {3, 5, 49},   {2, 7, 64},   {1, 3, 1},    {4, 8, 196},  {64, 4, 1},  {2, 64, 256}, {3, 63, 5},    {5, 1, 1000},
+    {40, 16, 49}, {2, 300, 16}, {300, 24, 1}, {1, 9, 4099}, {7, 3, 700}, {64, 2, 512}, {16, 3, 1500}, {3, 2, 6000},
+};
+
+#if defined(SIMT_ONE_TYPE)  // where csrc was changed to have no others, because it has to compile often
+constexpr std::array dtypes = {DType::f32};
+#else
+constexpr std::array dtypes = {DType::f32, DType::f64, DType::f16, DType::bf16};
+#endif
+
+void test_seed(uint64_t seed, const std::string& filter) {
+  simt::config.seed = seed;
+  int64_t number = 0;
+  for (const Gpu& gpu : gpus) {
+    simt::config.device = number++;
+    simt::config.multiprocessors = gpu.multiprocessors;
+    simt::config.shared_per_multiprocessor = gpu.shared_per_multiprocessor;
+    simt::config.shared_per_block = gpu.shared_per_block;
+    simt::config.cooperative = gpu.cooperative;
+    for (const auto& [N, C, S] : shapes) {
+      for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
+        state = (seed + 1) * 0x9e3779b97f4a7c15 ^ uint64_t(number * 1000003 + N * 10007 + C * 101 + S);
+        random_bits();
+        const DType dtype = dtypes[size_t(below(int64_t(dtypes.size())))];
+        const Case c{gpu.name + std::string(layout == Layout::channels_first ? " first " : " last ") +
+                         std::to_string(N) + "x" + std::to_string(C) + "x" + std::to_string(S) + " " +
+                         std::array{"f32", "f64", "f16", "bf16"}[size_t(dtype)] + " seed " + std::to_string(seed),
+                     {{N, C, S, layout}, dtype},
+                     below(8) == 0,
+                     below(8) == 0};
+        if (c.name.find(filter) == std::string::npos) continue;
+        try {
+          test_case(c);
+        } catch (const simt::error& e) {
+          wrong(c, e.what());
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t seeds = argc > 1 ? std::atoll(argv[1]) : 1;
+  const std::string filter = argc > 2 ? argv[2] : "";
+  counters = std::make_unique<Aligned>(cuda::counter_bytes, 0);
+  try {
+    for (int64_t seed = 0; seed < seeds; ++seed) test_seed(uint64_t(seed), filter);
+    test_running();
+  } catch (const std::exception& e) {
+    std::cout << "FAILED: " << e.what() << std::endl;
+    return 1;
+  }
+  for (const auto& [name, times] : reached) std::cout << times << " x " << name << "\n";
+  if (!filter.empty()) return 0;
+  for (const auto& name : all_names()) {
+    if (reached[name] != 0) continue;
+    std::cout << "FAILED: no plan was " << name << std::endl;
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,442 @@
+"""What only a GPU shows: streams, captured graphs, launches, synchronization, memory, several devices.
+In: a GPU, and pytest's --backend cuda. Out: results judged by float64, or by the same call on the default stream."""
+
+import copy
+import ctypes
+import threading
+
+import inputs
+import pytest
+import torch
+from reference import check
+from torch.profiler import ProfilerActivity, profile
+
+import fastbn
+from fastbn import _C
+from fastbn.functional import batch_norm
+
+pytestmark = pytest.mark.cuda
+
+SMALL = (8, 6, 14, 14)
+training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+# Resident and streaming, one block a channel and groups of them, both walks.
+KINDS = {
+    "small": (8, 16, 14, 14),
+    "one channel a block": (32, 256, 14, 14),
+    "groups": (64, 64, 56, 56),
+    "wide": (64, 3, 225, 225),
+    "matrix": (4096, 100),
+    "many channels": (2, 3000, 7, 7),
+}
+kinds = pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS.keys())
+layouts = pytest.mark.parametrize("layout", [inputs.contiguous, inputs.channels_last], ids=lambda f: f.__name__)
+
+
+def step(x, dy, weight, bias, mean=None, var=None, train=True):
+    """Everything that a training step computes, as one tuple."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = batch_norm(leaves[0], mean, var, leaves[1], leaves[2], train)
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+def problem(shape, layout=inputs.contiguous, dtype=torch.float32, device="cuda"):
+    x, dy = layout(shape, dtype=dtype, device=device), layout(shape, dtype=dtype, device=device)
+    weight, bias = torch.rand(2, shape[1], device=device) + 0.5
+    return x, dy, weight, bias
+
+
+def assert_same_bits(found, expected, when):
+    for i, (ours, right) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(ours, right), f"result {i} differs {when}"
+
+
+def kernels(call, repeats=3):
+    """Names of the kernels that one call launches, once it is warm."""
+    call(), call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    names = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(names) % repeats == 0, names
+    return names[: len(names) // repeats]
+
+
+@kinds
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kind_of_plan(shape, layout, dtype):
+    x = layout(shape, dtype=dtype, device="cuda")
+    check(x, param_dtype=torch.float32)
+    check(x, param_dtype=torch.float32, training=False)
+
+
+def test_the_kinds_reach_both_strategies():
+    plans = [fastbn.explain(torch.empty(shape, device="cuda")) for shape in KINDS.values()]
+    plans.append(fastbn.explain(torch.empty(9, device="cuda")[1:].view(4, 2)))  # misaligned
+    assert {s for p in plans for s in p.strategy} == {"resident", "streaming"}
+    assert {p.blocks_an_item[0] > 1 for p in plans} == {True, False}
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_the_current_stream_is_used(shape):
+    """On another stream the input is written late: a kernel on the default stream would read it too early."""
+    x, dy, weight, bias = problem(shape)
+    expected = step(x, dy, weight, bias)
+    late = torch.zeros_like(x)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        found = step(late, dy, weight, bias)
+    stream.synchronize()
+    assert_same_bits(found, expected, "on a second stream")
+
+
+@kinds
+def test_backward_runs_on_the_stream_of_forward(shape):
+    x, dy, weight, bias = problem(shape)
+    expected = step(x, dy, weight, bias)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        y = batch_norm(leaves[0], None, None, leaves[1], leaves[2], True)
+    y.backward(dy)  # called from the default stream
+    torch.cuda.synchronize()
+    assert_same_bits([y.detach(), *(t.grad for t in leaves)], expected, "with backward called from another stream")
+
+
+@kinds
+def test_many_streams_at_once(shape):
+    """Barriers and tickets of one stream must not count for another."""
+    problems = [problem(shape) for _ in range(6)]
+    expected = [step(*p) for p in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, p in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step(*p))
+        torch.cuda.synchronize()
+        for results, right in zip(found, expected, strict=True):
+            assert_same_bits(results, right, "beside other streams")
+
+
+def test_threads_with_streams_of_their_own():
+    problems = [problem(KINDS["groups"]) for _ in range(4)]
+    expected, failures = [step(*p) for p in problems], []
+    torch.cuda.synchronize()
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                results = step(*problems[i])
+                torch.cuda.current_stream().synchronize()
+                failures.extend(1 for a, b in zip(results, expected[i], strict=True) if not torch.equal(a, b))
+
+    pool = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [t.start() for t in pool]
+    [t.join() for t in pool]
+    assert not failures
+
+
+def test_a_stream_that_torch_did_not_make():
+    """Its handle may come back as another stream's: its counters are of one call alone."""
+    libcuda = ctypes.CDLL("libcuda.so.1")
+    x, dy, weight, bias = problem(KINDS["groups"])
+    expected = step(x, dy, weight, bias)
+    torch.cuda.synchronize()
+    for _ in range(3):
+        handle = ctypes.c_void_p()
+        assert libcuda.cuStreamCreate(ctypes.byref(handle), 1) == 0
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle.value)):
+            found = step(x, dy, weight, bias)
+        torch.cuda.synchronize()
+        assert_same_bits(found, expected, "on an external stream")
+        del found
+        torch.cuda.synchronize()
+        assert libcuda.cuStreamDestroy_v2(handle) == 0
+    # cudaStreamPerThread; forward only, as backward runs in a thread of autograd, where it is another stream
+    with torch.cuda.stream(torch.cuda.ExternalStream(2)), torch.no_grad():
+        y = batch_norm(x, None, None, weight, bias, True)
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected[0])
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+
+
+def captured(shape, train=True):
+    """A graph of a whole step, its inputs and results."""
+    x, dy, weight, bias = problem(shape)
+    mean, var = torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(x, dy, weight, bias, mean.clone(), var.clone(), train)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(x, dy, weight, bias, mean, var, train)
+    return graph, (x, dy, weight, bias), (mean, var), results
+
+
+@kinds
+@training
+def test_capture_and_replay(shape, training):
+    graph, call, stats, results = captured(shape, training)
+    stats[0].zero_(), stats[1].fill_(1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        call[0].normal_(seed, 1 + seed)
+        own = [s.clone() for s in stats]
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = step(*call, *own, training)
+        assert_same_bits(results, expected, "in a graph")
+        assert_same_bits(stats, own, "in a graph, of the running statistics")
+
+
+def test_two_graphs_replayed_at_the_same_time():
+    graphs = [captured(KINDS["groups"]) for _ in range(2)]
+    expected = [step(*call) for _, call, _, _ in graphs]
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, (graph, *_) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (*_, results), right in zip(graphs, expected, strict=True):
+        assert_same_bits(results, right, "beside another graph")
+
+
+def test_a_graph_beside_eager_calls():
+    graph, call, _, results = captured(KINDS["groups"])
+    other = problem(KINDS["groups"])
+    expected, right = step(*call), step(*other)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(stream):
+            graph.replay()
+        found = step(*other)
+    torch.cuda.synchronize()
+    assert_same_bits(results, expected, "beside eager calls")
+    assert_same_bits(found, right, "beside a graph")
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}], ids=str)
+def test_make_graphed_callables(kwargs):
+    torch.manual_seed(0)
+    eager = torch.nn.Sequential(torch.nn.Conv2d(6, 6, 3), fastbn.BatchNorm2d(6, **kwargs)).cuda()
+    twin = copy.deepcopy(eager)
+    sample = torch.randn(SMALL, device="cuda", requires_grad=True)
+    state = copy.deepcopy(eager.state_dict())
+    graphed = torch.cuda.make_graphed_callables(eager, (sample,))
+    eager.load_state_dict(state)
+    for _ in range(3):
+        grads = []
+        x = torch.randn(SMALL, device="cuda")
+        for model in (graphed, twin):
+            leaf = x.clone().requires_grad_()
+            model(leaf).square().sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(eager.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-3)
+    assert eager[1].num_batches_tracked == 3
+
+
+# ---- launches, synchronization, memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 14, 14), (64, 128), (2, 64, 28, 28), (32, 4, 33, 33)], ids=str)
+@layouts
+def test_one_launch_a_pass_below_a_megabyte(shape, layout):
+    x, dy, weight, bias = problem(shape, layout)
+    assert x.nbytes < 2**20 and x.data_ptr() % 16 == 0
+    mean, var = torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    for train in (True, False):
+        launched = kernels(lambda train=train: batch_norm(x, mean, var, weight, bias, train))
+        assert len(launched) == 1, launched
+        y = batch_norm(leaves[0], mean, var, *leaves[1:], train)
+        launched = kernels(lambda y=y: torch.autograd.grad(y, leaves, dy, retain_graph=True))
+        assert len(launched) == 1, launched
+
+
+def test_launches_of_a_module():
+    """The counter is one more, on the GPU alone."""
+    bn, x = fastbn.BatchNorm2d(16).cuda(), torch.randn(8, 16, 14, 14, device="cuda")
+    with torch.no_grad():
+        assert len(kernels(lambda: bn(x))) <= 2
+        bn.eval()
+        assert len(kernels(lambda: bn(x))) == 1
+
+
+@pytest.fixture
+def no_synchronization():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@kinds
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}, {"affine": False}, {"dtype": torch.float64}], ids=str)
+def test_nothing_waits_for_the_gpu(shape, kwargs, no_synchronization):
+    bn = fastbn.BatchNorm2d(shape[1], device="cuda", **kwargs) if len(shape) == 4 else None
+    bn = fastbn.BatchNorm1d(shape[1], device="cuda", **kwargs) if bn is None else bn
+    x = torch.randn(shape, device="cuda", dtype=kwargs.get("dtype"), requires_grad=True)
+    bn(x).square().sum().backward()
+    bn.eval()(x).square().sum().backward()
+    torch.func.grad(lambda t: batch_norm(t, None, None, training=True).pow(3).sum())(x.detach())
+
+
+@kinds
+@layouts
+def test_memory_at_the_peak(shape, layout):
+    """The output, what is saved for backward, and a workspace of a hundredth of the activation or 2 MB."""
+    x, dy, weight, bias = problem(shape, layout)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    allowed = x.nbytes // 100 + 2**21 + _C.cuda_device(x)["multiprocessors"] * 2**14
+    torch.autograd.grad(batch_norm(leaves[0], None, None, *leaves[1:], True), leaves, dy)  # makes the counters
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    y = batch_norm(leaves[0], None, None, *leaves[1:], True)
+    assert torch.cuda.max_memory_allocated() - start <= y.nbytes + allowed
+    held = torch.cuda.memory_allocated() - start
+    assert held <= y.nbytes + 2**20, "moments, and nothing of the size of the input"
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = torch.autograd.grad(y, leaves, dy)
+    assert torch.cuda.max_memory_allocated() - before <= grads[0].nbytes + allowed
+
+
+# ---- determinism, sizes, devices -----------------------------------------------------------------------------------
+
+
+@kinds
+@layouts
+def test_the_same_bits_a_hundred_times(shape, layout):
+    x, dy, weight, bias = problem(shape, layout, torch.bfloat16)
+    expected = step(x, dy, weight, bias)
+    for _ in range(100):
+        assert_same_bits(step(x, dy, weight, bias), expected, "in another run")
+
+
+def test_deterministic_algorithms_are_the_only_ones():
+    x, dy, weight, bias = problem(KINDS["groups"])
+    expected = step(x, dy, weight, bias)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = step(x, dy, weight, bias)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(found, expected, "with deterministic algorithms asked for")
+
+
+def test_bits_do_not_depend_on_the_address():
+    """Of an aligned tensor: misaligned ones take another walk."""
+    x, dy, weight, bias = problem(KINDS["groups"])
+    expected = step(x, dy, weight, bias)
+    for shift in (4, 8, 64):
+        moved = torch.empty(x.numel() + shift, device="cuda")[shift:].view(x.shape).copy_(x)
+        assert_same_bits(step(moved, dy, weight, bias), expected, f"{shift} floats further")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@kinds
+def test_a_second_device_that_is_not_current(shape):
+    call = problem(shape)
+    expected = step(*call)
+    found = step(*(t.to("cuda:1") for t in call))
+    assert torch.cuda.current_device() == 0
+    assert found[0].device == torch.device("cuda:1")
+    assert_same_bits([t.to("cuda:0") for t in found], expected, "on another device")
+
+
+def test_the_cpu_is_still_there():
+    """A build with CUDA computes tensors of the CPU there."""
+    check(torch.randn(SMALL))
+    assert batch_norm(torch.randn(SMALL), None, None, training=True).is_cpu
+
+
+# ---- what people use around it -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    torch.manual_seed(1)
+    torchs = torch.nn.Sequential(torch.nn.Conv2d(6, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).cuda()
+    ours = fastbn.convert(copy.deepcopy(torchs))
+    x = torch.randn(SMALL, device="cuda")
+    results = []
+    for model in (ours, torchs):
+        with torch.autocast("cuda", dtype=dtype):
+            y = model(x)
+        y.float().square().mean().backward()
+        results.append((y, model[1].weight.grad, model[1].running_var))
+    assert results[0][0].dtype == dtype and results[0][1].dtype == torch.float32
+    torch.testing.assert_close(*results, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}], ids=str)
+@training
+def test_compile(compiler, kwargs, training):
+    torch._dynamo.reset()
+    torchs = torch.nn.Sequential(torch.nn.Conv2d(6, 8, 3), torch.nn.BatchNorm2d(8, **kwargs), torch.nn.ReLU())
+    torchs = torchs.cuda().train(training)
+    ours = fastbn.convert(copy.deepcopy(torchs))
+    compiled = torch.compile(ours, backend=compiler, fullgraph=True)
+    for _ in range(3):
+        x, grads = torch.randn(SMALL, device="cuda"), []
+        for model in (compiled, torchs):
+            leaf = x.clone().requires_grad_()
+            model(leaf).square().sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict(), rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_opcheck():
+    x, weight, bias = torch.randn(4, 3, 5, 2, device="cuda"), *torch.rand(2, 3, device="cuda")
+    moments = torch.ones(2, 3, dtype=torch.float64, device="cuda")
+    for given in (None, moments):
+        torch.library.opcheck(torch.ops.fastbn.forward, (x.requires_grad_(), weight, bias, given, 1e-5))
+    arguments = (torch.randn_like(x), x.detach(), weight, moments, 1e-5, True, [True, True, True])
+    torch.library.opcheck(torch.ops.fastbn.backward, arguments)
+    stats = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    for momentum, counter in ((0.1, None), (None, torch.tensor(3, device="cuda"))):
+        torch.library.opcheck(torch.ops.fastbn.update_running_stats, (moments, 40, momentum, *stats, counter))
+
+
+def test_one_call_of_the_extension_does_it_all():
+    """The short way: no operator is dispatched, and the counter, statistics and gradients are right."""
+    bn, torchs = fastbn.BatchNorm2d(6).cuda(), torch.nn.BatchNorm2d(6).cuda()
+    x = torch.randn(SMALL, device="cuda")
+    arguments = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, True, 0.1, 1e-5)
+    assert _C.batch_norm(x, *arguments) is not NotImplemented
+    torchs(x)
+    torch.testing.assert_close(bn.state_dict(), torchs.state_dict())
+    with torch.autocast("cuda"), torch.no_grad():
+        assert _C.batch_norm(x, *arguments) is not NotImplemented
+
+
+def test_no_room_is_an_error_and_nothing_else():
+    free, _ = torch.cuda.mem_get_info()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        batch_norm(torch.ones(1, device="cuda").expand(free // 4, 6), None, None, training=True)
+    check(torch.randn(SMALL, device="cuda"))

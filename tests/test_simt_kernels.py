@@ -1,0 +1,182 @@
+"""The CUDA kernels, executed on the CPU by tests/simt/driver.cpp, without torch.
+In: csrc/cuda. Out: they give what a float64 reference gives, under schedules and sanitizers; and with a defect planted
+in a copy of them the same driver fails, which is how it is known to look."""
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+from simt.build import CSRC, HERE, backend_sources, build, run
+
+
+def driver(mode, csrc=CSRC, defines=()):
+    return build([*backend_sources(csrc), HERE / "driver.cpp"], mode, csrc, defines)
+
+
+@pytest.mark.simt
+@pytest.mark.simt_quick
+def test_kernels():
+    status, output = run(driver("plain"), 2)
+    assert status == 0, output
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "seeds"), [("plain", 40), ("asan", 4), ("tsan", 2)])
+def test_kernels_under(mode, seeds):
+    status, output = run(driver(mode), seeds)
+    assert status == 0, output
+
+
+# ---- planted defects -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    file: str  # in csrc/cuda
+    old: str  # occurs there exactly once
+    new: str  # the same, but where PLANTED is true
+    mode: str = "plain"  # in which the driver fails
+    seeds: int = 1
+
+
+END_OF_ITEM = "    __syncthreads();  // the scratch is written again for the next item\n"
+
+# fmt: off
+DEFECTS = [
+    # ---- within a block
+    Defect("no barrier before warps' sums are read", "reduce.cuh",
+           "  __syncthreads();\n  if (threadIdx.x < 2) {",
+           "  if (!PLANTED) __syncthreads();\n  if (threadIdx.x < 2) {"),
+    Defect("no barrier between warps that share columns", "reduce.cuh",
+           "    __syncthreads();\n  }\n  const auto column",
+           "    if (!PLANTED) __syncthreads();\n  }\n  const auto column"),
+    Defect("no barrier after pivots", "channel.cuh",
+           "would spoil the others\n  }\n  __syncthreads();",
+           "would spoil the others\n  }\n  if (!PLANTED) __syncthreads();"),
+    Defect("no barrier before packets overwrite sums", "channel.cuh",
+           "  __syncthreads();  // the packets lie where the sums were\n",
+           "  if (!PLANTED) __syncthreads();\n"),
+    Defect("no barrier at the end of an item, forward", "resident.cu",
+           END_OF_ITEM, "    if (!PLANTED) __syncthreads();\n", "tsan"),
+    Defect("no barrier at the end of an item, backward", "grad_resident.cu",
+           END_OF_ITEM, "    if (!PLANTED) __syncthreads();\n", "tsan"),
+    Defect("half a warp in the mask", "reduce.cuh",
+           "__shfl_xor_sync(all_lanes, x, distance)", "__shfl_xor_sync(PLANTED ? 0xffffu : all_lanes, x, distance)"),
+    Defect("the last warp's sum is left out", "reduce.cuh",
+           "for (int i = 0; i < warps_a_block; ++i)", "for (int i = 0; i < warps_a_block - PLANTED; ++i)"),
+    Defect("lanes that own no column write one", "reduce.cuh",
+           "if (!holds) continue;", "if (!holds && !PLANTED) continue;"),
+    # ---- between blocks
+    Defect("no fence before a group's barrier", "reduce.cuh",
+           "    fence();\n    const unsigned before", "    if (!PLANTED) fence();\n    const unsigned before", "tsan"),
+    Defect("no fence before a ticket", "reduce.cuh",
+           "    fence();\n    last =", "    if (!PLANTED) fence();\n    last =", "tsan"),
+    Defect("no fence after a ticket", "reduce.cuh",
+           "== blocks - 1;\n    fence();", "== blocks - 1;\n    if (!PLANTED) fence();", "tsan"),
+    Defect("the group does not wait", "reduce.cuh",
+           "return ((load_acquire(counter) ^ before) & flag) != 0;",
+           "return PLANTED || ((load_acquire(counter) ^ before) & flag) != 0;"),
+    Defect("one arrival too few for the flip", "reduce.cuh",
+           "flag - (blocks - 1)", "flag - (blocks - !PLANTED)"),
+    Defect("the ticket is not reset", "reduce.cuh",
+           "increment_until(counter, blocks - 1)",
+           "(PLANTED ? add(counter, 1) : increment_until(counter, blocks - 1))"),
+    Defect("not cooperative, forward", "resident.cu",
+           "plan.shared_bytes, plan.cooperative,", "plan.shared_bytes, plan.cooperative && !PLANTED,"),
+    Defect("not cooperative, backward", "grad_resident.cu",
+           "plan.shared_bytes, plan.cooperative,", "plan.shared_bytes, plan.cooperative && !PLANTED,"),
+    Defect("one set of packets, forward", "resident.cu",
+           "(2 * group + set)", "(2 * group + (PLANTED ? 0 : set))"),
+    Defect("one set of packets, backward", "grad_resident.cu",
+           "(2 * group + set)", "(2 * group + (PLANTED ? 0 : set))"),
+    Defect("a share's count is left out of the merge", "reduce.cuh",
+           "{p.n * d, p.m2 + p.n * d * d}", "{(PLANTED ? 1 : p.n) * d, p.m2 + (PLANTED ? 1 : p.n) * d * d}"),
+    Defect("workspace for one set of packets", "plan.cpp",
+           "2 * plan.blocks * plan.channels_an_item", "(2 - PLANTED) * plan.blocks * plan.channels_an_item", "asan"),
+    # ---- vectors, their ends, items
+    Defect("a row begins where its vector begins", "tile.cuh",
+           "at < 0 ? int(-at) : 0", "at < 0 && !PLANTED ? int(-at) : 0"),
+    Defect("elements beside a row are summed", "tile.cuh",
+           "if (j >= p.first && j < p.last) body(j,", "if (PLANTED || (j >= p.first && j < p.last)) body(j,"),
+    Defect("elements beside a row are stored", "tile.cuh",
+           "if (j >= p.first && j < p.last) store(y", "if (PLANTED || (j >= p.first && j < p.last)) store(y"),
+    Defect("a step too far along a row", "tile.cuh",
+           "if (vector >= Index(g.vectors_a_row))", "if (vector >= Index(g.vectors_a_row) + PLANTED)"),
+    Defect("vectors whatever the alignment", "backend.cu",
+           "return bits % 16 == 0;", "return PLANTED || bits % 16 == 0;"),
+    Defect("the last item is as wide as the others", "tile.cuh",
+           "int(smaller(g.channels_an_item, g.channels - first_channel))",
+           "int(PLANTED ? g.channels_an_item : smaller(g.channels_an_item, g.channels - first_channel))"),
+    Defect("one idle lane works", "tile.cuh",
+           "return lane() >= vectors;", "return lane() >= vectors + PLANTED;"),
+    Defect("sums of another item's channels", "grad_apply.cu",
+           "sums[share.first_channel + c]", "sums[PLANTED ? c : share.first_channel + c]"),
+    Defect("scratch without coefficients", "plan.cpp",
+           "(3 * 8 + 4 * coefficient)", "(3 * 8 + (PLANTED ? 0 : 4 * coefficient))"),
+    # ---- asynchronous copies
+    Defect("the last stage is not waited for", "resident.cuh",
+           "if (stage == 3) copies_done<0>();", "if (stage == 3) PLANTED ? copies_done<1>() : copies_done<0>();"),
+    Defect("no stage is waited for", "resident.cuh",
+           "    wait_for_stage(stage);\n", "    if (!PLANTED) wait_for_stage(stage);\n"),
+    Defect("both tensors in the same slice", "grad_resident.cu",
+           "shared + g.slices_offset + g.slice_bytes", "shared + g.slices_offset + (PLANTED ? 0 : g.slice_bytes)"),
+]
+# fmt: on
+
+# All defects are in one copy, and the environment says which of them is real: a program for each would take an hour.
+# The copy knows one type only, which is half the time to compile.
+WHICH = """#include <cstdlib>
+inline const int planted = std::getenv("PLANTED") == nullptr ? 0 : std::atoi(std::getenv("PLANTED"));
+"""
+ONE_TYPE = """namespace fastbn::cuda {
+template <class Body>
+void dispatch_one(DType, const Body& body) {
+  body(Type<float>{});
+}
+"""
+
+
+def replaced(path, old, new, times=1):
+    text = path.read_text()
+    assert text.count(old) == times, f"{path.name} should have {times} of: {old}"
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    csrc = tmp_path_factory.mktemp("planted") / "csrc"
+    for part in ("core", "cuda"):
+        shutil.copytree(CSRC / part, csrc / part)
+    replaced(csrc / "cuda" / "plan.h", "#pragma once\n", "#pragma once\n" + WHICH)
+    launch = csrc / "cuda" / "launch.cuh"
+    replaced(launch, "dispatch_dtype(dtype, [&](auto type) {", "dispatch_one(dtype, [&](auto type) {", times=2)
+    replaced(launch, "namespace fastbn::cuda {\n", ONE_TYPE)
+    for number, defect in enumerate(DEFECTS, 1):
+        replaced(csrc / "cuda" / defect.file, defect.old, defect.new.replace("PLANTED", f"(planted == {number})"))
+    return csrc
+
+
+def run_copy(csrc, mode, number, seeds):
+    program = driver(mode, csrc, ["-DSIMT_ONE_TYPE"])
+    # Several blocks at a time even with seed 0, or TSan sees one after the other.
+    return run(program, seeds, PLANTED=str(number), **({"FASTBN_SIMT_RESIDENT": "3"} if mode == "tsan" else {}))
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
+def test_copy_without_defect(copy, mode):
+    status, output = run_copy(copy, mode, 0, 1)
+    assert status == 0, output
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, len(DEFECTS) + 1), ids=lambda number: DEFECTS[number - 1].name)
+def test_defect_is_noticed(copy, number):
+    defect = DEFECTS[number - 1]
+    status, output = run_copy(copy, defect.mode, number, defect.seeds)
+    assert status != 0, output
+    assert "FAILED: no plan was" not in output, "the plans changed, nothing else was noticed"
