@@ -76,7 +76,7 @@ bool is_plain(const Tensor& t) {
 #endif
       c10::DispatchKey::ADInplaceOrView,
   };
-  return (t.key_set().raw_repr() & ~ordinary.raw_repr()) == 0 && t.layout() == at::kStrided && !t._fw_grad(0).defined();
+  return ordinary.isSupersetOf(t.key_set()) && t.layout() == at::kStrided && !t._fw_grad(0).defined();
 }
 
 bool is_watched() {

@@ -15,6 +15,13 @@ class _FastBatchNorm:
         if not bias and self.affine:
             self.register_parameter("bias", None)
 
+    def reset_parameters(self):
+        if self.affine and self.bias is None:  # torch before 2.13 would fill it with zeros
+            self.reset_running_stats()
+            nn.init.ones_(self.weight)
+        else:
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor):  # a proxy of torch.fx has no number of dimensions to look at
             self._check_input_dim(input)

@@ -453,7 +453,9 @@ def test_isinstance_repr_and_constructor(cls):
     names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype")
     for module in (cls(*arguments), cls(**dict(zip(names, arguments, strict=True)))):
         assert repr(module) == repr(torchs(*arguments)) and module.weight.dtype == torch.float64
-    assert cls(3, bias=False).bias is None and cls(3, bias=False).weight is not None
+    module = cls(3, bias=False)
+    module.reset_parameters()
+    assert module.bias is None and module.weight is not None
 
 
 def test_optimizers_step_over_the_parameters():

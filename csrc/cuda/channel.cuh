@@ -20,7 +20,8 @@ FASTBN_D void choose_pivots(const Walk& walk, const T* x, const Scratch<A>& scra
 }
 
 // The share's moments from its sums of differences, to scratch.packet. True if a pivot was so far from the mean that
-// digits were lost: then the pivots are the means found, for another try. All threads call it.
+// digits were lost: then that pivot is the mean found, for another try; the other channels' will find the same sums
+// again. All threads call it.
 template <class A>
 FASTBN_D bool moments_of_share(const Share& share, const Scratch<A>& scratch) {
   // Float sums of squares lose a bit where the distance is one standard deviation, and four where it is four.
@@ -31,13 +32,13 @@ FASTBN_D bool moments_of_share(const Share& share, const Scratch<A>& scratch) {
   if (c < share.channels) {
     const Sums sums = scratch.template packet<Sums>(c);
     m = from_shifted_sums(share.count, double(scratch.at(0, c)), sums.first, sums.second);
-    bad = !pivot_was_good(share.count, sums.first, m, allowed);
+    const A mean = A(m.mean);
+    bad = !pivot_was_good(share.count, sums.first, m, allowed) && mean - mean == 0 && mean != scratch.at(0, c);
   }
   __syncthreads();  // the packets lie where the sums were
   if (c < share.channels) {
     scratch.template packet<Moments>(c) = m;
-    const A mean = A(m.mean);
-    if (mean - mean == 0) scratch.at(0, c) = mean;
+    if (bad) scratch.at(0, c) = A(m.mean);
   }
   return __syncthreads_or(bad) != 0;
 }

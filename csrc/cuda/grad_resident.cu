@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(threads_a_block, 4)
     grad_resident(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, unsigned* counters,
                   Act act) {
   using A = acc_t<T>;
+  using S = sum_t<T, Walk::slots>;
   constexpr int V = full_vector<T>;
   FASTBN_DYNAMIC_SHARED(shared);
   const unsigned group = blockIdx.x / g.blocks_an_item, rank = blockIdx.x % g.blocks_an_item;
@@ -39,8 +40,7 @@ __global__ void __launch_bounds__(threads_a_block, 4)
     {
       A mean[1][Walk::slots];
       take(walk, scratch, mean);
-      A s[Walk::slots] = {}, d[Walk::slots] = {};
-      double sum[1] = {0}, dot[1] = {0};
+      ThreadSums<T, Walk::slots, Walk::slots == 1> sums;
       meet_all(
           walk,
           [&](const Piece& p, int step) {
@@ -49,18 +49,11 @@ __global__ void __launch_bounds__(threads_a_block, 4)
             widen<T, V>(shared_load16(slice_x.at(walk, step)), value);
             each_element<V, Walk::slots>(p, [&](int j, int slot) {
               const A dz = act.backward(gradient[j], [&] { return value[j]; });
-              s[slot] += dz;
-              d[slot] += dz * (value[j] - mean[0][slot]);
+              sums.add(slot, S(dz), S(value[j]) - S(mean[0][slot]));
             });
           },
-          [&] {
-            if constexpr (Walk::slots == 1) sum[0] += double(s[0]), dot[0] += double(d[0]), s[0] = d[0] = 0;
-          });
-      if constexpr (Walk::slots == 1) {
-        block_sums(walk, sum, dot, scratch);
-      } else {
-        block_sums(walk, s, d, scratch);
-      }
+          [&] { sums.flush(); });
+      block_sums(walk, sums.firsts(), sums.seconds(), scratch);
     }
 
     if (g.blocks_an_item > 1) {

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(threads_a_block, 2)
     grad_stats(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, Sums* sums,
                unsigned* counters, bool summing, bool scaling, Act act) {
   using A = acc_t<T>;
+  using S = sum_t<T, Walk::slots>;
   FASTBN_DYNAMIC_SHARED(shared);
   const int64_t item = blockIdx.x / g.blocks_an_item;
   const unsigned rank = blockIdx.x % g.blocks_an_item;
@@ -32,12 +33,9 @@ __global__ void __launch_bounds__(threads_a_block, 2)
   A z[3][Walk::slots];  // mean, x_scale, scale
   take(walk, scratch, z);
 
-  double sum[Walk::slots], dot[Walk::slots];
-#pragma unroll
-  for (int j = 0; j < Walk::slots; ++j) sum[j] = dot[j] = 0;
+  ThreadSums<T, Walk::slots, true> thread_sums;
   walk.start();
   while (walk.more()) {
-    A s[Walk::slots] = {}, d[Walk::slots] = {};
 #pragma unroll 1
     for (int k = 0; k < loads_a_sum && walk.more(); k += at_once) {
       Raw<T, V> raw_dy[at_once], raw_x[at_once];
@@ -60,19 +58,17 @@ __global__ void __launch_bounds__(threads_a_block, 2)
         widen<T, V>(raw_x[u], value);
         each_element<V, Walk::slots>(piece[u], [&](int j, int slot) {
           const A dz = act.backward(gradient[j], [&] { return value[j]; });
-          s[slot] += dz;
-          d[slot] += dz * (value[j] - z[0][slot]);
+          thread_sums.add(slot, S(dz), S(value[j]) - S(z[0][slot]));
           gradient[j] = dz * z[2][slot];
         });
         if (scaling) store_piece<T, V>(dx, piece[u], narrow<T, V>(gradient));
       }
     }
-#pragma unroll
-    for (int j = 0; j < Walk::slots; ++j) sum[j] += double(s[j]), dot[j] += double(d[j]);
+    thread_sums.flush();
   }
   if (!summing) return;
 
-  block_sums(walk, sum, dot, scratch);
+  block_sums(walk, thread_sums.firsts(), thread_sums.seconds(), scratch);
   if (g.blocks_an_item > 1) {
     Sums* const packets = static_cast<Sums*>(args.workspace) + item * g.blocks_an_item * g.channels_an_item;
     if (c < share.channels) packets[rank * g.channels_an_item + c] = scratch.template packet<Sums>(c);

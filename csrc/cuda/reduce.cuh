@@ -16,6 +16,50 @@ struct Sums {
   double first, second;
 };
 
+// What a thread's sums over T are in. Gradients of parameters are sums around zero, in which every rounding counts.
+// bfloat16 has so few digits that float sums of some hundred are as good; of float16 they nearly are, and eight slots
+// of doubles are more than a thread has registers for.
+template <class T, int slots>
+using sum_t = std::conditional_t<std::is_same_v<T, BFloat16> || (sizeof(T) == 2 && slots > 1), float, double>;
+
+// One thread's sums of u and of u * v, for each of its slots; `many` of floats are added to sums in double in between.
+template <class T, int slots, bool many>
+struct ThreadSums {
+  using S = sum_t<T, slots>;
+  static constexpr bool two_levels = many && sizeof(S) < sizeof(double);
+  S first[slots] = {}, second[slots] = {};
+  double all_first[two_levels ? slots : 1] = {}, all_second[two_levels ? slots : 1] = {};
+
+  FASTBN_D void add(int slot, S u, S v) {
+    first[slot] += u;
+    second[slot] += u * v;
+  }
+  FASTBN_D void flush() {
+    if constexpr (two_levels) {
+#pragma unroll
+      for (int j = 0; j < slots; ++j) {
+        all_first[j] += double(first[j]), all_second[j] += double(second[j]);
+        first[j] = second[j] = 0;
+      }
+    }
+  }
+  // After the last flush.
+  FASTBN_D const auto& firsts() const {
+    if constexpr (two_levels) {
+      return all_first;
+    } else {
+      return first;
+    }
+  }
+  FASTBN_D const auto& seconds() const {
+    if constexpr (two_levels) {
+      return all_second;
+    } else {
+      return second;
+    }
+  }
+};
+
 // Shared memory of a block beside the item itself; scratch_bytes in plan.cpp counts it.
 template <class A>
 struct Scratch {

@@ -13,6 +13,7 @@ template <class T, class Walk, class Act>
 __global__ void __launch_bounds__(threads_a_block, 4)
     resident(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters, Act act) {
   using A = acc_t<T>;
+  using S = sum_t<T, Walk::slots>;
   constexpr int V = full_vector<T>;
   FASTBN_DYNAMIC_SHARED(shared);
   const unsigned group = blockIdx.x / g.blocks_an_item, rank = blockIdx.x % g.blocks_an_item;
@@ -34,27 +35,19 @@ __global__ void __launch_bounds__(threads_a_block, 4)
     for (int attempt = 0; attempt < 2; ++attempt) {
       A pivot[1][Walk::slots];
       take(walk, scratch, pivot);
-      A s[Walk::slots] = {}, q[Walk::slots] = {};
-      double sum[1] = {0}, squares[1] = {0};
+      ThreadSums<T, Walk::slots, Walk::slots == 1> sums;
       meet_all(
           walk,
           [&](const Piece& p, int step) {
             A value[V];
             widen<T, V>(shared_load16(slice.at(walk, step)), value);
             each_element<V, Walk::slots>(p, [&](int j, int slot) {
-              const A d = value[j] - pivot[0][slot];
-              s[slot] += d;
-              q[slot] += d * d;
+              const S d = S(value[j]) - S(pivot[0][slot]);
+              sums.add(slot, d, d);
             });
           },
-          [&] {
-            if constexpr (Walk::slots == 1) sum[0] += double(s[0]), squares[0] += double(q[0]), s[0] = q[0] = 0;
-          });
-      if constexpr (Walk::slots == 1) {
-        block_sums(walk, sum, squares, scratch);
-      } else {
-        block_sums(walk, s, q, scratch);
-      }
+          [&] { sums.flush(); });
+      block_sums(walk, sums.firsts(), sums.seconds(), scratch);
       if (!moments_of_share(share, scratch)) break;
     }
 

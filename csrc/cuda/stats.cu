@@ -13,16 +13,14 @@ constexpr int at_once = 4;
 constexpr int loads_a_sum = 16;
 
 template <class T, class Walk, int V>
-FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& scratch, double (&sum)[Walk::slots],
-                              double (&squares)[Walk::slots]) {
+FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& scratch,
+                              ThreadSums<T, Walk::slots, true>& sums) {
   using A = acc_t<T>;
+  using S = sum_t<T, Walk::slots>;
   A pivot[1][Walk::slots];
   take(walk, scratch, pivot);
-#pragma unroll
-  for (int j = 0; j < Walk::slots; ++j) sum[j] = squares[j] = 0;
   walk.start();
   while (walk.more()) {
-    A s[Walk::slots] = {}, q[Walk::slots] = {};
 #pragma unroll 1
     for (int k = 0; k < loads_a_sum && walk.more(); k += at_once) {
       Raw<T, V> raw[at_once];
@@ -41,14 +39,12 @@ FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& s
         A value[V];
         widen<T, V>(raw[u], value);
         each_element<V, Walk::slots>(piece[u], [&](int j, int slot) {
-          const A d = value[j] - pivot[0][slot];
-          s[slot] += d;
-          q[slot] += d * d;
+          const S d = S(value[j]) - S(pivot[0][slot]);
+          sums.add(slot, d, d);
         });
       }
     }
-#pragma unroll
-    for (int j = 0; j < Walk::slots; ++j) sum[j] += double(s[j]), squares[j] += double(q[j]);
+    sums.flush();
   }
 }
 
@@ -67,9 +63,9 @@ __global__ void __launch_bounds__(threads_a_block, 2)
   choose_pivots(walk, x, scratch, share.channels);
 #pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
-    double sum[Walk::slots], squares[Walk::slots];
-    sum_differences<T, Walk, V>(walk, x, scratch, sum, squares);
-    block_sums(walk, sum, squares, scratch);
+    ThreadSums<T, Walk::slots, true> sums;
+    sum_differences<T, Walk, V>(walk, x, scratch, sums);
+    block_sums(walk, sums.firsts(), sums.seconds(), scratch);
     if (!moments_of_share(share, scratch)) break;
   }
 

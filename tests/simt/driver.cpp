@@ -1,6 +1,7 @@
 // In: a number of seeds, and optionally a word that names of cases must contain. Out: status 0 if the CUDA kernels,
 // executed on the CPU, gave what a float64 reference gives for every case, read and wrote the bytes of their plan, and
 // every kind of plan was reached; otherwise a message about the first case that did not. Without torch and Python.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdlib>
@@ -59,14 +60,27 @@ class Tensor {
   char* data_ = nullptr;
 };
 
-struct Aligned {
-  void* data = nullptr;
-  explicit Aligned(int64_t bytes, int fill) {
-    if (posix_memalign(&data, 256, size_t(bytes)) != 0) std::abort();
-    std::memset(data, fill, size_t(bytes));
+// Scratch memory, with a margin around it that shows what was written beside it; ASan sees that by itself.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, int fill) : bytes_(size_t(bytes)) {
+    if (posix_memalign(&memory_, 256, bytes_ + 2 * margin) != 0) std::abort();
+    std::memset(memory_, 0x5a, bytes_ + 2 * margin);
+    std::memset(data(), fill, bytes_);
   }
-  ~Aligned() { std::free(data); }
-  Aligned(const Aligned&) = delete;
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  void* data() const { return static_cast<char*>(memory_) + margin; }
+  bool margins_hold() const {
+    const char *before = static_cast<const char*>(memory_), *after = before + margin + bytes_;
+    const auto holds = [](char c) { return c == 0x5a; };
+    return std::all_of(before, before + margin, holds) && std::all_of(after, after + margin, holds);
+  }
+
+ private:
+  static constexpr size_t margin = SIMT_ASAN ? 0 : 16 << 10;
+  size_t bytes_;
+  void* memory_ = nullptr;
 };
 
 double epsilon(DType dtype) {
@@ -93,10 +107,10 @@ struct Case {
   bool misaligned, odd_values;
 };
 
-std::string doing;  // the plan in work
+std::string doing;  // the case and the plan in work
 
 [[noreturn]] void wrong(const Case& c, const std::string& text) {
-  throw std::runtime_error(c.name + ": " + text + "\n  " + doing);
+  throw std::runtime_error(c.name + ": " + text + "\nwith " + doing);
 }
 
 int64_t index_of(const Shape& shape, int64_t n, int64_t channel, int64_t s) {
@@ -154,25 +168,25 @@ std::set<std::string> all_names() {
   return names;
 }
 
-std::unique_ptr<Aligned> counters;
+std::unique_ptr<Scratch> counters;
 
 // One call of the backend: launches, bytes, barrier counters.
 template <class Body>
 void call(const Case& c, const Plan& plan, Pass pass, bool training, const Body& body) {
   for (const auto& name : names_of(plan, pass, training)) ++reached[name];
-  doing = names_of(plan, pass, training)[0] + ": " + std::to_string(plan.items) + " items of " +
+  doing = c.name + ", " + names_of(plan, pass, training)[0] + ": " + std::to_string(plan.items) + " items of " +
           std::to_string(plan.channels_an_item) + " channels, " + std::to_string(plan.blocks_an_item) +
           " blocks an item, " + std::to_string(plan.waves) + " waves, " + std::to_string(plan.vector) +
           " elements an access, " + std::to_string(plan.shared_bytes) + " bytes shared";
   simt::stats = {};
-  body(cuda::Stream{nullptr, static_cast<unsigned*>(counters->data)});
+  body(cuda::Stream{nullptr, static_cast<unsigned*>(counters->data())});
   if (plan.strategy == Strategy::resident && simt::stats.launches != 1) {
     wrong(c, std::to_string(simt::stats.launches) + " launches of the resident strategy");
   }
   // Those of barriers, in the first half, may have their top bit set: it flips with each barrier.
   constexpr size_t count = cuda::counter_bytes / sizeof(unsigned);
   for (size_t i = 0; i < count; ++i) {
-    const unsigned n = static_cast<unsigned*>(counters->data)[i];
+    const unsigned n = static_cast<unsigned*>(counters->data())[i];
     if (n == 0 || (n == 0x80000000u && i < count / 2)) continue;
     wrong(c, "counter " + std::to_string(i) + " is " + std::to_string(n) + " after the launch");
   }
@@ -232,12 +246,13 @@ std::vector<double> values_of(const Tensor& t, const Shape& shape, int64_t chann
 struct Statistics {
   double mean, var;
 };
+// In long double: sums of double in turn are worse than the kernels'.
 Statistics statistics_of(const std::vector<double>& values) {
-  double sum = 0, squares = 0;
+  long double sum = 0, squares = 0;
   for (double v : values) sum += v;
-  const double mean = sum / double(values.size());
+  const long double n = values.size(), mean = sum / n;
   for (double v : values) squares += (v - mean) * (v - mean);
-  return {mean, squares / double(values.size())};
+  return {double(mean), double(squares / n)};
 }
 
 void test_case(const Case& c) {
@@ -271,7 +286,7 @@ void test_case(const Case& c) {
   };
   {
     const Plan plan = plan_of(Pass::forward, training);
-    const Aligned workspace(cuda::workspace_bytes(c.problem, Pass::forward, training), 0xff);
+    const Scratch workspace(cuda::workspace_bytes(c.problem, Pass::forward, training), 0xff);
     const simt::Watch watch_x(x.data(), x.bytes()), watch_y(y.data(), y.bytes());
     Forward args{};
     args.problem = c.problem, args.input = x.data(), args.output = y.data();
@@ -280,8 +295,9 @@ void test_case(const Case& c) {
     args.moments = static_cast<double*>(moments.data());
     if (tracked)
       args.running = {running_mean.output(), running_var.output(), momentum, cumulative ? &batches : nullptr};
-    args.training = training, args.eps = eps, args.workspace = workspace.data;
+    args.training = training, args.eps = eps, args.workspace = workspace.data();
     call(c, plan, Pass::forward, training, [&](const cuda::Stream& stream) { cuda::forward(args, stream); });
+    if (!workspace.margins_hold()) wrong(c, "written beside the workspace of forward");
     written_once(c, "y", watch_y);
     const int64_t least = training && plan.strategy == Strategy::streaming ? 2 : 1;
     // Values that are no numbers, or all the same, may cost a second reading.
@@ -320,16 +336,17 @@ void test_case(const Case& c) {
   const Tensor db = wanted & 4 ? random_param(c, 1 + below(2)) : Tensor();
   {
     const Plan plan = plan_of(Pass::backward, training && wanted & 1);
-    const Aligned workspace(cuda::workspace_bytes(c.problem, Pass::backward, training), 0xff);
+    const Scratch workspace(cuda::workspace_bytes(c.problem, Pass::backward, training), 0xff);
     const simt::Watch watch_x(x.data(), x.bytes()), watch_dy(dy.data(), dy.bytes());
     const simt::Watch watch_dx(dx.data(), dx.bytes());
     Backward args{};
     args.problem = c.problem, args.grad_output = dy.data(), args.input = x.data(), args.grad_input = dx.data();
     args.weight = weight.param(), args.moments = static_cast<const double*>(moments.data());
     args.grad_weight = dw.output(), args.grad_bias = db.output();
-    args.training = training, args.eps = eps, args.workspace = workspace.data;
+    args.training = training, args.eps = eps, args.workspace = workspace.data();
     call(c, plan, Pass::backward, training && wanted & 1,
          [&](const cuda::Stream& stream) { cuda::backward(args, stream); });
+    if (!workspace.margins_hold()) wrong(c, "written beside the workspace of backward");
     written_once(c, "dx", watch_dx);
     const int64_t least = training && wanted & 1 && plan.strategy == Strategy::streaming ? 2 : 1;
     const bool needs_x = training || wanted & 6;  // in eval, dx is a multiple of dy
@@ -341,12 +358,14 @@ void test_case(const Case& c) {
     const std::vector<double> values = values_of(x, shape, i), gradients = values_of(dy, shape, i);
     const Statistics st = used[size_t(i)];
     const double rstd = 1 / std::sqrt(st.var + eps), w = read(weight.param(), i, 1), n = double(count);
-    double sum = 0, dot = 0, sizes = 0, dot_sizes = 0;
+    long double sums = 0, dots = 0;
+    double sizes = 0, dot_sizes = 0;
     for (size_t k = 0; k < values.size(); ++k) {
       const double xhat = (values[k] - st.mean) * rstd;
-      sum += gradients[k], dot += gradients[k] * xhat;
+      sums += gradients[k], dots += gradients[k] * xhat;
       sizes += std::abs(gradients[k]), dot_sizes += std::abs(gradients[k] * xhat);
     }
+    const double sum = double(sums), dot = double(dots);
     if (wanted & 2)
       expect(c, "dweight", i, dw.get(i), fitting(dw.dtype(), dot), tolerance(dw.dtype(), dtype), dot_sizes);
     if (wanted & 4) expect(c, "dbias", i, db.get(i), fitting(db.dtype(), sum), tolerance(db.dtype(), dtype), sizes);
@@ -421,7 +440,10 @@ void test_seed(uint64_t seed, const std::string& filter) {
 int main(int argc, char** argv) {
   const int64_t seeds = argc > 1 ? std::atoll(argv[1]) : 1;
   const std::string filter = argc > 2 ? argv[2] : "";
-  counters = std::make_unique<Aligned>(cuda::counter_bytes, 0);
+#if SIMT_ASAN || SIMT_TSAN
+  __sanitizer_set_death_callback([] { std::cerr << "FAILED: with " << doing << std::endl; });
+#endif
+  counters = std::make_unique<Scratch>(cuda::counter_bytes, 0);
   try {
     for (int64_t seed = 0; seed < seeds; ++seed) test_seed(uint64_t(seed), filter);
     test_running();
