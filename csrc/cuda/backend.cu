@@ -83,6 +83,8 @@ int64_t workspace_bytes(const Problem& problem, Pass pass, bool training) {
   for (const bool is_aligned : {false, true}) {
     for (const Device& d : {device(), alone}) {
       bytes = larger(bytes, make_plan(problem, pass, training, is_aligned, d).workspace_bytes);
+      // A training backward pass for sums alone is planned as one of eval.
+      if (pass == Pass::backward) bytes = larger(bytes, make_plan(problem, pass, false, is_aligned, d).workspace_bytes);
     }
   }
   return bytes;
