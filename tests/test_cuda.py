@@ -275,10 +275,10 @@ def test_one_launch_a_pass_below_a_megabyte(shape, layout):
 
 
 def test_launches_of_a_module():
-    """The counter is one more, on the GPU alone."""
+    """The kernel counts the batch too."""
     bn, x = fastbn.BatchNorm2d(16).cuda(), torch.randn(8, 16, 14, 14, device="cuda")
     with torch.no_grad():
-        assert len(kernels(lambda: bn(x))) <= 2
+        assert len(kernels(lambda: bn(x))) == 1
         bn.eval()
         assert len(kernels(lambda: bn(x))) == 1
 

@@ -43,9 +43,11 @@ FASTBN_HD void write(const Output& p, int64_t i, double value) {
   });
 }
 
-// One channel of the running statistics, from the mean and biased variance of `count` values.
+// One channel of the running statistics, from the mean and biased variance of `count` values. The first one counts the
+// batch.
 FASTBN_HD void update(const Running& running, int64_t i, double mean, double var, double count) {
   if (running.mean.data == nullptr) return;
+  if (i == 0 && running.counter != nullptr) ++*running.counter;
   const double momentum = running.batches == nullptr ? running.momentum : 1.0 / double(*running.batches);
   const auto blend = [&](const Output& p, double batch) {
     write(p, i, (1 - momentum) * read({p.data, p.dtype}, i, 0) + momentum * batch);

@@ -44,6 +44,7 @@ struct Running {
   Output mean, var;
   double momentum;
   const int64_t* batches;  // cumulative average: momentum is 1 / *batches; nullptr otherwise
+  int64_t* counter;        // of batches, to be increased by one; nullptr: not wanted
 };
 
 struct Forward {

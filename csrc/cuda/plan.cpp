@@ -1,5 +1,6 @@
-// In: a Problem and what is known of a GPU. Out: the Plan, with the reason beside each constant. The figures of GPUs
-// are a simulation's until a GPU has measured them (benchmarks/probe.cu).
+// In: a Problem and what is known of a GPU. Out: the Plan, with the reason beside each constant. No GPU has measured
+// them yet: they are assumed, from a simulation of an H200, and name the measurement of benchmarks/probe.cu that
+// decides.
 #include "plan.h"
 
 #include <initializer_list>
@@ -37,8 +38,8 @@ Cut cut_of(const Problem& problem, bool aligned) {
     return cut;
   }
   cut.rows = shape.N, cut.columns = shape.C * shape.S, cut.columns_a_channel = shape.S;
-  // Runs of a channel below 512 bytes waste parts of what a memory page transfers: neighbouring channels together are
-  // one run. That takes whole vectors: 2 channels of 14x14 halves, 8 of 7x7.
+  // Runs of a channel below 512 bytes waste parts of what a memory page transfers (measurement 8): neighbouring
+  // channels together are one run. That takes whole vectors: 2 channels of 14x14 halves, 8 of 7x7.
   constexpr int64_t shortest_run = 512;
   if (shape.S * item_size < shortest_run) {
     const int64_t vector = aligned && cut.columns % full == 0 ? full : 1;
@@ -154,7 +155,7 @@ Plan resident(const Problem& problem, const Cut& cut, Pass pass, const Device& d
 
   // Barrier counters lie in counter_bytes.
   constexpr int64_t most_groups = counter_bytes / 2 / barrier_bytes;
-  // Slices below this, and the barrier takes longer than the transfer.
+  // Slices below this, and the barrier takes longer than the transfer (measurement 3).
   constexpr int64_t least_slice = 16 * kilobyte;
   const auto set_groups = [&](int64_t waves) {
     plan.waves = waves;
@@ -176,7 +177,7 @@ Plan resident(const Problem& problem, const Cut& cut, Pass pass, const Device& d
   plan.shared_bytes = plan.scratch_bytes + tensors * plan.slice_bytes;
   plan.workspace_bytes =
       plan.cooperative ? 2 * plan.blocks * plan.channels_an_item * (pass == Pass::backward ? 16 : 24) : 0;
-  // A layer starts when the one before it has its slice: no sooner would memory be faster.
+  // A layer starts when the one before it has its slice: no sooner would memory be faster (measurement 4).
   if (device.bytes_per_microsecond > 0 && plan.blocks > device.multiprocessors) {
     plan.stagger = tensors * plan.slice_bytes * device.multiprocessors * 1000 / device.bytes_per_microsecond;
   }
@@ -193,11 +194,12 @@ Plan make_plan(const Problem& problem, Pass pass, bool training, bool aligned, c
   const int64_t full = 16 / size_of(problem.dtype);
   if (!training || cut.vector != full) return fallback;
 
-  // Widths of an item, from the narrowest that memory serves at full speed (64 bytes of each row).
+  // Widths of an item, from the narrowest that memory serves at full speed (64 bytes of each row, measurement 8).
   const int64_t narrowest = cut.walk == Walk::rows ? 1 : width_in_channels(cut, problem.shape, 4);
-  const int64_t enough = device.multiprocessors / 2;  // multiprocessors at work that saturate the memory
+  const int64_t enough =
+      device.multiprocessors / 2;  // multiprocessors at work that saturate the memory (measurement 1)
   Plan best{};
-  // Four blocks a multiprocessor overlap best; one is better than reading twice.
+  // Four blocks a multiprocessor overlap best (measurement 4); one is better than reading twice.
   for (const int64_t layers : {4, 2, 1}) {
     const Plan plan = resident(problem, cut, pass, device, narrowest, layers);
     if (plan.blocks == 0) continue;
