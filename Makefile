@@ -106,7 +106,7 @@ test: lint build
 
 test-slow: build
 	$(SAY) "slow tests"
-	cd tests && $(IN_VENV) $(PY) -m pytest -m slow
+	cd tests && $(IN_VENV) $(PY) -m pytest -m slow --ignore-glob="test_simt_*"
 
 lint: venv includes
 	$(SAY) "lint"
@@ -148,7 +148,9 @@ simt-build: venv
 
 simt: simt-build
 	$(SAY) "the tests, with the CUDA kernels on the CPU"
-	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt
+	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt --ignore-glob="test_simt_*"
+	$(SAY) "the emulator itself, sanitizers, and planted defects"
+	cd tests && $(IN_VENV) $(PY) -m pytest -p no:cacheprovider --noconftest -W ignore test_simt_emulator.py test_simt_kernels.py
 
 simt-quick: simt-build
 	$(SAY) "quick tests, with the CUDA kernels on the CPU"

@@ -293,12 +293,17 @@ void test_case(const Case& c) {
     args.weight = weight.param(), args.bias = bias.param();
     args.mean = mean.param(), args.var = var.param();
     args.moments = static_cast<double*>(moments.data());
-    if (tracked)
-      args.running = {running_mean.output(), running_var.output(), momentum, cumulative ? &batches : nullptr};
+    // Where the momentum is made from the count, the caller has counted already.
+    int64_t counter = 41;
+    if (tracked) {
+      args.running = {running_mean.output(), running_var.output(), momentum, cumulative ? &batches : nullptr,
+                      cumulative ? nullptr : &counter};
+    }
     args.training = training, args.eps = eps, args.workspace = workspace.data();
     call(c, plan, Pass::forward, training, [&](const cuda::Stream& stream) { cuda::forward(args, stream); });
     if (!workspace.margins_hold()) wrong(c, "written beside the workspace of forward");
     written_once(c, "y", watch_y);
+    if (counter != (training && tracked && !cumulative ? 42 : 41)) wrong(c, "batches counted");
     const int64_t least = training && plan.strategy == Strategy::streaming ? 2 : 1;
     // Values that are no numbers, or all the same, may cost a second reading.
     const int64_t pivots = !training ? 0 : C * plan.blocks_an_item * size_of(dtype);
@@ -385,7 +390,7 @@ void test_running() {
   for (int64_t i = 0; i < 2 * C; ++i) moments.set(i, 1 + uniform());
   for (int64_t i = 0; i < C; ++i) mean.set(i, 1), var.set(i, 2);
   cuda::update_running_stats(static_cast<const double*>(moments.data()), C, 10,
-                             {mean.output(), var.output(), 0.5, nullptr}, {nullptr, nullptr});
+                             {mean.output(), var.output(), 0.5, nullptr, nullptr}, {nullptr, nullptr});
   const Case c{"update_running_stats", {}, false, false};
   for (int64_t i = 0; i < C; ++i) {
     expect(c, "mean", i, mean.get(i), 0.5 + 0.5 * moments.get(i), 1e-7);
