@@ -70,9 +70,11 @@ RIGHT = ["right", "group_sum", "last_block"]
 def marked(values):
     """The plain build in the short run with --backend simt; sanitizers among the slow tests."""
     plain = [pytest.mark.simt, pytest.mark.simt_quick]
-    for mode, *rest in values:
-        marks = plain if mode == "plain" else [pytest.mark.cpu, pytest.mark.slow]
-        yield pytest.param(mode, *rest, marks=marks, id="-".join([mode, rest[0]]))
+    slow = [pytest.mark.cpu, pytest.mark.slow]
+    return [
+        pytest.param(mode, *rest, marks=plain if mode == "plain" else slow, id="-".join([mode, rest[0]]))
+        for mode, *rest in values
+    ]
 
 
 def misuse(mode, *arguments):
