@@ -115,6 +115,12 @@ inline int current_device() {
   return index;
 }
 
+// The same number, computed anew: what is derived from it is not kept in registers from one loop to the next.
+FASTBN_D int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 // Every access of a kernel to a tensor goes through these, so that the emulator can count bytes.

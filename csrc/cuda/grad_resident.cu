@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(threads_a_block, 4)
   const Scratch<A> scratch{shared, g};
   const Slice<T, Walk> slice_dy{shared + g.slices_offset}, slice_x{shared + g.slices_offset + g.slice_bytes};
   const int c = int(threadIdx.x);
-  stagger(g, g.multiprocessors);
+  stagger(g);
 
   unsigned set = 0;
   for (int64_t item = group; item < g.items; item += g.groups, set ^= 1) {

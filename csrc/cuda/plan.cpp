@@ -214,7 +214,7 @@ Plan make_plan(const Problem& problem, Pass pass, bool training, bool aligned, c
     const int64_t wider = width_in_channels(cut, problem.shape, 2 * best.vectors_a_row);
     if (wider > narrowest) {
       const int64_t layers =
-          larger<int64_t>(1, (device.shared_per_multiprocessor) / (best.shared_bytes + device.shared_reserved));
+          larger<int64_t>(1, device.shared_per_multiprocessor / (best.shared_bytes + device.shared_reserved));
       const Plan plan = resident(problem, cut, pass, device, wider, layers >= 4 ? 4 : layers >= 2 ? 2 : 1);
       const bool busy = plan.blocks >= best.blocks || plan.groups >= enough;
       if (plan.blocks != 0 && busy && (plan.waves >= 2 || !plan.cooperative) && plan.cooperative <= best.cooperative) {

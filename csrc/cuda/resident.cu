@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(threads_a_block, 4)
   const Scratch<A> scratch{shared, g};
   const Slice<T, Walk> slice{shared + g.slices_offset};
   const int c = int(threadIdx.x);
-  stagger(g, g.multiprocessors);
+  stagger(g);
 
   unsigned set = 0;
   for (int64_t item = group; item < g.items; item += g.groups, set ^= 1) {

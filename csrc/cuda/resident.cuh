@@ -65,8 +65,8 @@ FASTBN_D void meet_all(Walk& walk, const Meet& meet, const Flush& flush) {
 
 // The blocks of one multiprocessor start one after the other, so that they are not all between their last load and
 // their first store at the same time, when a block transfers nothing.
-FASTBN_D void stagger(const Geometry& g, int64_t multiprocessors) {
-  const int64_t layer = blockIdx.x / multiprocessors;
+FASTBN_D void stagger(const Geometry& g) {
+  const int64_t layer = blockIdx.x / g.multiprocessors;
   if (g.stagger > 0 && layer > 0) sleep_nanoseconds(layer * g.stagger);
 }
 

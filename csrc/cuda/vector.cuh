@@ -8,14 +8,6 @@
 
 namespace fastbn::cuda {
 
-// The same number, computed anew: what is derived from it is not kept in registers from one loop to the next.
-FASTBN_D int opaque(int x) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 template <class T>
 constexpr int full_vector = int(16 / sizeof(T));
 
