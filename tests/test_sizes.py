@@ -106,8 +106,10 @@ def test_sizes_beyond_grid_limits(device, shape, layout):
     check(layout(shape, dtype=torch.bfloat16, device=device), training=False)
 
 
-def free_bytes():
-    """What the system would give without swapping, and a container allow; zero where it does not say."""
+def free_bytes(device):
+    """What the device, or the system without swapping, would give, as far as a container allows; zero where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     if not os.path.exists("/proc/meminfo"):
         return 0
     with open("/proc/meminfo") as lines:
