@@ -8,13 +8,16 @@ from . import functional
 from .autograd import BatchNormFunction
 from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 
 __version__ = "0.1.0"
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchNormFunction",
     "CudaPlan",
     "Plan",

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import arguments, ops
+from . import activations, arguments, ops
 
 
 def _per_channel(t, like):
@@ -197,13 +197,20 @@ def _update_running_stats_of_each(
     return None, None
 
 
-def batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
+def batch_norm(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+    activation="identity", activation_param=None, residual=None,
+):  # fmt: skip
     """Batch norm that also counts the batch and updates its running statistics.
 
     Everything is as in `fastbn.functional.batch_norm`, and num_batches_tracked (int64, 0-d, or None) is incremented.
     momentum None stands for 1 / num_batches_tracked, the cumulative average.
     """
+    param = activations.check(activation, activation_param)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+    if activation != "identity" or residual is not None:
+        z = batch_norm(*tensors, training, momentum, eps)
+        return activations.ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     if not is_compiling():
         output = ops._C.batch_norm(*tensors, training, momentum, eps)
         if output is not NotImplemented:

@@ -30,29 +30,23 @@ def batch_norm(
         training: use the statistics of the batch.
         momentum: the part of the batch in the new running statistics.
         eps: added to the variance; positive in training.
-        activation, activation_param, residual: not there yet; only their defaults are accepted.
+        activation: identity, relu, leaky_relu, relu6, elu, silu, hardswish, gelu (exact), sigmoid or tanh.
+        activation_param: negative_slope of leaky_relu (0.01), alpha of elu (1.0).
+        residual: of the sizes and dtype of input; added before the activation: activation(y + residual).
 
     Returns:
         A tensor of input's sizes and dtype, in torch's suggested memory format of input.
 
     Raises:
-        ValueError: eps out of range, one value per channel in training, or one of two statistics missing.
+        ValueError: eps out of range, one value per channel in training, one of two statistics missing, an activation
+            that is not there, or a parameter for one that has none.
         RuntimeError: sizes or dtypes that do not go together, or a device without kernels.
-        NotImplementedError: a dtype that is not floating point, or an argument that is not there yet.
+        NotImplementedError: a dtype that is not floating point.
         TypeError: an argument of the wrong kind.
     """
-    if activation != "identity" or activation_param is not None or residual is not None:
-        _not_there_yet(activation, activation_param, residual)
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' (position 7) must be float, not NoneType")
-    return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
-
-
-def _not_there_yet(activation, activation_param, residual):
-    given = {"activation": activation, "activation_param": activation_param, "residual": residual}
-    for name, default in (("activation", "identity"), ("activation_param", None), ("residual", None)):
-        if given[name] is not default and given[name] != default:
-            what = type(given[name]).__name__ if name == "residual" else repr(given[name])
-            raise NotImplementedError(
-                f"batch_norm(): argument '{name}' is {what}; fusing is not there yet, leave it at {default!r}"
-            )
+    return _batch_norm(
+        input, weight, bias, running_mean, running_var, None, training, momentum, eps, activation, activation_param,
+        residual,
+    )  # fmt: skip

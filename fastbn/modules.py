@@ -1,7 +1,9 @@
 """In: the arguments of torch.nn.BatchNorm*d. Out: modules that are those, but for the forward pass."""
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from . import activations
 from .autograd import batch_norm
 
 
@@ -25,19 +27,24 @@ class _FastBatchNorm:
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor):  # a proxy of torch.fx has no number of dimensions to look at
             self._check_input_dim(input)
-        try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
-            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-            counter = self._buffers["num_batches_tracked"]
-        except KeyError:  # parametrized, pruned, or moved elsewhere by another tool
-            weight, bias = self.weight, self.bias
-            mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        training = self.training
-        if not training:
-            training, counter = mean is None and var is None, None
-        elif not self.track_running_stats:
-            mean = var = counter = None
-        return batch_norm(input, weight, bias, mean, var, counter, training, self.momentum, self.eps)
+        return batch_norm(input, *_state_of(self), self.momentum, self.eps)
+
+
+def _state_of(module):
+    """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module."""
+    try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        mean, var = module._buffers["running_mean"], module._buffers["running_var"]
+        counter = module._buffers["num_batches_tracked"]
+    except KeyError:  # parametrized, pruned, or moved elsewhere by another tool
+        weight, bias = module.weight, module.bias
+        mean, var, counter = module.running_mean, module.running_var, module.num_batches_tracked
+    training = module.training
+    if not training:
+        training, counter = mean is None and var is None, None
+    elif not module.track_running_stats:
+        mean = var = counter = None
+    return weight, bias, mean, var, counter, training
 
 
 class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):
@@ -50,3 +57,80 @@ class BatchNorm2d(_FastBatchNorm, nn.BatchNorm2d):
 
 class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d on (N, C, D, H, W), by fastbn's kernels; arguments and state are torch's."""
+
+
+class _BatchNormAct(_NormBase):
+    """y = act(bn(x) + residual) in one pass over memory. Not a subclass of torch.nn's batch norms: tools that replace
+    those would lose the activation. Parameters, buffers and their names are those of torch.nn's, so state dicts load
+    both ways.
+
+    Args:
+        num_features: C of the input.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for torch.nn's batch norms.
+        activation: a name of `fastbn.activations.ACTIVATIONS`.
+        activation_param: negative_slope of leaky_relu (0.01), alpha of elu (1.0).
+
+    Raises ValueError or TypeError for an activation that is not there.
+    """
+
+    _DIMENSIONS: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        device=None,
+        dtype=None,
+        *,
+        bias=True,
+        activation="relu",
+        activation_param=None,
+    ):
+        activations.check(activation, activation_param)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias and self.affine:
+            self.register_parameter("bias", None)
+        self.activation = activation
+        self.activation_param = activation_param
+
+    def reset_parameters(self):
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+    def _check_input_dim(self, input):
+        if input.dim() not in self._DIMENSIONS:
+            expected = " or ".join(f"{n}D" for n in self._DIMENSIONS)
+            raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+
+    def extra_repr(self):
+        param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
+        return f"{super().extra_repr()}, activation={self.activation!r}{param}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(bn(input) + residual); residual, if there is one, has the sizes and dtype of input."""
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
+        return batch_norm(
+            input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
+        )
+
+
+class BatchNormAct1d(_BatchNormAct):
+    __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C) or (N, C, L): y = act", 1)
+    _DIMENSIONS = (2, 3)
+
+
+class BatchNormAct2d(_BatchNormAct):
+    __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, H, W): y = act", 1)
+    _DIMENSIONS = (4,)
+
+
+class BatchNormAct3d(_BatchNormAct):
+    __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, D, H, W): y = act", 1)
+    _DIMENSIONS = (5,)

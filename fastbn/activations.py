@@ -1,0 +1,75 @@
+"""The activations that batch norm can end with: y = act(z). One row each; csrc/core/activation.h has the kernels' side.
+
+In: a name and a parameter from a caller. Out: the same, checked; forward and derivative in torch operations, which
+kernels are judged by and which take their place where batch norm is differentiated twice.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Activation:
+    """forward(z, param) is act(z), derivative(z, param) is act'(z). default: of the parameter; None if it has none."""
+
+    forward: Callable[[Tensor, float], Tensor]
+    derivative: Callable[[Tensor, float], Tensor]
+    default: float | None = None
+    parameter: str | None = None  # torch's name for it
+
+
+def _silu_derivative(z, _):
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _hardswish_derivative(z, _):
+    return torch.where(z < -3, 0.0, torch.where(z <= 3, z / 3 + 0.5, 1.0))
+
+
+def _gelu_derivative(z, _):
+    return torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+
+# The derivative at a kink is torch's: relu and relu6 have 0 there.
+ACTIVATIONS = {
+    "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
+    "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.where(z <= 0, 0.0, 1.0).to(z.dtype)),
+    "leaky_relu": Activation(
+        F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, slope).to(z.dtype), 0.01, "negative_slope"
+    ),
+    "relu6": Activation(lambda z, _: F.relu6(z), lambda z, _: torch.where((z <= 0) | (z >= 6), 0.0, 1.0).to(z.dtype)),
+    "elu": Activation(
+        F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z.clamp(max=0))).to(z.dtype), 1.0, "alpha"
+    ),
+    "silu": Activation(lambda z, _: F.silu(z), _silu_derivative),
+    "hardswish": Activation(lambda z, _: F.hardswish(z), _hardswish_derivative),
+    "gelu": Activation(lambda z, _: F.gelu(z), _gelu_derivative),
+    "sigmoid": Activation(lambda z, _: torch.sigmoid(z), lambda z, _: torch.sigmoid(z) * torch.sigmoid(-z)),
+    "tanh": Activation(lambda z, _: torch.tanh(z), lambda z, _: torch.cosh(z).square().reciprocal()),
+}
+
+
+def check(activation: str, param: float | None) -> float:
+    """The parameter to compute with (0 where the activation has none).
+
+    Raises TypeError or ValueError for an activation that is not there, or a parameter that it cannot have.
+    """
+    if not isinstance(activation, str):
+        raise TypeError(f"batch_norm(): argument 'activation' must be str, not {type(activation).__name__}")
+    row = ACTIVATIONS.get(activation)
+    if row is None:
+        raise ValueError(f"batch_norm(): activation should be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if param is None:
+        return 0.0 if row.default is None else row.default
+    if not isinstance(param, Real):
+        raise TypeError(f"batch_norm(): argument 'activation_param' must be float, not {type(param).__name__}")
+    if row.default is None:
+        raise ValueError(f"batch_norm(): activation_param should be None for {activation}, which has none, not {param}")
+    return float(param)
