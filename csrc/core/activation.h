@@ -1,19 +1,148 @@
 // In: z, what batch norm makes before its activation. Out: y = act(z), and dz from dy: the epilogue of every kernel.
 #pragma once
 
-#include "platform.h"
+#include "problem.h"
 
 namespace fastbn {
 
-// The hook that every kernel of csrc/cuda has: forward(z) is y, backward(dy, z) is dz; z() is only made where needed.
+// One functor each. V is a number, or a vector of them on the CPU; M is what computes with V: of(number), exp, expm1,
+// tanh, and Gauss's density and cdf. Written with ?: throughout, which picks lane by lane; a NaN must stay one.
+
 struct Identity {
-  template <class A>
-  FASTBN_HD A forward(A z) const {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
     return z;
   }
-  template <class A, class Z>
-  FASTBN_HD A backward(A dy, const Z&) const {
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V, A) {
     return dy;
+  }
+};
+
+// Those that keep dy or scale it, nothing else, have blocked(z): true where dy is scaled by the parameter, which is
+// zero for all but leaky_relu. A bit an element then says all that the backward pass needs to know of z.
+struct Relu {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    const V zero = M::of(A(0));
+    return zero > z ? zero : z;
+  }
+  template <class V, class A>
+  static FASTBN_HD auto blocked(V z, A) {
+    return z <= A(0);
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    return z <= A(0) ? M::of(A(0)) : dy;
+  }
+};
+
+struct LeakyRelu {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A slope) {
+    return z > A(0) ? z : z * slope;
+  }
+  template <class V, class A>
+  static FASTBN_HD auto blocked(V z, A) {
+    return z <= A(0);
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A slope) {
+    return z <= A(0) ? dy * slope : dy;
+  }
+};
+
+struct Relu6 {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    const V zero = M::of(A(0)), six = M::of(A(6));
+    const V above = zero > z ? zero : z;
+    return six < above ? six : above;
+  }
+  template <class V, class A>
+  static FASTBN_HD auto blocked(V z, A) {
+    return (z <= A(0)) | (z >= A(6));
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    return blocked(z, A(0)) ? M::of(A(0)) : dy;
+  }
+};
+
+struct Elu {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A alpha) {
+    return z > A(0) ? z : M::expm1(z) * alpha;
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A alpha) {
+    return z > A(0) ? dy : dy * (M::exp(z) * alpha);
+  }
+};
+
+struct Sigmoid {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    return A(1) / (A(1) + M::exp(-z));
+  }
+  // s * (1 - s), without the difference that would lose the digits of a large z
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    const V t = M::exp(z > A(0) ? -z : z);
+    return dy * (t / ((A(1) + t) * (A(1) + t)));
+  }
+};
+
+struct Silu {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    return z / (A(1) + M::exp(-z));
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    const V t = M::exp(z > A(0) ? -z : z), part = A(1) / (A(1) + t);
+    const V s = z > A(0) ? part : t * part, rest = z > A(0) ? t * part : part;  // s + rest = 1
+    return dy * (s * (A(1) + z * rest));
+  }
+};
+
+struct Hardswish {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    return z * Relu6::forward<M>(z + A(3), A(0)) * A(1.0 / 6);
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    const V zero = M::of(A(0)), within = z <= A(3) ? dy * (z * A(1.0 / 3) + A(0.5)) : dy;
+    return z < A(-3) ? zero : within;
+  }
+};
+
+struct Gelu {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    V cdf, density;
+    M::gauss(z, cdf, density);
+    return z * cdf;
+  }
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    V cdf, density;
+    M::gauss(z, cdf, density);
+    return dy * (cdf + z * density);
+  }
+};
+
+struct Tanh {
+  template <class M, class V, class A>
+  static FASTBN_HD V forward(V z, A) {
+    return M::tanh(z);
+  }
+  // 1 - tanh^2, without the difference
+  template <class M, class V, class A>
+  static FASTBN_HD V backward(V dy, V z, A) {
+    const V t = M::exp((z > A(0) ? -z : z) * A(2));
+    return dy * (A(4) * t / ((A(1) + t) * (A(1) + t)));
   }
 };
 

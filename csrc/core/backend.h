@@ -8,10 +8,13 @@ namespace fastbn::cpu {
 // Bytes of scratch that forward and backward want behind their workspace pointer (64-byte aligned).
 int64_t workspace_bytes(const Problem& problem);
 
+// Bytes of the mask that forward may fill for backward.
+int64_t mask_bytes(const Problem& problem);
+
 // Training: moments of the batch, then the output. Eval: the output from the moments given.
 void forward(const Forward& args);
 
-// Gradients of input, and the sums that are those of weight and bias.
+// Gradients of input and residual, and the sums that are those of weight and bias.
 void backward(const Backward& args);
 
 // The name of the instruction set that the kernels run with: baseline, avx2 or avx512.
@@ -37,6 +40,10 @@ constexpr int64_t counter_bytes = 64 << 10;
 
 // Bytes of device memory that forward or backward want behind their workspace pointer (256-byte aligned, any content).
 int64_t workspace_bytes(const Problem& problem, Pass pass, bool training);
+
+// As for the CPU; 0 where the kernels make no mask. All tensors that forward and backward are given together with one
+// begin at multiples of 16 bytes.
+int64_t mask_bytes(const Problem& problem);
 
 // As for the CPU. They launch kernels and return; a launch that fails is a std::runtime_error.
 void forward(const Forward& args, const Stream& stream);

@@ -47,11 +47,29 @@ struct Running {
   int64_t* counter;        // of batches, to be increased by one; nullptr: not wanted
 };
 
+enum class Activation : uint8_t { identity, relu, leaky_relu, relu6, elu, silu, hardswish, gelu, sigmoid, tanh };
+
+// What batch norm ends with: z = normalized input + residual, y = act(z).
+struct Epilogue {
+  Activation activation;
+  double param;          // leaky_relu: the slope below zero; elu: alpha; else 0
+  const void* residual;  // in the order of the input; nullptr: none
+};
+
+// True if a mask of one bit an element can stand for z in the backward pass.
+FASTBN_HD constexpr bool has_mask(Activation a) {
+  return a == Activation::relu || a == Activation::leaky_relu || a == Activation::relu6;
+}
+
 struct Forward {
   Problem problem;
   const void* input;
   void* output;
   Param weight, bias;
+  Epilogue epilogue;
+  // Out, for activations that have one: a bit an element, 1 where its gradient is scaled by param. Backend and plan
+  // decide the order. nullptr: not wanted.
+  void* mask;
   Param mean, var;  // eval: what to normalize with
   double* moments;  // [2, C] out: the mean and biased variance used; in eval nullptr where nobody needs them
   Running running;  // training: brought up to date
@@ -65,7 +83,10 @@ struct Backward {
   const void* grad_output;
   const void* input;
   void* grad_input;  // nullptr: not asked for
-  Param weight;
+  Param weight, bias;
+  Epilogue epilogue;    // as in the forward pass; without the residual where there is a mask
+  const void* mask;     // as the forward pass left it; nullptr: z is computed once more
+  void* grad_residual;  // out: dz, in the order of the input; nullptr: not asked for, or the same as grad_output
   const double* moments;  // [2, C], as the forward pass left them
   Output grad_weight, grad_bias;
   bool training;
