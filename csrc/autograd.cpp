@@ -3,6 +3,7 @@
 // alone costs as much as torch's whole batch norm.
 #include "autograd.h"
 
+#include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
@@ -19,32 +20,56 @@ DifferentiableBackward& differentiable_backward() {
 }
 
 struct BatchNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, weight;
-  Tensor moments;
+  torch::autograd::SavedVariable input, weight, bias, residual;  // the last two only where z is computed once more
+  Saved saved;
+  Ending ending;  // its residual is in `residual`
   double eps = 0;
   bool training = false;
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     const Tensor dy = std::move(grads[0]);
-    if (!dy.defined()) return torch::autograd::variable_list(3);
+    if (!dy.defined()) return torch::autograd::variable_list(4);
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = input.unpack();
-    const Tensor unpacked_weight = weight.unpack();
-    const OptionalTensor w = unpacked_weight.defined() ? OptionalTensor(unpacked_weight) : std::nullopt;
-    const std::array<bool, 3> mask = {task_should_compute_output(0), task_should_compute_output(1),
-                                      task_should_compute_output(2)};
+    const OptionalTensor w = unpack(weight), b = unpack(bias);
+    Ending end{ending.activation, ending.param, unpack(residual)};
+    const std::array<bool, 4> wanted = {task_should_compute_output(0), task_should_compute_output(1),
+                                        task_should_compute_output(2), task_should_compute_output(3)};
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x)) {
-      auto [dx, dw, db] = differentiable_backward()(dy, x, w, moments, eps, training, mask);
-      return {dx, dw, db};
+      return differentiable(dy, x, w, b, wanted, end);
     }
-    auto [dx, dw, db] = backward(dy, x, w, moments, eps, training, mask);
-    return {dx, dw, db};
+    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, end);
+    return {dx, dw, db, dr};
+  }
+
+  torch::autograd::variable_list differentiable(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
+                                                const OptionalTensor& b, std::array<bool, 4> wanted,
+                                                const Ending& end) {
+    const auto& f = differentiable_backward();
+    if (!saved.mask.defined()) {
+      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end);
+      return {dx, dw, db, dr};
+    }
+    // dz = dy * factor, and the factor, which is what the mask says, has no derivative.
+    Tensor factor;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      factor = backward(at::ones_like(x), x, w, b, saved, eps, false, {false, false, false, true}, end)[3];
+    }
+    const Tensor dz = dy.masked_fill(factor.eq(0), 0).mul(factor);  // an infinite dy times zero would be a NaN
+    auto [dx, dw, db, _] = f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {});
+    return {dx, dw, db, wanted[3] ? dz : Tensor()};
+  }
+
+  OptionalTensor unpack(const torch::autograd::SavedVariable& variable) const {
+    const Tensor t = variable.unpack();
+    return t.defined() ? OptionalTensor(t) : std::nullopt;
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    input.reset_data();
-    weight.reset_data();
+    for (auto* variable : {&input, &weight, &bias, &residual}) variable->reset_data();
+    saved.mask = Tensor();
   }
 
   std::string name() const override { return "FastBatchNormBackward"; }
@@ -87,7 +112,7 @@ bool is_watched() {
 
 bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                 const OptionalTensor& num_batches_tracked, bool training, double eps) {
+                 const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual) {
   if (input.dim() < 2 || input.numel() == 0) return false;
   const int64_t channels = input.size(1);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
@@ -95,6 +120,10 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
   }
   for (const OptionalTensor* t : {&running_mean, &running_var}) {
     if (*t ? (*t)->requires_grad() : !training) return false;
+  }
+  if (residual && (residual->sizes() != input.sizes() || residual->scalar_type() != input.scalar_type() ||
+                   residual->device() != input.device())) {
+    return false;
   }
   if (running_mean.has_value() != running_var.has_value()) return false;
   if (num_batches_tracked && !(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1)) {
@@ -106,23 +135,30 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                  double eps) {
-  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
-  const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b);
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  const Ending& ending) {
+  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor()), r = ending.residual.value_or(Tensor());
+  const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b, r);
 
-  Tensor output, moments;
+  Tensor output;
+  Saved saved;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
-    std::tie(output, moments) = forward(input, weight, bias, statistics, training, eps, wants_grad);
+    std::tie(output, saved) = forward(input, weight, bias, statistics, training, eps, ending, wants_grad);
   }
   if (wants_grad) {
+    const bool needs_z = ending.activation != Activation::identity && !saved.mask.defined();
     const auto node = make_node<BatchNormBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(input, w, b));
+    node->set_next_edges(torch::autograd::collect_next_edges(input, w, b, r));
     node->input = torch::autograd::SavedVariable(input, false);
     node->weight = torch::autograd::SavedVariable(w, false);
-    node->moments = std::move(moments);
+    if (needs_z) {
+      node->bias = torch::autograd::SavedVariable(b, false);
+      node->residual = torch::autograd::SavedVariable(r, false);
+    }
+    node->saved = std::move(saved);
+    node->ending = {ending.activation, ending.param, std::nullopt};
     node->eps = eps;
     node->training = training;
     torch::autograd::set_history(output, node);

@@ -7,10 +7,11 @@
 
 namespace fastbn {
 
-// What a backward pass that is itself differentiated, or mapped, calls: grad_output, input, weight, moments,
-// eps, training, mask. Set once, by the Python module, to the autograd.Function of the backward pass.
-using DifferentiableBackward = std::function<std::array<Tensor, 3>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                                   const Tensor&, double, bool, std::array<bool, 3>)>;
+// What a backward pass that is itself differentiated, or mapped, calls: grad_output, input, weight, bias, moments, eps,
+// training, wanted, ending. Set once, by the Python module, to the autograd.Function of the backward pass.
+using DifferentiableBackward =
+    std::function<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                            double, bool, std::array<bool, 4>, const Ending&)>;
 void set_differentiable_backward(DifferentiableBackward f);
 
 // True if the tensor is an ordinary one of a device that has kernels: not mapped, fake, traced, a dual number
@@ -24,11 +25,12 @@ bool is_watched();
 // in each channel. What is not is left to Python, which knows torch's messages and the rarer forms.
 bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                 const OptionalTensor& num_batches_tracked, bool training, double eps);
+                 const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual);
 
 // For ordinary calls with plain tensors that nobody watches.
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps);
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  const Ending& ending);
 
 }  // namespace fastbn

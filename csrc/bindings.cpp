@@ -6,6 +6,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <map>
+#include <string>
+
 #include "autograd.h"
 #include "context.h"
 #include "core/backend.h"
@@ -51,41 +54,78 @@ double number(py::handle object, bool& ok) {
   return value;
 }
 
+std::string_view text(py::handle object) {
+  Py_ssize_t size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
+  if (data == nullptr) throw py::error_already_set();
+  return {data, size_t(size)};
+}
+
 py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
                             py::handle running_var, py::handle num_batches_tracked, py::handle training,
-                            py::handle momentum, py::handle eps) {
+                            py::handle momentum, py::handle eps, py::handle activation, py::handle activation_param,
+                            py::handle residual) {
   bool ok =
       !input.is_none() && PyBool_Check(training.ptr()) && !is_watched() && !at::impl::torch_function_mode_enabled();
   const OptionalTensor x = plain(input, ok), w = plain(weight, ok), b = plain(bias, ok);
   const OptionalTensor mean = plain(running_mean, ok), var = plain(running_var, ok);
   const OptionalTensor counter = plain(num_batches_tracked, ok);
+  const OptionalTensor added = plain(residual, ok);
+  const std::optional<double> param =
+      activation_param.is_none() ? std::nullopt : std::optional(number(activation_param, ok));
+  const std::optional<Ending> end =
+      ok && PyUnicode_Check(activation.ptr()) ? ending(text(activation), param, added) : std::nullopt;
   const std::optional<double> factor = momentum.is_none() ? std::nullopt : std::optional(number(momentum, ok));
   const double epsilon = number(eps, ok);
   const bool train = training.ptr() == Py_True;
-  if (!ok || !is_ordinary(*x, w, b, mean, var, counter, train, epsilon)) {
+  if (!ok || !end || !is_ordinary(*x, w, b, mean, var, counter, train, epsilon, added)) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
   Tensor output;
   {
     py::gil_scoped_release release;
-    output = batch_norm(*x, w, b, mean, var, counter, train, factor, epsilon);
+    output = batch_norm(*x, w, b, mean, var, counter, train, factor, epsilon, *end);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
 }
 
-std::array<OptionalTensor, 3> optional(std::tuple<Tensor, Tensor, Tensor> grads) {
-  const auto one = [](Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-  return {one(std::get<0>(grads)), one(std::get<1>(grads)), one(std::get<2>(grads))};
+// As the raw functions and the operators take it.
+Ending checked_ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
+  if (const auto end = ending(activation, param, residual)) return *end;
+  TORCH_CHECK_VALUE(!ending(activation, std::nullopt, residual), "activation_param should be None for ", activation,
+                    ", which has none, not ", param.value_or(0));
+  std::string names;
+  for (const auto& [name, _] : activations()) names += (names.empty() ? "" : ", ") + std::string(name);
+  TORCH_CHECK_VALUE(false, "activation should be one of ", names, ", not '", activation, "'");
+}
+
+std::string_view name_of(const Ending& end) { return activations()[size_t(end.activation)].first; }
+// The parameter as a caller may give it: None for activations that have none.
+std::optional<double> param_of(const Ending& end) {
+  const double standard = activations()[size_t(end.activation)].second;
+  return standard == standard ? std::optional(end.param) : std::nullopt;
+}
+
+std::array<OptionalTensor, 4> optional(const Gradients& grads) {
+  std::array<OptionalTensor, 4> result;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].defined()) result[i] = grads[i];
+  }
+  return result;
 }
 
 void set_python_backward(py::function f) {
   // Never destroyed: at exit the interpreter may be gone before this library.
   auto* kept = new py::function(std::move(f));
-  set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w, const Tensor& moments,
-                                     double eps, bool training, std::array<bool, 3> mask) {
+  set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
+                                     const OptionalTensor& b, const Tensor& moments, double eps, bool training,
+                                     std::array<bool, 4> wanted, const Ending& end) {
     py::gil_scoped_acquire gil;
-    const auto grads = (*kept)(dy, x, w, moments, eps, training, mask).cast<std::array<OptionalTensor, 3>>();
-    return std::array<Tensor, 3>{grads[0].value_or(Tensor()), grads[1].value_or(Tensor()), grads[2].value_or(Tensor())};
+    const auto found = (*kept)(dy, x, w, moments, eps, training, wanted, name_of(end), param_of(end), b, end.residual)
+                           .cast<std::array<OptionalTensor, 4>>();
+    Gradients grads;
+    for (size_t i = 0; i < grads.size(); ++i) grads[i] = found[i].value_or(Tensor());
+    return grads;
   });
 }
 
@@ -219,17 +259,21 @@ py::dict build_info() {
 
 // An operator must return a tensor where the function returns none, and never an argument of its own.
 std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& moments, double eps) {
-  auto [output, kept] = forward(input, weight, bias, moments, eps);
+                                      const OptionalTensor& moments, double eps, std::string activation,
+                                      std::optional<double> param, const OptionalTensor& residual) {
+  auto [output, kept] = forward(input, weight, bias, moments, eps, checked_ending(activation, param, residual));
   return {output, moments && kept.is_same(*moments) ? kept.clone() : kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const Tensor& input,
-                                               const OptionalTensor& weight, const Tensor& moments, double eps,
-                                               bool training, std::array<bool, 3> output_mask) {
-  auto [dx, dw, db] = backward(grad_output, input, weight, moments, eps, training, output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const Tensor& input,
+                                                       const OptionalTensor& weight, const Tensor& moments, double eps,
+                                                       bool training, std::array<bool, 4> output_mask,
+                                                       std::string activation, std::optional<double> param,
+                                                       const OptionalTensor& bias, const OptionalTensor& residual) {
+  auto [dx, dw, db, dr] = backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask,
+                                   checked_ending(activation, param, residual));
   const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
-  return {filled(dx), filled(dw), filled(db)};
+  return {filled(dx), filled(dw), filled(db), filled(dr.is_same(grad_output) ? dr.clone() : dr)};
 }
 
 void update_running_stats_op(const Tensor& moments, int64_t count, std::optional<double> momentum,
@@ -247,10 +291,13 @@ void implement(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY(fastbn, m) {
-  m.def("forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? moments, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? moments, float eps, str activation='identity', "
+      "float? activation_param=None, Tensor? residual=None) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, float eps, bool training, "
-      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "bool[4] output_mask, str activation='identity', float? activation_param=None, Tensor? bias=None, "
+      "Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "update_running_stats(Tensor moments, SymInt count, float? momentum, Tensor(a!) running_mean, "
       "Tensor(b!) running_var, Tensor? num_batches_tracked) -> ()");
@@ -265,22 +312,39 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   cpu::capability();  // a bad FASTBN_CPU_CAPABILITY is reported by the import
   m.def("batch_norm", &eager_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
-        py::arg("eps"));
+        py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
+        py::arg("residual") = py::none());
   m.def("check_device", &check_device, py::arg("input"));
-  m.def("forward",
-        py::overload_cast<const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double>(
-            &forward),
-        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "forward",
+      [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& moments,
+         double eps, std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
+        const Ending end = checked_ending(activation, param, residual);
+        py::gil_scoped_release release;
+        return forward(input, weight, bias, moments, eps, end);
+      },
+      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
+      py::arg("activation") = "identity", py::arg("activation_param") = py::none(), py::arg("residual") = py::none());
   m.def(
       "backward",
       [](const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& moments,
-         double eps, bool training, std::array<bool, 3> output_mask) {
+         double eps, bool training, std::array<bool, 4> output_mask, std::string_view activation,
+         std::optional<double> param, const OptionalTensor& bias, const OptionalTensor& residual) {
+        const Ending end = checked_ending(activation, param, residual);
         py::gil_scoped_release release;
-        return optional(backward(grad_output, input, weight, moments, eps, training, output_mask));
+        return optional(
+            backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask, end));
       },
       py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("moments"), py::arg("eps"),
-      py::arg("training"), py::arg("output_mask"));
+      py::arg("training"), py::arg("output_mask"), py::arg("activation") = "identity",
+      py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none());
+  m.def("activations", [] {
+    std::map<std::string, std::optional<double>> all;
+    for (const auto& [name, param] : activations()) {
+      all[std::string(name)] = param == param ? std::optional(param) : std::nullopt;
+    }
+    return all;
+  });
   m.def(
       "update_running_stats",
       [](const Tensor& moments, int64_t count, std::optional<double> momentum, const OptionalTensor& running_mean,

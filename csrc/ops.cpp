@@ -106,6 +106,13 @@ at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
   return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
 }
 
+// The residual as kernels read it, in the order of x.
+const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep) {
+  if (!present(residual)) return nullptr;
+  keep = residual->contiguous(x.format);
+  return keep.const_data_ptr();
+}
+
 Param param(const OptionalTensor& t, Tensor& keep) {
   if (!present(t)) return {nullptr, DType::f32};
   const Tensor& row = t->is_contiguous() ? *t : (keep = t->contiguous());
@@ -131,6 +138,16 @@ int64_t workspace_bytes([[maybe_unused]] const Context& context, const Problem& 
   if (context.on_gpu()) return cuda::workspace_bytes(problem, pass, training);
 #endif
   return cpu::workspace_bytes(problem);
+}
+
+// Kernels take a mask only with tensors that begin at whole vectors: another one is copied to where it does.
+bool on_vector(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+int64_t mask_bytes([[maybe_unused]] const Context& context, const Problem& problem) {
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::mask_bytes(problem);
+#endif
+  return cpu::mask_bytes(problem);
 }
 
 #if defined(FASTBN_SIMT)
@@ -227,24 +244,78 @@ void count_batch(const Tensor& counter) {
   bump_version(counter);
 }
 
-// What every forward pass does once its arguments are known to be right.
+// What every forward pass does once its arguments are known to be right. Fills mask if the activation has one that
+// backward can use instead of the residual.
 Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                   Forward& args) {
+                   const Ending& ending, Forward& args, Tensor* mask) {
   const Folded x = fold(input);
   Tensor output = context.empty_like(input, x.format);
-  Tensor kept_weight, kept_bias;
+  Tensor kept_weight, kept_bias, kept_residual;
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
   args.problem = x.problem;
   args.input = x.tensor.const_data_ptr();
   args.output = output.data_ptr();
   args.weight = param(weight, kept_weight);
   args.bias = param(bias, kept_bias);
+  args.epilogue = {ending.activation, ending.param, data_of(ending.residual, x, kept_residual)};
   args.workspace = scratch.data();
+  // Without a residual z is made from x again, which the backward pass reads anyway.
+  if (mask != nullptr && has_mask(ending.activation) && args.epilogue.residual != nullptr && on_vector(args.input) &&
+      on_vector(args.epilogue.residual)) {
+    if (const int64_t bytes = mask_bytes(context, x.problem); bytes > 0) {
+      *mask = context.empty({bytes}, at::kByte);
+      args.mask = mask->data_ptr();
+    }
+  }
   launch(context, args);
   return output;
 }
 
+void check_residual(const OptionalTensor& residual, const Tensor& input) {
+  if (!present(residual)) return;
+  check_beside(*residual, "residual", input);
+  TORCH_CHECK(residual->sizes() == input.sizes(), "residual should have the sizes of input, ", input.sizes(), ", not ",
+              residual->sizes());
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual should have the dtype of input, ",
+              input.scalar_type(), ", not ", residual->scalar_type());
+}
+
+struct NamedActivation {
+  std::string_view name;
+  Activation activation;
+  double param;  // default; NaN: it has none
+};
+constexpr double none = std::numeric_limits<double>::quiet_NaN();
+constexpr NamedActivation named_activations[] = {
+    {"identity", Activation::identity, none},
+    {"relu", Activation::relu, none},
+    {"leaky_relu", Activation::leaky_relu, 0.01},
+    {"relu6", Activation::relu6, none},
+    {"elu", Activation::elu, 1},
+    {"silu", Activation::silu, none},
+    {"hardswish", Activation::hardswish, none},
+    {"gelu", Activation::gelu, none},
+    {"sigmoid", Activation::sigmoid, none},
+    {"tanh", Activation::tanh, none},
+};
+
 }  // namespace
+
+std::optional<Ending> ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
+  for (const auto& a : named_activations) {
+    if (a.name != activation) continue;
+    const bool has_param = a.param == a.param;
+    if (param && !has_param) return std::nullopt;
+    return Ending{a.activation, param.value_or(has_param ? a.param : 0), residual};
+  }
+  return std::nullopt;
+}
+
+std::vector<std::pair<std::string_view, double>> activations() {
+  std::vector<std::pair<std::string_view, double>> all;
+  for (const auto& a : named_activations) all.emplace_back(a.name, a.param);
+  return all;
+}
 
 void check_device(const Tensor& input) {
   TORCH_CHECK(has_kernels(input.device()), "fastbn: input is on ", input.device(),
@@ -271,13 +342,14 @@ bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTenso
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const OptionalTensor& moments, double eps) {
+                                   const OptionalTensor& moments, double eps, const Ending& ending) {
   check_input(input);
   const int64_t channels = channels_of(input);
   const bool training = !present(moments);
   check_channels(weight, "weight", channels, input);
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
+  check_residual(ending.residual, input);
   if (!training) {
     check_beside(*moments, "moments", input);
     check_moments(*moments, channels);
@@ -298,42 +370,45 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
     args.mean = {given, DType::f64};
     args.var = {given + channels, DType::f64};
   }
-  Tensor output = run_forward(context, input, weight, bias, args);
+  Tensor output = run_forward(context, input, weight, bias, ending, args, nullptr);
   return {output, kept};
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const Statistics& statistics, bool training, double eps, bool wants_moments) {
+std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const Statistics& statistics, bool training, double eps, const Ending& ending,
+                                  bool wants_backward) {
   const int64_t channels = input.size(1);
   Context context(input);
   // Where it can, the kernel counts the batch: a launch less. Not where the momentum is made from the count.
   const bool kernel_counts = training && context.on_gpu() && statistics.batches && statistics.mean &&
                              statistics.momentum && statistics.batches->device() == input.device();
   if (statistics.batches && !kernel_counts) count_batch(*statistics.batches);
-  Tensor moments;
-  if (training || wants_moments) moments = context.empty({2, channels}, at::kDouble);
+  Saved saved;
+  if (training || wants_backward) saved.moments = context.empty({2, channels}, at::kDouble);
+  Tensor* const mask = wants_backward ? &saved.mask : nullptr;
   Forward args{};
   args.training = training;
   args.eps = eps;
-  args.moments = moments.defined() ? moments.data_ptr<double>() : nullptr;
+  args.moments = saved.moments.defined() ? saved.moments.data_ptr<double>() : nullptr;
   if (!training) {
     Tensor kept_mean, kept_var;
     args.mean = param(statistics.mean, kept_mean);
     args.var = param(statistics.var, kept_var);
-    return {run_forward(context, input, weight, bias, args), moments};
+    Tensor output = run_forward(context, input, weight, bias, ending, args, mask);
+    return {output, saved};
   }
   RunningArgument running(statistics, context);
   args.running = running.get();
   if (kernel_counts) args.running.counter = statistics.batches->data_ptr<int64_t>();
-  Tensor output = run_forward(context, input, weight, bias, args);
+  Tensor output = run_forward(context, input, weight, bias, ending, args, mask);
   running.store();
   if (kernel_counts) bump_version(*statistics.batches);
-  return {output, moments};
+  return {output, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
-                                            const OptionalTensor& weight, const Tensor& moments, double eps,
-                                            bool training, std::array<bool, 3> mask) {
+Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias, const Saved& saved, double eps, bool training,
+                   std::array<bool, 4> wanted, const Ending& ending) {
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);
@@ -342,39 +417,70 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
               input.scalar_type(), ", not ", grad_output.scalar_type());
   check_channels(weight, "weight", channels, input);
-  check_dtypes(input, {&weight});
-  check_beside(moments, "moments", input);
-  check_moments(moments, channels);
+  check_channels(bias, "bias", channels, input);
+  check_dtypes(input, {&weight, &bias});
+  check_residual(ending.residual, input);
+  check_beside(saved.moments, "moments", input);
+  check_moments(saved.moments, channels);
 
   const auto param_dtype = present(weight)                ? weight->scalar_type()
                            : is_half(input.scalar_type()) ? at::kFloat
                                                           : input.scalar_type();
   Context context(input);
-  Tensor dx, dw, db;
-  if (mask[1]) dw = context.empty({channels}, param_dtype);
-  if (mask[2]) db = context.empty({channels}, param_dtype);
+  Gradients grads;
+  auto& [dx, dw, db, dz] = grads;
+  if (wanted[1]) dw = context.empty({channels}, param_dtype);
+  if (wanted[2]) db = context.empty({channels}, param_dtype);
   if (input.numel() == 0) {
-    if (mask[0]) dx = context.empty_like(input, input.suggest_memory_format());
-    if (mask[1]) dw.zero_();
-    if (mask[2]) db.zero_();
-    return {dx, dw, db};
+    if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
+    if (wanted[1]) dw.zero_();
+    if (wanted[2]) db.zero_();
+    if (wanted[3]) dz = grad_output;
+    return grads;
   }
-  if (!mask[0] && !mask[1] && !mask[2]) return {dx, dw, db};
+  const bool plain = ending.activation == Activation::identity;
+  if (wanted[3] && plain) dz = grad_output;
+  if (!wanted[0] && !wanted[1] && !wanted[2] && (plain || !wanted[3])) return grads;
 
   const Folded x = fold(input);
-  const Tensor dy = grad_output.contiguous(x.format);
-  const Tensor saved = moments.contiguous();
-  Tensor kept_weight;
-  if (mask[0]) dx = context.empty_like(input, gradient_format(x, input));
+  Tensor dy = grad_output.contiguous(x.format);
+  if (saved.mask.defined()) {
+    const int64_t bytes = mask_bytes(context, x.problem);
+    TORCH_CHECK(
+        saved.mask.is_contiguous() && saved.mask.nbytes() == size_t(bytes) && saved.mask.device() == input.device(),
+        "mask should have ", bytes, " bytes on ", input.device());
+    if (!on_vector(dy.const_data_ptr())) dy = dy.clone();
+  }
+  const Tensor moments = saved.moments.contiguous();
+  Tensor kept_weight, kept_bias, kept_residual;
+  // Kernels make the residual's gradient on the way to the input's.
+  const bool makes_dz = wanted[3] && !plain, makes_dx = wanted[0] || makes_dz;
+  if (makes_dx) dx = context.empty_like(input, gradient_format(x, input));
+  if (makes_dz) dz = context.empty_like(input, x.format);
   const auto output = [](const Tensor& t) {
     return t.defined() ? Output{t.data_ptr(), dtype_of(t)} : Output{nullptr, DType::f32};
   };
   // Without a gradient of the input there are only sums to make, as in eval.
-  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && mask[0]));
-  launch(context, Backward{x.problem, dy.const_data_ptr(), x.tensor.const_data_ptr(), output(dx).data,
-                           param(weight, kept_weight), saved.const_data_ptr<double>(), output(dw), output(db), training,
-                           eps, scratch.data()});
-  return {dx, dw, db};
+  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && makes_dx));
+  Backward args{};
+  args.problem = x.problem;
+  args.grad_output = dy.const_data_ptr();
+  args.input = x.tensor.const_data_ptr();
+  args.grad_input = output(dx).data;
+  args.weight = param(weight, kept_weight);
+  args.bias = param(bias, kept_bias);
+  args.epilogue = {ending.activation, ending.param, plain ? nullptr : data_of(ending.residual, x, kept_residual)};
+  args.mask = saved.mask.defined() ? saved.mask.const_data_ptr() : nullptr;
+  args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;
+  args.moments = moments.const_data_ptr<double>();
+  args.grad_weight = output(dw);
+  args.grad_bias = output(db);
+  args.training = training;
+  args.eps = eps;
+  args.workspace = scratch.data();
+  launch(context, args);
+  if (!wanted[0]) dx = Tensor();
+  return grads;
 }
 
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics) {

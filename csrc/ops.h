@@ -7,7 +7,11 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <string_view>
 #include <tuple>
+#include <vector>
+
+#include "core/problem.h"
 
 namespace fastbn {
 
@@ -23,6 +27,20 @@ struct Statistics {
   std::optional<double> momentum;
 };
 
+// What batch norm ends with, act(z + residual), as callers give it.
+struct Ending {
+  Activation activation = Activation::identity;
+  double param = 0;
+  OptionalTensor residual;
+};
+
+// An activation by its name and the parameter of a caller; nullopt if there is no such activation, or it has no such
+// parameter.
+std::optional<Ending> ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
+
+// Name and default parameter of every activation, NaN for those that have none.
+std::vector<std::pair<std::string_view, double>> activations();
+
 // Raises for a tensor of a device that this build has no kernels for, and says what to do.
 void check_device(const Tensor& input);
 
@@ -31,18 +49,28 @@ bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTenso
 
 // moments: float64 [2, C], mean and biased variance; absent: those of the batch. Returns output and moments.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const OptionalTensor& moments, double eps);
+                                   const OptionalTensor& moments, double eps, const Ending& ending);
+
+// What a forward pass leaves for its backward pass. mask: the backend's own, instead of the residual; undefined where z
+// is to be computed once more.
+struct Saved {
+  Tensor moments, mask;
+};
 
 // A batch counted and normalized: in training by its own moments, with which mean and var are brought up to date; in
-// eval by mean and var. Returns output and moments; those are undefined in eval if nobody wants them. Checks nothing
-// but the dtype of input: for calls that is_ordinary (autograd.h) was true of.
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const Statistics& statistics, bool training, double eps, bool wants_moments);
+// eval by mean and var. Returns output and what backward needs; that is undefined in eval if nobody wants it. Checks
+// nothing but the dtype of input: for calls that is_ordinary (autograd.h) was true of.
+std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                  const Statistics& statistics, bool training, double eps, const Ending& ending,
+                                  bool wants_backward);
 
-// Gradients of input, weight and bias; undefined where mask says that nobody asked.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
-                                            const OptionalTensor& weight, const Tensor& moments, double eps,
-                                            bool training, std::array<bool, 3> mask);
+// In this order everywhere: of input, weight, bias and residual; undefined where nobody wanted one.
+using Gradients = std::array<Tensor, 4>;
+
+// ending without its residual where there is a mask for it in `saved`.
+Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias, const Saved& saved, double eps, bool training,
+                   std::array<bool, 4> wanted, const Ending& ending);
 
 // mean and var brought up to date with moments of count values a channel; the variance unbiased.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);

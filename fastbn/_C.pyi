@@ -15,6 +15,9 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
+    activation: str = "identity",
+    activation_param: float | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor | NotImplementedType:
     """Batch norm, running statistics, counter and autograd node at once; NotImplemented if a call is not ordinary."""
 
@@ -22,7 +25,14 @@ def check_device(input: Tensor) -> None:
     """RuntimeError for a tensor of a device that this build has no kernels for, with what to do."""
 
 def forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    eps: float,
+    activation: str = "identity",
+    activation_param: float | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the moments used: float64 (2, C), mean and biased variance, of the batch if none are given."""
 
@@ -33,9 +43,19 @@ def backward(
     moments: Tensor,
     eps: float,
     training: bool,
-    output_mask: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias; None where output_mask is False."""
+    output_mask: tuple[bool, bool, bool, bool],
+    activation: str = "identity",
+    activation_param: float | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight, bias and residual; None where output_mask is False.
+
+    bias and residual are those of the forward pass; they are read where there is an activation.
+    """
+
+def activations() -> dict[str, float | None]:
+    """The activations that kernels know, each with the default of its parameter, None where it has none."""
 
 def update_running_stats(
     moments: Tensor,

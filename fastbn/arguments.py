@@ -63,6 +63,18 @@ def check_together(input, weight, bias, running_mean, running_var, training):
         ops._C.check_device(input)
 
 
+def check_residual(residual, input):
+    """What is added before the activation, a tensor or None: it has the sizes, dtype and device of input."""
+    if residual is None:
+        return
+    if not isinstance(residual, torch.Tensor):
+        raise TypeError(f"batch_norm(): argument 'residual' must be Tensor, not {type(residual).__name__}")
+    for name in ("shape", "dtype", "device"):
+        found, right = getattr(residual, name), getattr(input, name)
+        if found != right:
+            raise RuntimeError(f"batch_norm(): residual should have the {name} of input, {right}, not {found}")
+
+
 def _number(value, name, position):
     """Of the kinds that torch takes for a float argument."""
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad:

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, arguments, ops
+from .activations import ACTIVATIONS
 
 
 def _per_channel(t, like):
@@ -23,35 +24,51 @@ def _moments_of(input):
     return torch.stack([wide.mean(axes), wide.var(axes, correction=0)])
 
 
-def composed_forward(input, weight, bias, moments, eps):
-    """The output of batch norm in torch operations on float64: what is differentiated where no kernel is."""
-    mean, var = _moments_of(input) if moments is None else moments
+def _normalized(input, weight, bias, mean, var, eps):
     output = (input.double() - _per_channel(mean, input)) * _per_channel(torch.rsqrt(var + eps), input)
     if weight is not None:
         output = output * _per_channel(weight.double(), input)
     if bias is not None:
         output = output + _per_channel(bias.double(), input)
-    return output.to(input.dtype)
+    return output
 
 
-def composed_backward(grad_output, input, weight, moments, eps):
-    """Gradients of input, weight and bias in torch operations (Ioffe & Szegedy 2015, section 3)."""
+def composed_forward(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
+    """The output of batch norm in torch operations on float64: what is differentiated where no kernel is."""
+    mean, var = _moments_of(input) if moments is None else moments
+    z = _normalized(input, weight, bias, mean, var, eps)
+    if residual is not None:
+        z = z + residual.double()
+    param = activations.check(activation, activation_param)
+    return ACTIVATIONS[activation].forward(z, param).to(input.dtype)
+
+
+def composed_backward(
+    grad_output, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None
+):
+    """Gradients of input, weight, bias and residual in torch operations (Ioffe & Szegedy 2015, section 3)."""
     training = moments is None
     mean, var = _moments_of(input) if training else moments
     axes = [i for i in range(input.dim()) if i != 1]
     rstd = _per_channel(torch.rsqrt(var + eps), input)
-    dy = grad_output.double()
+    dz = grad_output.double()
+    if activation != "identity":
+        z = _normalized(input, weight, bias, mean, var, eps)
+        if residual is not None:
+            z = z + residual.double()
+        param = activations.check(activation, activation_param)
+        dz = dz * ACTIVATIONS[activation].derivative(z, param)
     normalized = (input.double() - _per_channel(mean, input)) * rstd
-    grad_bias = dy.sum(axes)
-    grad_weight = (dy * normalized).sum(axes)
-    grad_input = dy
+    grad_bias = dz.sum(axes)
+    grad_weight = (dz * normalized).sum(axes)
+    grad_input = dz
     if training:
         count = input.numel() // input.size(1)
-        grad_input = dy - (_per_channel(grad_bias, input) + normalized * _per_channel(grad_weight, input)) / count
+        grad_input = dz - (_per_channel(grad_bias, input) + normalized * _per_channel(grad_weight, input)) / count
     if weight is not None:
         grad_input = grad_input * _per_channel(weight.double(), input)
     dtype = ops.param_dtype(input, weight)
-    return (grad_input * rstd).to(input.dtype), grad_weight.to(dtype), grad_bias.to(dtype)
+    return (grad_input * rstd).to(input.dtype), grad_weight.to(dtype), grad_bias.to(dtype), dz.to(input.dtype)
 
 
 def _fold_batch(t, dim, size, channel_dim):
@@ -75,51 +92,62 @@ def _in_forward_mode():
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """`apply(input, weight, bias, moments, eps) -> (output, moments)`.
+    """`apply(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None)
+    -> (output, moments)`.
 
     Args:
         input: (N, C, ...), float32, float64, float16 or bfloat16.
         weight, bias: (C,) or None; the input's dtype, or float32 beside a half input.
         moments: None to take those of the batch (training), or float64 (2, C), mean and biased variance (eval).
         eps: added to the variance, inside the root.
+        activation, activation_param, residual: as for `fastbn.functional.batch_norm`.
 
     Returns the output, of the input's dtype and sizes, and the moments used, float64 (2, C), not differentiable.
     """
 
     @classmethod
-    def apply(cls, input, weight, bias, moments, eps):
+    def apply(cls, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
+        ending = (activation, activation_param, residual)
         if not _in_forward_mode():
-            return super().apply(input, weight, bias, moments, eps)
-        output = composed_forward(input, weight, bias, moments, eps)
+            return super().apply(input, weight, bias, moments, eps, *ending)
+        output = composed_forward(input, weight, bias, moments, eps, *ending)
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             return output, _moments_of(input) if moments is None else moments.clone()
 
     @staticmethod
-    def forward(input, weight, bias, moments, eps):
-        return ops.forward(input, weight, bias, moments, eps)
+    def forward(input, weight, bias, moments, eps, activation, activation_param, residual):
+        return ops.forward(input, weight, bias, moments, eps, activation, activation_param, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, _, moments, ctx.eps = inputs
+        input, weight, bias, moments, ctx.eps, *ending = inputs
+        ctx.activation, ctx.activation_param, residual = ending
         ctx.training = moments is None
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(input, weight, output[1])
+        ctx.has_residual = residual is not None
+        if ctx.activation == "identity":
+            bias = residual = None  # nothing to compute z for
+        ctx.save_for_backward(input, weight, bias, output[1], residual)
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        input, weight, moments = ctx.saved_tensors
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        grads = differentiable_backward(grad_output, input, weight, moments, ctx.eps, ctx.training, mask)
-        return (*grads, None, None)
+        input, weight, bias, moments, residual = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:3], ctx.has_residual and ctx.needs_input_grad[7]]
+        *grads, grad_residual = differentiable_backward(
+            grad_output, input, weight, moments, ctx.eps, ctx.training, wanted, ctx.activation, ctx.activation_param,
+            bias, residual,
+        )  # fmt: skip
+        return *grads, None, None, None, None, grad_residual
 
     @staticmethod
-    def vmap(info, in_dims, input, weight, bias, moments, eps):
+    def vmap(info, in_dims, input, weight, bias, moments, eps, activation, activation_param, residual):
         size = info.batch_size
         folded = [
             _fold_batch(t, d, size, c)
             for t, d, c in zip((input, weight, bias, moments), in_dims, (1, 0, 0, 1), strict=False)
         ]
-        output, used = BatchNormFunction.apply(*folded, eps)
+        residual = _fold_batch(residual, in_dims[7], size, 1)
+        output, used = BatchNormFunction.apply(*folded, eps, activation, activation_param, residual)
         return (_unfold_batch(output, size, 1), _unfold_batch(used, size, 1)), (1, 1)
 
 
@@ -127,50 +155,92 @@ class BatchNormBackward(torch.autograd.Function):
     """The gradients of batch norm by the kernel; their own derivatives by torch operations, of any order."""
 
     @classmethod
-    def apply(cls, grad_output, input, weight, moments, eps, training, mask):
+    def apply(
+        cls, grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
+    ):
+        ending = (activation, activation_param, bias, residual)
         if not _in_forward_mode():
-            return super().apply(grad_output, input, weight, moments, eps, training, mask)
-        grads = composed_backward(grad_output, input, weight, None if training else moments, eps)
-        return tuple(g if m else None for g, m in zip(grads, mask, strict=True))
+            return super().apply(grad_output, input, weight, moments, eps, training, wanted, *ending)
+        grads = composed_backward(
+            grad_output, input, weight, bias, None if training else moments, eps, activation, activation_param, residual
+        )
+        return tuple(g if m else None for g, m in zip(grads, wanted, strict=True))
 
     @staticmethod
-    def forward(grad_output, input, weight, moments, eps, training, mask):
-        grads = ops.backward(grad_output, input, weight, moments, eps, training, mask)
-        return tuple(g if m else None for g, m in zip(grads, mask, strict=True))
+    def forward(
+        grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
+    ):
+        grads = ops.backward(
+            grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
+        )
+        return tuple(g if m else None for g, m in zip(grads, wanted, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_output, input, weight, moments, ctx.eps, ctx.training, ctx.mask = inputs
+        grad_output, input, weight, moments, ctx.eps, ctx.training, ctx.wanted, *ending = inputs
+        ctx.activation, ctx.activation_param, bias, residual = ending
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, weight, moments)
+        ctx.save_for_backward(grad_output, input, weight, moments, bias, residual)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        grad_output, input, weight, moments = ctx.saved_tensors
-        primals = (grad_output, input) if weight is None else (grad_output, input, weight)
+        grad_output, input, weight, moments, bias, residual = ctx.saved_tensors
+        given = {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias, "residual": residual}
+        given = {name: t for name, t in given.items() if t is not None}
 
-        def f(grad_output, input, weight=None):
-            grads = composed_backward(grad_output, input, weight, None if ctx.training else moments, ctx.eps)
-            return tuple(g for g, m in zip(grads, ctx.mask, strict=True) if m)
+        def f(*primals):
+            tensors = {"weight": None, "bias": None, "residual": None, **dict(zip(given, primals, strict=True))}
+            grads = composed_backward(
+                **tensors, moments=None if ctx.training else moments, eps=ctx.eps, activation=ctx.activation,
+                activation_param=ctx.activation_param,
+            )  # fmt: skip
+            return tuple(g for g, m in zip(grads, ctx.wanted, strict=True) if m)
 
-        outputs, pull = torch.func.vjp(f, *primals)
-        wanted = [c for c, m in zip(cotangents, ctx.mask, strict=True) if m]
-        grads = pull(tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, wanted, strict=True)))
-        return *grads, *[None] * (7 - len(grads))
+        outputs, pull = torch.func.vjp(f, *given.values())
+        wanted = [c for c, m in zip(cotangents, ctx.wanted, strict=True) if m]
+        pulled = pull(tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, wanted, strict=True)))
+        grads = dict(zip(given, pulled, strict=True))
+        return (
+            grads["grad_output"], grads["input"], grads.get("weight"), None, None, None, None, None, None,
+            grads.get("bias"), grads.get("residual"),
+        )  # fmt: skip
 
     @staticmethod
-    def vmap(info, in_dims, grad_output, input, weight, moments, eps, training, mask):
+    def vmap(
+        info, in_dims, grad_output, input, weight, moments, eps, training, wanted, activation, activation_param,
+        bias, residual,
+    ):  # fmt: skip
         size = info.batch_size
-        tensors = (grad_output, input, weight, moments)
-        folded = [_fold_batch(t, d, size, c) for t, d, c in zip(tensors, in_dims, (1, 1, 0, 1), strict=False)]
-        grads = BatchNormBackward.apply(*folded, eps, training, mask)
-        unfolded = tuple(_unfold_batch(g, size, c) for g, c in zip(grads, (1, 0, 0), strict=True))
-        return unfolded, tuple(c if m else None for c, m in zip((1, 0, 0), mask, strict=True))
+        dims = (*in_dims[:4], *in_dims[9:])
+        tensors = (grad_output, input, weight, moments, bias, residual)
+        grad_output, input, weight, moments, bias, residual = (
+            _fold_batch(t, d, size, c) for t, d, c in zip(tensors, dims, (1, 1, 0, 1, 0, 1), strict=True)
+        )
+        grads = BatchNormBackward.apply(
+            grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
+        )
+        axes = (1, 0, 0, 1)
+        unfolded = tuple(_unfold_batch(g, size, c) for g, c in zip(grads, axes, strict=True))
+        return unfolded, tuple(c if m else None for c, m in zip(axes, wanted, strict=True))
 
 
-def differentiable_backward(grad_output, input, weight, moments, eps, training, mask):
-    """Gradients of input, weight and bias (None where the mask is False) that can be differentiated again."""
-    return BatchNormBackward.apply(grad_output, input, weight, moments, eps, training, tuple(mask))
+def differentiable_backward(
+    grad_output, input, weight, moments, eps, training, wanted, activation="identity", activation_param=None,
+    bias=None, residual=None,
+):  # fmt: skip
+    """Gradients of input, weight, bias and residual, None where they are not wanted, that can be differentiated again.
+
+    bias and residual are needed only where there is an activation.
+    """
+    if activation == "identity":
+        # the residual's is grad_output itself
+        grads = BatchNormBackward.apply(
+            grad_output, input, weight, moments, eps, training, (*wanted[:3], False), activation, None, None, None
+        )
+        return *grads[:3], grad_output if wanted[3] else None
+    return BatchNormBackward.apply(
+        grad_output, input, weight, moments, eps, training, tuple(wanted), activation, activation_param, bias, residual
+    )
 
 
 # torch.compile and torch.export see the operator instead of the Function, with the same derivative.
@@ -206,35 +276,36 @@ def batch_norm(
     Everything is as in `fastbn.functional.batch_norm`, and num_batches_tracked (int64, 0-d, or None) is incremented.
     momentum None stands for 1 / num_batches_tracked, the cumulative average.
     """
-    param = activations.check(activation, activation_param)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-    if activation != "identity" or residual is not None:
-        z = batch_norm(*tensors, training, momentum, eps)
-        return activations.ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
+    ending = (activation, activation_param, residual)
     if not is_compiling():
-        output = ops._C.batch_norm(*tensors, training, momentum, eps)
+        output = ops._C.batch_norm(*tensors, training, momentum, eps, *ending)
         if output is not NotImplemented:
             return output
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(batch_norm, tensors, *tensors, training, momentum, eps)
-    return _careful_batch_norm(*tensors, training, momentum, eps)
+    if has_torch_function_variadic(*tensors, residual):
+        return handle_torch_function(batch_norm, (*tensors, residual), *tensors, training, momentum, eps, *ending)
+    return _careful_batch_norm(*tensors, training, momentum, eps, *ending)
 
 
-def _careful_batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
+def _careful_batch_norm(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+    activation, activation_param, residual,
+):  # fmt: skip
     """The long way: it checks every argument, and is made of operators that torch.compile, functorch, modes and fake
     tensors can see."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    param = activations.check(activation, activation_param)
+    arguments.check_residual(residual, input)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
-        return _batch_norm_of_nothing(input, weight, bias)
+        z = _batch_norm_of_nothing(input, weight, bias)
+        return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
-    if is_compiling() or torch.jit.is_tracing():
-        output, used = ops.forward(input, weight, bias, moments, eps)
-    else:
-        output, used = BatchNormFunction.apply(input, weight, bias, moments, eps)
+    forward = ops.forward if is_compiling() or torch.jit.is_tracing() else BatchNormFunction.apply
+    output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
     if training and running_mean is not None:
         count = input.numel() // input.size(1)
         ops.update_running_stats(used, count, momentum, running_mean, running_var, num_batches_tracked)

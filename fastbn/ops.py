@@ -47,21 +47,29 @@ def output_format(input):
 
 
 @torch.library.register_fake("fastbn::forward")
-def _forward_fake(input, weight, bias, moments, eps):
+def _forward_fake(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
     output = torch.empty_like(input, memory_format=output_format(input))
     return output, input.new_empty((2, input.size(1)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastbn::backward")
-def _backward_fake(grad_output, input, weight, moments, eps, training, output_mask):
+def _backward_fake(
+    grad_output, input, weight, moments, eps, training, output_mask, activation="identity", activation_param=None,
+    bias=None, residual=None,
+):  # fmt: skip
+    nothing = input.new_empty(0)
     dtype = param_dtype(input, weight)
-    param = [input.new_empty(input.size(1), dtype=dtype) if m else input.new_empty(0) for m in output_mask[1:]]
-    if not output_mask[0]:
-        return input.new_empty(0), *param
-    memory_format = output_format(input)
+    param = [input.new_empty(input.size(1), dtype=dtype) if m else nothing for m in output_mask[1:3]]
+    own_format = output_format(input)
+    memory_format = own_format
     if memory_format == torch.contiguous_format:
         memory_format = torch._prims_common.suggest_memory_format(input)
-    return torch.empty_like(input, memory_format=memory_format), *param
+    grad_input = torch.empty_like(input, memory_format=memory_format) if output_mask[0] else nothing
+    grad_residual = nothing
+    if output_mask[3]:
+        plain = activation == "identity"
+        grad_residual = grad_output.clone() if plain else torch.empty_like(input, memory_format=own_format)
+    return grad_input, *param, grad_residual
 
 
 @torch.library.register_fake("fastbn::update_running_stats")

@@ -1,9 +1,6 @@
 // In: z, what batch norm makes before its activation. Out: y = act(z), and dz from dy: the epilogue of every kernel.
-#pragma once
-
-#include "problem.h"
-
-namespace fastbn {
+// Included within a namespace, and on the CPU once for each instruction set: code on vectors must be compiled for it.
+// dispatch.h includes it for numbers, in namespace fastbn.
 
 // One functor each. V is a number, or a vector of them on the CPU; M is what computes with V: of(number), exp, expm1,
 // tanh, and Gauss's density and cdf. Written with ?: throughout, which picks lane by lane; a NaN must stay one.
@@ -146,4 +143,32 @@ struct Tanh {
   }
 };
 
-}  // namespace fastbn
+// body is called with the functor of an activation.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // the body is of the side that calls
+#endif
+template <class Body>
+FASTBN_HD auto dispatch_activation(Activation activation, Body&& body) {
+  switch (activation) {
+    case Activation::relu:
+      return body(Relu{});
+    case Activation::leaky_relu:
+      return body(LeakyRelu{});
+    case Activation::relu6:
+      return body(Relu6{});
+    case Activation::elu:
+      return body(Elu{});
+    case Activation::silu:
+      return body(Silu{});
+    case Activation::hardswish:
+      return body(Hardswish{});
+    case Activation::gelu:
+      return body(Gelu{});
+    case Activation::sigmoid:
+      return body(Sigmoid{});
+    case Activation::tanh:
+      return body(Tanh{});
+    default:
+      return body(Identity{});
+  }
+}

@@ -1,11 +1,12 @@
 // In: dtypes and activations known at run time. Out: a call with the type as a template argument; the only such place.
 #pragma once
 
-#include "activation.h"
 #include "problem.h"
 #include "scalar.h"
 
 namespace fastbn {
+
+#include "activation.h"
 
 template <class T>
 struct Type {
@@ -27,36 +28,6 @@ FASTBN_HD auto dispatch_dtype(DType dtype, Body&& body) {
       return body(Type<BFloat16>{});
     default:
       return body(Type<float>{});
-  }
-}
-
-// body is called with the functor of an activation.
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-template <class Body>
-FASTBN_HD auto dispatch_activation(Activation activation, Body&& body) {
-  switch (activation) {
-    case Activation::relu:
-      return body(Relu{});
-    case Activation::leaky_relu:
-      return body(LeakyRelu{});
-    case Activation::relu6:
-      return body(Relu6{});
-    case Activation::elu:
-      return body(Elu{});
-    case Activation::silu:
-      return body(Silu{});
-    case Activation::hardswish:
-      return body(Hardswish{});
-    case Activation::gelu:
-      return body(Gelu{});
-    case Activation::sigmoid:
-      return body(Sigmoid{});
-    case Activation::tanh:
-      return body(Tanh{});
-    default:
-      return body(Identity{});
   }
 }
 

@@ -84,9 +84,9 @@ struct Backward {
   const void* input;
   void* grad_input;  // nullptr: not asked for
   Param weight, bias;
-  Epilogue epilogue;    // as in the forward pass; without the residual where there is a mask
-  const void* mask;     // as the forward pass left it; nullptr: z is computed once more
-  void* grad_residual;  // out: dz, in the order of the input; nullptr: not asked for, or the same as grad_output
+  Epilogue epilogue;      // as in the forward pass; without the residual where there is a mask
+  const void* mask;       // as the forward pass left it; nullptr: z is computed once more
+  void* grad_residual;    // out: dz, in the order of the input; nullptr: not asked for, or the same as grad_output
   const double* moments;  // [2, C], as the forward pass left them
   Output grad_weight, grad_bias;
   bool training;

@@ -16,6 +16,7 @@ namespace {
 
 struct Capability {
   const char* name;
+  int64_t vector_bytes;
   bool present;
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
@@ -25,16 +26,16 @@ struct Capability {
 const Capability* capabilities() {
 #if defined(__x86_64__)
   static const Capability all[] = {
-      {"avx512",
+      {"avx512", 64,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl"),
        avx512::run_forward, avx512::run_backward},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+      {"avx2", 32, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        avx2::run_forward, avx2::run_backward},
-      {"baseline", true, baseline::run_forward, baseline::run_backward},
+      {"baseline", 16, true, baseline::run_forward, baseline::run_backward},
   };
 #else
-  static const Capability all[] = {{"baseline", true, baseline::run_forward, baseline::run_backward}};
+  static const Capability all[] = {{"baseline", 16, true, baseline::run_forward, baseline::run_backward}};
 #endif
   return all;
 }
@@ -74,8 +75,14 @@ void backward(const Backward& args) { chosen().backward(args); }
 int64_t workspace_bytes(const Problem& problem) {
   const int64_t channels = problem.shape.C;
   const int64_t coefficient = problem.dtype == DType::f64 ? 8 : 4;
-  return 4 * round_up(channels, 16) * coefficient +
+  return coefficients * round_up(channels, 16) * coefficient +
          make_plan(problem).segments * 2 * channels * int64_t(sizeof(double));
+}
+
+// A word of bits for each pack, see Bits in epilogue.h.
+int64_t mask_bytes(const Problem& problem) {
+  const int64_t size = chosen().vector_bytes / size_of(problem.dtype);
+  return make_plan(problem).slots(size, problem.shape) * larger<int64_t>(1, size / 8);
 }
 
 int64_t stream_bytes() {

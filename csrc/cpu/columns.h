@@ -2,23 +2,6 @@
 // Columns are taken a pack at a time. The last pack of a row overlaps the one before it; what a block that
 // is narrower than a pack has, goes through a buffer.
 
-// How a pack is read and written: all of it, or its first n values.
-template <class T>
-struct WholePack {
-  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
-  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store(p); }
-};
-template <class T>
-struct StreamedPack : WholePack<T> {
-  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.stream(p); }
-};
-template <class T>
-struct PartOfPack {
-  int64_t n;
-  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load_some(p, n); }
-  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
-};
-
 // Arrays in pack order.
 template <class E, int Count>
 struct PerColumn {
@@ -32,13 +15,15 @@ struct Columns {
   int64_t start;   // element where the block begins
   int64_t stride;  // elements from one row to the next
   int64_t rows;
-  int columns;  // at most max_columns
+  int columns;   // at most max_columns
+  int64_t slot;  // of the mask, of the first pack
+  int64_t slots_a_row;
 
   bool narrow() const { return columns < size; }
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
   // Where arrays hold a column: behind whole() they hold the overlapping pack.
-  int slot(int column) const { return column < whole() || narrow() ? column : column + whole() + size - columns; }
+  int place(int column) const { return column < whole() || narrow() ? column : column + whole() + size - columns; }
 
   // From one value a channel to arrays in pack order. `a_channel` neighbouring columns share a channel; the
   // channels repeat after `channels` of them.
@@ -73,7 +58,7 @@ struct Columns {
         const int64_t here = smaller<int64_t>(channels, columns - c);
         const int64_t in_place = larger<int64_t>(0, smaller(here, plain - c));
         for (int64_t i = 0; i < in_place; ++i) sums[i] += double(in[c + i]);
-        for (int64_t i = in_place; i < here; ++i) sums[i] += double(in[slot(int(c + i))]);
+        for (int64_t i = in_place; i < here; ++i) sums[i] += double(in[place(int(c + i))]);
       }
       return;
     }
@@ -89,49 +74,62 @@ struct Columns {
       double sum = 0;
       for (const auto& v : wide.v) sum += total<double>(v);
       for (; i < in_place; ++i) sum += double(in[c + i]);
-      for (; i < a_channel; ++i) sum += double(in[slot(int(c + i))]);
+      for (; i < a_channel; ++i) sum += double(in[place(int(c + i))]);
       sums[channel] += sum;
     }
   }
 
-  // Adds to a and b, in pack order, the two terms that f(access, element, coefficients, a, b) makes of the packs
-  // of rows [first, last).
-  template <class E, class F>
-  void accumulate(int64_t first, int64_t last, const E* coefficients, E* a, E* b, const F& f) const {
-    if (narrow()) {
-      each_pack_of_rows<1>(PartOfPack<T>{columns}, first, last, coefficients, a, b, f);
-      return;
-    }
-    const int64_t fours = first + (last - first) / 4 * 4;
-    each_pack_of_rows<4>(WholePack<T>{}, first, fours, coefficients, a, b, f);
-    each_pack_of_rows<1>(WholePack<T>{}, fours, last, coefficients, a, b, f);
-  }
-
-  template <int Rows, class Access, class E, class F>
-  void each_pack_of_rows(const Access access, int64_t first, int64_t last, const E* coefficients, E* a, E* b,
-                         const F f) const {
-    using L = Lanes<T, E>;
-    const int64_t apart = stride;
-    // By value: a store could change whatever is reached through a reference, and it would be read again.
-    const auto step = [=](int64_t at, int p) FASTBN_INLINE {
-      const L c = L::load(coefficients + p);
-      L s = L::load(a + p), q = L::load(b + p);
-      for (int r = 0; r < Rows; ++r) f(access, at + r * apart, c, s, q);
-      s.store(a + p);
-      q.store(b + p);
-    };
+  // step(access, element, array index, slot) for the packs of rows [first, last), Rows of them at a time: the element
+  // and the slot are those of the first row.
+  template <int Rows, class Access, class Step>
+  FASTBN_HD void each_pack_of_rows(const Access& access, int64_t first, int64_t last, const Step& step) const {
     const int end = narrow() ? size : whole();
     const int overlap = narrow() || end == columns ? 0 : columns - size;
     for (int64_t row = first; row < last; row += Rows) {
-      const int64_t base = start + row * apart;
-      for (int p = 0; p < end; p += size) step(base + p, p);
-      if (overlap != 0) step(base + overlap, end);
+      const int64_t base = start + row * stride, slots = slot + row * slots_a_row;
+      for (int p = 0; p < end; p += size) step(access, base + p, p, slots + p / size);
+      if (overlap != 0) step(access, base + overlap, end, slots + end / size);
     }
   }
 
-  // out[i] = f(access, i, coefficients of its column); `streamed` asks for stores past the cache.
-  template <int Count, class E, class F>
-  void map(T* out, const PerColumn<E, Count> coefficients, bool streamed, const F& f) const {
+  // Adds to s and q, in pack order, the terms a and a * b that f makes of the packs of rows [first, last).
+  template <class F>
+  void accumulate(int64_t first, int64_t last, const sum_t<T>* pivot, const PerColumn<acc_t<T>, 3> for_z, sum_t<T>* s,
+                  sum_t<T>* q, const F& f) const {
+    if (narrow()) {
+      add_rows<1>(PartOfPack<T>{columns}, first, last, pivot, for_z, s, q, f);
+      return;
+    }
+    const int64_t fours = first + (last - first) / 4 * 4;
+    add_rows<4>(WholePack<T>{}, first, fours, pivot, for_z, s, q, f);
+    add_rows<1>(WholePack<T>{}, fours, last, pivot, for_z, s, q, f);
+  }
+
+  template <int Rows, class Access, class F>
+  void add_rows(const Access access, int64_t first, int64_t last, const sum_t<T>* pivot,
+                const PerColumn<acc_t<T>, 3> for_z, sum_t<T>* s, sum_t<T>* q, const F f) const {
+    using S = Lanes<T, sum_t<T>>;
+    using L = Lanes<T, acc_t<T>>;
+    // By value: a store could change whatever is reached through a reference, and it would be read again.
+    const int64_t apart = stride, slots_apart = slots_a_row;
+    each_pack_of_rows<Rows>(access, first, last, [=](const Access& a, int64_t at, int p, int64_t slots) FASTBN_INLINE {
+      const S c = S::load(pivot + p);
+      ForZ<T> z{};
+      if constexpr (F::needs_z) z = {L::load(for_z.of[0] + p), L::load(for_z.of[1] + p), L::load(for_z.of[2] + p)};
+      S sum = S::load(s + p), dot = S::load(q + p);
+      for (int r = 0; r < Rows; ++r) {
+        S x, y;
+        f(a, at + r * apart, slots + r * slots_apart, c, z, x, y);
+        for (int k = 0; k < S::vectors; ++k) sum.v[k] += x.v[k], dot.v[k] += x.v[k] * y.v[k];
+      }
+      sum.store(s + p);
+      dot.store(q + p);
+    });
+  }
+
+  // out[i] = f(access, i, slot, coefficients of its column); `streamed` asks for stores past the cache.
+  template <class E, class F>
+  void map(T* out, const PerColumn<E, F::count> coefficients, bool streamed, const F& f) const {
     const bool aligned = reinterpret_cast<uintptr_t>(out + start) % vector_bytes == 0 &&
                          stride * sizeof(T) % vector_bytes == 0 && columns % size == 0;
     const int64_t twos = rows / 2 * 2;
@@ -146,26 +144,19 @@ struct Columns {
     }
   }
 
-  template <int Rows, class Access, int Count, class E, class F>
-  void map_rows(const Access access, int64_t first, int64_t last, T* out, const PerColumn<E, Count> coefficients,
+  template <int Rows, class Access, class E, class F>
+  void map_rows(const Access access, int64_t first, int64_t last, T* out, const PerColumn<E, F::count> coefficients,
                 const F f) const {
     using L = Lanes<T, E>;
-    const int64_t apart = stride;
-    const auto step = [=](int64_t at, int p) FASTBN_INLINE {
-      L c[Count];
-      for (int k = 0; k < Count; ++k) c[k] = L::load(coefficients.of[k] + p);
+    const int64_t apart = stride, slots_apart = slots_a_row;
+    each_pack_of_rows<Rows>(access, first, last, [=](const Access& a, int64_t at, int p, int64_t slots) FASTBN_INLINE {
+      L c[F::count];
+      for (int k = 0; k < F::count; ++k) c[k] = L::load(coefficients.of[k] + p);
       // All loads before the first store: rows often lie a multiple of 4 KiB apart, where a load behind a store
       // looks to the processor as if it read what was stored.
       Pack<T> results[Rows];
-      for (int r = 0; r < Rows; ++r) results[r] = f(access, at + r * apart, c);
-      for (int r = 0; r < Rows; ++r) access.store(results[r], out + at + r * apart);
-    };
-    const int end = narrow() ? size : whole();
-    const int overlap = narrow() || end == columns ? 0 : columns - size;
-    for (int64_t row = first; row < last; row += Rows) {
-      const int64_t base = start + row * apart;
-      for (int p = 0; p < end; p += size) step(base + p, p);
-      if (overlap != 0) step(base + overlap, end);
-    }
+      for (int r = 0; r < Rows; ++r) results[r] = f(a, at + r * apart, slots + r * slots_apart, c);
+      for (int r = 0; r < Rows; ++r) a.store(results[r], out + at + r * apart);
+    });
   }
 };

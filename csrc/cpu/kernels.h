@@ -5,27 +5,32 @@
 
 namespace fastbn::cpu::FASTBN_CAPABILITY {
 
+// clang-format off: each is made of those before it
 #include "vec.h"
-// vec.h comes first: the others are made of its packs
+#include "vecmath.h"
+#include "../core/activation.h"
+#include "epilogue.h"
+#include "terms.h"
 #include "columns.h"
 #include "runs.h"
 #include "walks.h"
+// clang-format on
 
 // Arrays in the workspace: coefficients of every channel, then the partial results of every segment.
 template <class A>
 struct Workspace {
-  A* coefficient[4];
+  A* coefficient[coefficients];
   double* partial[2];
   Workspace(void* memory, int64_t channels, int64_t padded) {
-    for (int i = 0; i < 4; ++i) coefficient[i] = static_cast<A*>(memory) + i * padded;
-    partial[0] = reinterpret_cast<double*>(coefficient[3] + padded);
+    for (int i = 0; i < coefficients; ++i) coefficient[i] = static_cast<A*>(memory) + i * padded;
+    partial[0] = reinterpret_cast<double*>(coefficient[coefficients - 1] + padded);
     partial[1] = partial[0] + channels;
   }
 };
 
 // Output larger than this leaves the cache before anyone reads it: store past the cache.
-bool should_stream(const Problem& problem, int64_t tensors) {
-  return problem.shape.elements() * size_of(problem.dtype) * tensors > stream_bytes();
+bool should_stream(const Problem& problem) {
+  return problem.shape.elements() * size_of(problem.dtype) > stream_bytes();
 }
 
 template <class T, class Walk>
@@ -73,7 +78,7 @@ void forward(const Forward& args) {
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
-  const bool streamed = should_stream(args.problem, 1);
+  const bool streamed = should_stream(args.problem);
   const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
@@ -112,7 +117,10 @@ void forward(const Forward& args) {
   };
   const auto apply = [&](const Piece& p) {
     const int64_t c = p.first_channel;
-    pass.walk.apply(x, y, p, streamed, work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c);
+    with_end<T>(args, [&](const auto& end) {
+      const Apply<T, std::decay_t<decltype(end)>> f{x, end};
+      pass.walk.map(y, p, streamed, {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
+    });
   };
   pass.run(2, args.training, stats, finish, apply);
 }
@@ -123,19 +131,36 @@ void backward(const Backward& args) {
   const Pass<T, Walk> pass{args.problem};
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
-  const T* dy = static_cast<const T*>(args.grad_output);
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
-  const bool streamed = should_stream(args.problem, 1);
+  T* dz = static_cast<T*>(args.grad_residual);
+  // Stores past the cache are of whole vectors: of both results, or of none.
+  const bool together = dz == nullptr || (reinterpret_cast<uintptr_t>(dz) - reinterpret_cast<uintptr_t>(dx)) % 64 == 0;
+  const bool streamed = should_stream(args.problem) && together;
   const bool reduce = args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
 
+  const auto for_z = [&](int64_t c) {
+    return normalization<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
+  };
+
   const auto grad_stats = [&](const Piece& p) {
-    const int64_t c = p.first_channel;
-    const int64_t at = p.segment * 2 * C + c;
-    pass.walk.grad_stats(dy, x, p, mean + c, variance + c, work.partial[0] + at, work.partial[1] + at);
+    const int64_t first = p.first_channel;
+    const int64_t at = p.segment * 2 * C + first;
+    with_source<T>(args, [&](const auto& source) {
+      using Source = std::decay_t<decltype(source)>;
+      A z[3][Source::needs_z ? max_columns : 1];
+      if constexpr (Source::needs_z) {
+        for (int64_t k = 0; k < p.channels; ++k) {
+          const auto n = for_z(first + k);
+          z[0][k] = n.mean, z[1][k] = n.scale, z[2][k] = n.shift;
+        }
+      }
+      pass.walk.grad_stats(GradTerms<T, Source>{x, source}, p, mean + first, variance + first, {z[0], z[1], z[2]},
+                           work.partial[0] + at, work.partial[1] + at);
+    });
   };
   const auto finish = [&](const Piece& p) {
     for (int64_t c = p.first_channel; c < p.first_channel + p.channels; ++c) {
@@ -151,17 +176,33 @@ void backward(const Backward& args) {
       const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), n, sum, dot);
       work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.x_scale;
       work.coefficient[2][c] = g.scale, work.coefficient[3][c] = g.shift;
+      work.coefficient[4][c] = for_z(c).shift;
     }
   };
   const auto grad_apply = [&](const Piece& p) {
     if (dx == nullptr) return;
     const int64_t c = p.first_channel;
-    if (args.training) {
-      pass.walk.grad_apply(dy, x, dx, p, streamed, work.coefficient[0] + c, work.coefficient[1] + c,
-                           work.coefficient[2] + c, work.coefficient[3] + c);
-    } else {
-      pass.walk.scale_only(dy, dx, p, streamed, work.coefficient[2] + c);
-    }
+    A* coefficient[coefficients];
+    for (int i = 0; i < coefficients; ++i) coefficient[i] = work.coefficient[i] + c;
+    const auto [m, x_scale, scale, shift, z_shift] = coefficient;
+    with_source<T>(args, [&](const auto& source) {
+      using Source = std::decay_t<decltype(source)>;
+      if (args.training) {
+        const GradApply<T, Source> f{x, dz, source};
+        if constexpr (Source::needs_z) {
+          pass.walk.map(dx, p, streamed, {m, x_scale, scale, shift, z_shift}, f);
+        } else {
+          pass.walk.map(dx, p, streamed, {m, x_scale, scale, shift}, f);
+        }
+      } else {
+        const ScaleOnly<T, Source> f{x, dz, source};
+        if constexpr (Source::needs_z) {
+          pass.walk.map(dx, p, streamed, {scale, m, z_shift}, f);
+        } else {
+          pass.walk.map(dx, p, streamed, {scale}, f);
+        }
+      }
+    });
   };
   pass.run(3, reduce, grad_stats, finish, grad_apply);
 }

@@ -22,9 +22,23 @@ struct Plan {
   int64_t segment_rows;       // rows in a segment
   // runs only: a segment is some samples, or, where there are fewer samples than segments, a part of a map
   int64_t segment_samples, segment_positions;
+  int64_t positions;  // runs only: in a map
+
+  // runs: parts of a map
+  int64_t parts() const { return ceil_div(positions, segment_positions); }
+  // A mask has a slot for each pack of `size` elements that is taken, numbered along rows: those of an item (columns),
+  // the parts of maps (runs). An item has a last row for spare elements.
+  int64_t slot_rows() const { return rows + (spare > 0); }
+  int64_t slots_a_row(int64_t size) const {
+    if (walk == Walk::runs) return ceil_div(segment_positions, size);
+    return ceil_div(items == 1 ? columns : channels_an_item * columns_a_channel, size);
+  }
+  int64_t slots(int64_t size, const Shape& shape) const {
+    return (walk == Walk::runs ? shape.N * shape.C * parts() : items * slot_rows()) * slots_a_row(size);
+  }
 };
 
-// Widest tile of columns: four float arrays of it stay in a 32 KB first-level cache.
+// Widest tile of columns: 48 KB of sums and coefficients, which the first two caches hold.
 constexpr int64_t max_columns = 2048;
 
 inline Plan make_plan(const Problem& problem) {
@@ -43,6 +57,7 @@ inline Plan make_plan(const Problem& problem) {
   constexpr int64_t shortest_run = 4000;
   if (first && shape.S * item_size >= shortest_run) {
     plan.walk = Walk::runs;
+    plan.positions = shape.S;
     plan.channels_an_item = 1;
     plan.items = shape.C;
     const bool split = plan.items < enough_items && shape.elements() * item_size > cache;

@@ -1,5 +1,11 @@
 // In: runs of contiguous values of one channel (channels_first, wide maps). Out: sums, and outputs.
-// Every run has at least Pack<T>::size values, so its end is an overlapping pack instead of a scalar loop.
+// Every run has at least Pack<T>::size values, so its end is an overlapping pack instead of a scalar loop. Packs begin
+// at multiples of their size from the run's begin, and have their numbers as slots; the overlapping one comes last.
+
+template <class T>
+FASTBN_HD int64_t slot_of(int64_t i) {
+  return (i + Pack<T>::size - 1) / Pack<T>::size;
+}
 
 // Calls f(i, first, u) for packs at i that cover [from, to): u counts 0 to Unroll - 1 for accumulators that do not
 // wait for each other. Values of the last pack before its `first` were covered already.
@@ -14,8 +20,7 @@ FASTBN_HD void each_pack(int64_t from, int64_t to, const F& f) {
   if (i < to) f(to - size, size - (to - i), Unroll - 1);
 }
 
-// The two sums over many runs that both passes need, of a and of a * b, where terms(i, a, b) makes a and b of the
-// pack at i.
+// The two sums over many runs that both passes need, of a and of a * b, where terms makes a and b of a pack.
 template <class T, class Terms>
 struct PairOfSums {
   using E = sum_t<T>;
@@ -25,22 +30,26 @@ struct PairOfSums {
   static constexpr int64_t stretch = int64_t(float_terms) * unroll * Pack<T>::size;
 
   Terms terms;
+  L pivot;
+  ForZ<T> for_z;
   L s[unroll] = {}, q[unroll] = {};
   double first = 0, second = 0;
   int64_t pending = 0;
 
-  explicit PairOfSums(const Terms& t) : terms(t) {}
+  PairOfSums(const Terms& t, const L& p, const ForZ<T>& z) : terms(t), pivot(p), for_z(z) {}
 
-  void run(int64_t offset, int64_t length) {
+  void run(int64_t offset, int64_t length, int64_t slot) {
     for (int64_t from = 0; from < length; from += stretch) {
       const int64_t to = smaller(length, from + stretch);
       if (pending + (to - from) > stretch) flush();
       L a[unroll], b[unroll];
       for (int u = 0; u < unroll; ++u) a[u] = s[u], b[u] = q[u];
       const Terms t = terms;
-      each_pack<T, unroll>(offset + from, offset + to, [&](int64_t i, int64_t before, int u) FASTBN_INLINE {
+      const L p = pivot;
+      const ForZ<T> z = for_z;
+      each_pack<T, unroll>(from, to, [&](int64_t i, int64_t before, int u) FASTBN_INLINE {
         L x, y;
-        t(i, x, y);
+        t(WholePack<T>{}, offset + i, slot + slot_of<T>(i), p, z, x, y);
         if (before != 0) keep_from<T, E>(x, before), keep_from<T, E>(y, before);
         for (int k = 0; k < L::vectors; ++k) a[u].v[k] += x.v[k], b[u].v[k] += x.v[k] * y.v[k];
       });
@@ -59,29 +68,28 @@ struct PairOfSums {
   }
 };
 
-// out[i] = f(pack at i) over a run, each value written once but for the overlap at the end. With Stream, whole
-// cache lines go past the cache.
+// out[i] = f(access, i) for the packs of a run, each value written once but for the overlap at the end. With Stream,
+// whole cache lines go past the cache; packs then begin at multiples of their size only if a vector at out is aligned.
 template <bool Stream, class T, class F>
 FASTBN_HD void map_run(T* out, int64_t length, const F& f) {
   constexpr int size = Pack<T>::size;
   constexpr int unroll = 4;
+  const WholePack<T> whole;
   int64_t i = 0;
   if constexpr (Stream) {
     constexpr int64_t line = 64;
     const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(out) % line);
     if (misaligned != 0) {
       const int64_t head = smaller((line - misaligned) / int64_t(sizeof(T)), length / size * size);
-      for (; i < head; i += size) f(i).store(out + i);
+      for (; i < head; i += size) whole.store(f(whole, i), out + i);
       i = head;
     }
-    for (; i + size * unroll <= length; i += size * unroll) {
-      for (int u = 0; u < unroll; ++u) f(i + u * size).stream(out + i + u * size);
-    }
-  } else {
-    for (; i + size * unroll <= length; i += size * unroll) {
-      for (int u = 0; u < unroll; ++u) f(i + u * size).store(out + i + u * size);
-    }
   }
-  for (; i + size <= length; i += size) f(i).store(out + i);
-  if (i < length) f(length - size).store(out + length - size);
+  using Access = std::conditional_t<Stream, StreamedPack<T>, WholePack<T>>;
+  const Access access;
+  for (; i + size * unroll <= length; i += size * unroll) {
+    for (int u = 0; u < unroll; ++u) access.store(f(access, i + u * size), out + i + u * size);
+  }
+  for (; i + size <= length; i += size) whole.store(f(whole, i), out + i);
+  if (i < length) whole.store(f(whole, length - size), out + length - size);
 }

@@ -40,7 +40,6 @@ FASTBN_HD Vec<A> broadcast(A x) {
 }
 
 using Words = VectorOf<uint32_t>::type;
-typedef uint16_t HalfWords __attribute__((vector_size(FASTBN_VECTOR_BYTES / 2)));
 
 // A word of two bfloat16 becomes the even value and the odd one with one operation each, and back: the lanes of a
 // pack of bfloat16 are the even elements, then the odd ones.
@@ -145,6 +144,11 @@ struct Lanes {
   static FASTBN_HD Lanes load(const E* p) {
     Lanes r;
     for (int i = 0; i < vectors; ++i) r.v[i] = load_bits<Vec<E>>(p + i * lanes);
+    return r;
+  }
+  static FASTBN_HD Lanes all(E x) {
+    Lanes r;
+    for (auto& e : r.v) e = broadcast<E>(x);
     return r;
   }
   FASTBN_HD void store(E* p) const {
@@ -258,3 +262,20 @@ FASTBN_HD double total(Vec<A> v) {
   for (int i = 0; i < vector_bytes / int(sizeof(A)); ++i) sum += double(v[i]);
   return sum;
 }
+
+// How a pack is read and written: all of it, or its first n values.
+template <class T>
+struct WholePack {
+  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store(p); }
+};
+template <class T>
+struct StreamedPack : WholePack<T> {
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.stream(p); }
+};
+template <class T>
+struct PartOfPack {
+  int64_t n;
+  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load_some(p, n); }
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
+};

@@ -1,5 +1,5 @@
 // In: a plan, an item of channels and a segment of the batch. Out: the four primitives on that piece:
-// stats, apply, grad_stats, grad_apply. One struct for each walk, with the same members.
+// sums for stats and grad_stats, and map for apply and grad_apply. One struct for each walk, with the same members.
 
 // Values of one channel that are looked at to guess its mean before it is summed.
 constexpr int64_t samples = 8;
@@ -32,37 +32,39 @@ struct RunsWalk {
   using E = sum_t<T>;
   using P = Pack<T>;
   using L = Lanes<T, E>;
+  using C = Lanes<T, A>;
   const Plan& plan;
   const Shape& shape;
 
-  // body(offset, length) for every run of the piece's k-th channel; backwards what was read last comes first.
+  // body(offset, length, slot) for every run of the piece's k-th channel; backwards what was read last comes first.
   template <class Body>
   FASTBN_HD void each_run(const Piece& piece, int64_t k, bool backwards, const Body& body) const {
-    const int64_t parts = ceil_div(shape.S, plan.segment_positions);
+    const int64_t parts = plan.parts();
     const int64_t n0 = piece.segment / parts * plan.segment_samples;
     const int64_t n1 = smaller(shape.N, n0 + plan.segment_samples);
-    const int64_t s0 = piece.segment % parts * plan.segment_positions;
+    const int64_t part = piece.segment % parts, s0 = part * plan.segment_positions;
     const int64_t length = smaller(plan.segment_positions, shape.S - s0);
-    const int64_t base = (piece.first_channel + k) * shape.S + s0;
+    const int64_t channel = piece.first_channel + k, slots = plan.slots_a_row(P::size);
     for (int64_t i = n0; i < n1; ++i) {
       const int64_t n = backwards ? n0 + n1 - 1 - i : i;
-      body(base + n * shape.C * shape.S, length);
+      const int64_t map = n * shape.C + channel;
+      body(map * shape.S + s0, length, (map * parts + part) * slots);
     }
   }
 
   int64_t count(const Piece& piece) const {
     int64_t n = 0;
-    each_run(piece, 0, false, [&](int64_t, int64_t length) { n += length; });
+    each_run(piece, 0, false, [&](int64_t, int64_t length, int64_t) { n += length; });
     return n;
   }
 
   E guess(const T* x, const Piece& piece, int64_t k) const {
     int64_t runs = 0;
-    each_run(piece, k, false, [&](int64_t, int64_t) { ++runs; });
+    each_run(piece, k, false, [&](int64_t, int64_t, int64_t) { ++runs; });
     const int64_t apart = ceil_div(runs, samples);
     double sum = 0;
     int64_t run = 0, n = 0;
-    each_run(piece, k, false, [&](int64_t offset, int64_t length) {
+    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t) {
       if (run++ % apart != 0) return;
       sum += double(to_acc(x[offset + run * 37 % length]));
       sum += double(to_acc(x[offset + (run * 37 + length / 2) % length]));
@@ -72,9 +74,9 @@ struct RunsWalk {
   }
 
   template <class Terms>
-  PairOfSums<T, Terms> sums(const Piece& piece, int64_t k, const Terms& terms) const {
-    PairOfSums<T, Terms> result(terms);
-    each_run(piece, k, false, [&](int64_t offset, int64_t length) { result.run(offset, length); });
+  PairOfSums<T, Terms> sums(const Piece& piece, int64_t k, E pivot, const Terms& terms, const ForZ<T>& z) const {
+    PairOfSums<T, Terms> result(terms, L::all(pivot), z);
+    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t slot) { result.run(offset, length, slot); });
     result.flush();
     return result;
   }
@@ -85,11 +87,7 @@ struct RunsWalk {
       E pivot = guess(x, piece, k);
       Moments m{};
       for (int round = 0, again = true; again && round < 2; ++round) {
-        const auto s = sums(piece, k, [x, p = broadcast(pivot)](int64_t i, L& a, L& b) FASTBN_INLINE {
-          a = lanes_of<E>(P::load(x + i));
-          for (auto& v : a.v) v -= p;
-          b = a;
-        });
+        const auto s = sums(piece, k, pivot, Deviations<T>{x}, ForZ<T>{});
         m = from_shifted_sums(n, double(pivot), s.first, s.second);
         again = improve_pivot<T>(n, s.first, m, pivot);
       }
@@ -102,11 +100,11 @@ struct RunsWalk {
   void exact(const T* x, const Piece& piece, int64_t k, double n, double& mean, double& m2) const {
     double sum = 0;
     m2 = 0;
-    each_run(piece, k, false, [&](int64_t offset, int64_t length) {
+    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t) {
       for (int64_t i = 0; i < length; ++i) sum += double(to_acc(x[offset + i]));
     });
     mean = sum / n;
-    each_run(piece, k, false, [&](int64_t offset, int64_t length) {
+    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t) {
       for (int64_t i = 0; i < length; ++i) {
         const double d = double(to_acc(x[offset + i])) - mean;
         m2 += d * d;
@@ -114,67 +112,33 @@ struct RunsWalk {
     });
   }
 
-  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, const double* variance, double* sum,
-                  double* dot) const {
+  // for_z: mean, scale and shift of the forward pass, of each of the piece's channels, where terms need them.
+  template <class Terms>
+  void grad_stats(const Terms& terms, const Piece& piece, const double* mean, const double* variance,
+                  const A* const (&for_z)[3], double* sum, double* dot) const {
     for (int64_t k = 0; k < piece.channels; ++k) {
       const E pivot = gradient_pivot<T>(mean[k], variance[k]);
-      const auto s = sums(piece, k, [dy, x, p = broadcast(pivot)](int64_t i, L& a, L& b) FASTBN_INLINE {
-        a = lanes_of<E>(P::load(dy + i)), b = lanes_of<E>(P::load(x + i));
-        for (auto& v : b.v) v -= p;
-      });
+      ForZ<T> z{};
+      if (Terms::needs_z) z = {C::all(for_z[0][k]), C::all(for_z[1][k]), C::all(for_z[2][k])};
+      const auto s = sums(piece, k, pivot, terms, z);
       sum[k] = s.first, dot[k] = about_mean(s.second, s.first, mean[k], double(pivot));
     }
   }
 
-  // make(offset) gives the f of map_run for the run at offset.
-  template <class Make>
-  void map(T* out, const Piece& piece, int64_t k, bool streamed, const Make& make) const {
-    each_run(piece, k, true, [&](int64_t offset, int64_t length) {
-      if (streamed) {
-        map_run<true>(out + offset, length, make(offset));
-      } else {
-        map_run<false>(out + offset, length, make(offset));
-      }
-    });
-  }
-
-  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale, const A* shift) const {
+  template <class F>
+  void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[F::count], const F& f) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
-      const Vec<A> m = broadcast(mean[k]), g = broadcast(scale[k]), b = broadcast(shift[k]);
-      map(y, piece, k, streamed, [=](int64_t offset) {
-        return [=, in = x + offset](int64_t i) FASTBN_INLINE {
-          P v = P::load(in + i);
-          for (auto& e : v.v) e = (e - m) * g + b;
-          return v;
-        };
-      });
-    }
-  }
-
-  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean, const A* x_scale,
-                  const A* scale, const A* shift) const {
-    for (int64_t k = piece.channels - 1; k >= 0; --k) {
-      const Vec<A> m = broadcast(mean[k]), h = broadcast(x_scale[k]), g = broadcast(scale[k]), b = broadcast(shift[k]);
-      map(dx, piece, k, streamed, [=](int64_t offset) {
-        return [=, gradient = dy + offset, in = x + offset](int64_t i) FASTBN_INLINE {
-          P v = P::load(gradient + i);
-          const P d = P::load(in + i);
-          for (int j = 0; j < P::vectors; ++j) v.v[j] = (v.v[j] + (d.v[j] - m) * h) * g + b;
-          return v;
-        };
-      });
-    }
-  }
-
-  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* scale) const {
-    for (int64_t k = piece.channels - 1; k >= 0; --k) {
-      const Vec<A> g = broadcast(scale[k]);
-      map(dx, piece, k, streamed, [=](int64_t offset) {
-        return [=, gradient = dy + offset](int64_t i) FASTBN_INLINE {
-          P v = P::load(gradient + i);
-          for (auto& e : v.v) e *= g;
-          return v;
-        };
+      C c[F::count];
+      for (int i = 0; i < F::count; ++i) c[i] = C::all(coefficients[i][k]);
+      each_run(piece, k, true, [&](int64_t offset, int64_t length, int64_t slot) {
+        const auto g = [&, f, offset, slot](const auto& access, int64_t i)
+                           FASTBN_INLINE { return f(access, offset + i, slot + slot_of<T>(i), c); };
+        const bool in_order = reinterpret_cast<uintptr_t>(out + offset) % vector_bytes == 0;
+        if (streamed && (in_order || !f.in_slots())) {
+          map_run<true>(out + offset, length, g);
+        } else {
+          map_run<false>(out + offset, length, g);
+        }
       });
     }
   }
@@ -204,9 +168,11 @@ struct ColumnsWalk {
     const int64_t columns =
         plan.columns == shape.C * a_channel ? piece.channels * a_channel : plan.columns;  // else rows were folded
     const int64_t start = first * plan.columns + piece.first_channel * a_channel;
-    body(Block{start, plan.columns, rows, int(columns)});
+    const int64_t slots = plan.slots_a_row(P::size), item = piece.first_channel / plan.channels_an_item;
+    const int64_t slot = item * plan.slot_rows() * slots;
+    body(Block{start, plan.columns, rows, int(columns), slot + first * slots, slots});
     if (plan.spare > 0 && piece.segment == plan.segments - 1) {
-      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare)});
+      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare), slot + plan.rows * slots, slots});
     }
   }
 
@@ -216,15 +182,24 @@ struct ColumnsWalk {
     return elements / piece.channels;
   }
 
-  // Adds to a and b, one value a channel, what f makes of the elements of a block.
+  // Adds to a and b, one value a channel, the sums of the terms that f makes of the elements of a block.
   template <class F>
-  void sum_terms(const Block& block, const Piece& piece, const E* per_channel, double* a, double* b, const F& f) const {
-    alignas(64) E coefficients[width], s[width], q[width];
-    block.expand(per_channel, piece.channels, plan.columns_a_channel, coefficients);
+  void sum_terms(const Block& block, const Piece& piece, const E* pivot, const A* const (&for_z)[3], double* a,
+                 double* b, const F& f) const {
+    alignas(64) E pivots[width], s[width], q[width];
+    alignas(64) A expanded[F::needs_z ? 3 : 1][width];
+    PerColumn<A, 3> arrays{};
+    block.expand(pivot, piece.channels, plan.columns_a_channel, pivots);
+    if constexpr (F::needs_z) {
+      for (int i = 0; i < 3; ++i) {
+        block.expand(for_z[i], piece.channels, plan.columns_a_channel, expanded[i]);
+        arrays.of[i] = expanded[i];
+      }
+    }
     for (int64_t row = 0; row < block.rows; row += most_rows) {
       const size_t bytes = size_t(block.packs()) * P::size * sizeof(E);
       memset(s, 0, bytes), memset(q, 0, bytes);
-      block.accumulate(row, smaller(row + most_rows, block.rows), coefficients, s, q, f);
+      block.accumulate(row, smaller(row + most_rows, block.rows), pivots, arrays, s, q, f);
       block.collect(s, piece.channels, plan.columns_a_channel, a);
       block.collect(q, piece.channels, plan.columns_a_channel, b);
     }
@@ -232,15 +207,7 @@ struct ColumnsWalk {
 
   void shifted_sums(const Block& block, const T* x, const Piece& piece, const E* pivot, double* sum,
                     double* squares) const {
-    sum_terms(block, piece, pivot, sum, squares,
-              [x](const auto& access, int64_t i, const S& c, S& s, S& q) FASTBN_INLINE {
-                const S v = lanes_of<E>(access.load(x + i));
-                for (int k = 0; k < S::vectors; ++k) {
-                  const Vec<E> d = v.v[k] - c.v[k];
-                  s.v[k] += d;
-                  q.v[k] += d * d;
-                }
-              });
+    sum_terms(block, piece, pivot, {}, sum, squares, Deviations<T>{x});
   }
 
   void guess(const T* x, const Piece& piece, E* pivot, double* sum, double* squares) const {
@@ -301,65 +268,28 @@ struct ColumnsWalk {
     mean = centre, m2 = squares;
   }
 
-  void grad_stats(const T* dy, const T* x, const Piece& piece, const double* mean, const double* variance, double* sum,
-                  double* dot) const {
+  template <class Terms>
+  void grad_stats(const Terms& terms, const Piece& piece, const double* mean, const double* variance,
+                  const A* const (&for_z)[3], double* sum, double* dot) const {
     E pivot[max_columns];
     for (int64_t k = 0; k < piece.channels; ++k) {
       sum[k] = dot[k] = 0;
       pivot[k] = gradient_pivot<T>(mean[k], variance[k]);
     }
-    each_block(piece, [&](const Block& block) {
-      sum_terms(block, piece, pivot, sum, dot,
-                [dy, x](const auto& access, int64_t i, const S& c, S& s, S& q) FASTBN_INLINE {
-                  const S g = lanes_of<E>(access.load(dy + i)), v = lanes_of<E>(access.load(x + i));
-                  for (int k = 0; k < S::vectors; ++k) {
-                    s.v[k] += g.v[k];
-                    q.v[k] += g.v[k] * (v.v[k] - c.v[k]);
-                  }
-                });
-    });
+    each_block(piece, [&](const Block& block) { sum_terms(block, piece, pivot, for_z, sum, dot, terms); });
     for (int64_t k = 0; k < piece.channels; ++k) dot[k] = about_mean(dot[k], sum[k], mean[k], double(pivot[k]));
   }
 
-  template <int Count, class F>
-  void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[Count], const F& f) const {
-    alignas(64) A expanded[Count][width];
-    PerColumn<A, Count> arrays;
-    for (int i = 0; i < Count; ++i) arrays.of[i] = expanded[i];
+  template <class F>
+  void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[F::count], const F& f) const {
+    alignas(64) A expanded[F::count][width];
+    PerColumn<A, F::count> arrays;
+    for (int i = 0; i < F::count; ++i) arrays.of[i] = expanded[i];
     each_block(piece, [&](const Block& block) {
-      for (int i = 0; i < Count; ++i) {
+      for (int i = 0; i < F::count; ++i) {
         block.expand(coefficients[i], piece.channels, plan.columns_a_channel, expanded[i]);
       }
       block.map(out, arrays, streamed, f);
-    });
-  }
-
-  void apply(const T* x, T* y, const Piece& piece, bool streamed, const A* mean, const A* scale, const A* shift) const {
-    map<3>(y, piece, streamed, {mean, scale, shift}, [x](const auto& access, int64_t i, const L(&c)[3]) FASTBN_INLINE {
-      P v = access.load(x + i);
-      for (int k = 0; k < P::vectors; ++k) v.v[k] = (v.v[k] - c[0].v[k]) * c[1].v[k] + c[2].v[k];
-      return v;
-    });
-  }
-
-  void grad_apply(const T* dy, const T* x, T* dx, const Piece& piece, bool streamed, const A* mean, const A* x_scale,
-                  const A* scale, const A* shift) const {
-    map<4>(dx, piece, streamed, {mean, x_scale, scale, shift},
-           [dy, x](const auto& access, int64_t i, const L(&c)[4]) FASTBN_INLINE {
-             P v = access.load(dy + i);
-             const P d = access.load(x + i);
-             for (int k = 0; k < P::vectors; ++k) {
-               v.v[k] = (v.v[k] + (d.v[k] - c[0].v[k]) * c[1].v[k]) * c[2].v[k] + c[3].v[k];
-             }
-             return v;
-           });
-  }
-
-  void scale_only(const T* dy, T* dx, const Piece& piece, bool streamed, const A* scale) const {
-    map<1>(dx, piece, streamed, {scale}, [dy](const auto& access, int64_t i, const L(&c)[1]) FASTBN_INLINE {
-      P v = access.load(dy + i);
-      for (int k = 0; k < P::vectors; ++k) v.v[k] *= c[0].v[k];
-      return v;
     });
   }
 };

@@ -1,0 +1,96 @@
+// In: packs of the tensors and coefficients of their channels. Out: what each pass makes of a pack: terms of its sums,
+// or the pack of its result. The same for both walks.
+
+// Terms a and b of the sums of a and of a * b.
+template <class T>
+struct Deviations {
+  using S = Lanes<T, sum_t<T>>;
+  static constexpr bool needs_z = false;
+  const T* x;
+
+  FASTBN_HD bool in_slots() const { return false; }
+  template <class Access>
+  FASTBN_HD void operator()(const Access& access, int64_t i, int64_t, const S& pivot, const ForZ<T>&, S& a,
+                            S& b) const {
+    a = lanes_of<sum_t<T>>(access.load(x + i));
+    for (int k = 0; k < S::vectors; ++k) a.v[k] -= pivot.v[k];
+    b = a;
+  }
+};
+
+template <class T, class Source>
+struct GradTerms {
+  using S = Lanes<T, sum_t<T>>;
+  static constexpr bool needs_z = Source::needs_z;
+  const T* x;
+  Source source;
+
+  template <class Access>
+  FASTBN_HD void operator()(const Access& access, int64_t i, int64_t slot, const S& pivot, const ForZ<T>& z, S& a,
+                            S& b) const {
+    const Pack<T> value = access.load(x + i);
+    a = lanes_of<sum_t<T>>(source(access, i, slot, value, z));
+    b = lanes_of<sum_t<T>>(value);
+    for (int k = 0; k < S::vectors; ++k) b.v[k] -= pivot.v[k];
+  }
+};
+
+// Coefficients are one pack each, `count` of them.
+template <class T, class End>
+struct Apply {
+  static constexpr int count = 3;  // mean, scale, shift
+  const T* x;
+  End end;
+
+  FASTBN_HD bool in_slots() const { return end.in_slots(); }
+  template <class Access>
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
+                               const Lanes<T, acc_t<T>> (&c)[count]) const {
+    Pack<T> v = access.load(x + i);
+    for (int k = 0; k < v.vectors; ++k) v.v[k] = normalized<acc_t<T>>(v.v[k], c[0].v[k], c[1].v[k], c[2].v[k]);
+    end(access, v, i, slot);
+    return v;
+  }
+};
+
+template <class T, class Source>
+struct GradApply {
+  static constexpr int count = Source::needs_z ? 5 : 4;  // mean, x_scale, scale, shift, shift of z
+  const T* x;
+  T* grad_residual;  // or nullptr
+  Source source;
+
+  FASTBN_HD bool in_slots() const { return source.in_slots(); }
+  template <class Access>
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
+                               const Lanes<T, acc_t<T>> (&c)[count]) const {
+    const Pack<T> value = access.load(x + i);
+    Pack<T> v = source(access, i, slot, value, ForZ<T>{c[0], c[2], c[count - 1]});
+    if (grad_residual != nullptr) access.store(v, grad_residual + i);
+    for (int k = 0; k < v.vectors; ++k) {
+      v.v[k] = (v.v[k] + (value.v[k] - c[0].v[k]) * c[1].v[k]) * c[2].v[k] + c[3].v[k];
+    }
+    return v;
+  }
+};
+
+// The gradient of the input in eval, where the statistics are constants.
+template <class T, class Source>
+struct ScaleOnly {
+  static constexpr int count = Source::needs_z ? 3 : 1;  // scale, mean, shift of z
+  const T* x;
+  T* grad_residual;  // or nullptr
+  Source source;
+
+  FASTBN_HD bool in_slots() const { return source.in_slots(); }
+  template <class Access>
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
+                               const Lanes<T, acc_t<T>> (&c)[count]) const {
+    Pack<T> value{};
+    if constexpr (Source::needs_z) value = access.load(x + i);
+    Pack<T> v = source(access, i, slot, value, ForZ<T>{c[count / 2], c[0], c[count - 1]});
+    if (grad_residual != nullptr) access.store(v, grad_residual + i);
+    for (int k = 0; k < v.vectors; ++k) v.v[k] *= c[0].v[k];
+    return v;
+  }
+};
