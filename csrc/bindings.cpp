@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output
   auto [dx, dw, db, dr] = backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask,
                                    checked_ending(activation, param, residual));
   const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
-  return {filled(dx), filled(dw), filled(db), filled(dr.is_same(grad_output) ? dr.clone() : dr)};
+  return {filled(dx), filled(dw), filled(db), filled(dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr)};
 }
 
 void update_running_stats_op(const Tensor& moments, int64_t count, std::optional<double> momentum,

@@ -72,7 +72,8 @@ int64_t channels_of(const Tensor& input) {
   return input.size(1);
 }
 
-// The memory format of torch's output: the input's own, or what torch suggests for one that has none.
+}  // namespace
+
 at::MemoryFormat output_format(const Tensor& input) {
   for (const auto format :
        {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
@@ -80,6 +81,8 @@ at::MemoryFormat output_format(const Tensor& input) {
   }
   return input.suggest_memory_format();
 }
+
+namespace {
 
 // The tensor in one of the two layouts that kernels know, copied if it is in neither.
 struct Folded {

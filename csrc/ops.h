@@ -44,6 +44,9 @@ std::vector<std::pair<std::string_view, double>> activations();
 // Raises for a tensor of a device that this build has no kernels for, and says what to do.
 void check_device(const Tensor& input);
 
+// The memory format of torch's output: the input's own, or what torch suggests for one that has none.
+at::MemoryFormat output_format(const Tensor& input);
+
 // True if params have the dtype of input, or are all float32 beside a half input.
 bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
 

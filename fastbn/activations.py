@@ -30,7 +30,7 @@ def _silu_derivative(z, _):
 
 
 def _hardswish_derivative(z, _):
-    return torch.where(z < -3, 0.0, torch.where(z <= 3, z / 3 + 0.5, 1.0))
+    return torch.where(z <= -3, 0.0, torch.where(z < 3, z / 3 + 0.5, 1.0))
 
 
 def _gelu_derivative(z, _):
@@ -42,7 +42,7 @@ ACTIVATIONS = {
     "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
     "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.where(z <= 0, 0.0, 1.0).to(z.dtype)),
     "leaky_relu": Activation(
-        F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, slope).to(z.dtype), 0.01, "negative_slope"
+        F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, torch.full_like(z, slope)), 0.01, "negative_slope"
     ),
     "relu6": Activation(lambda z, _: F.relu6(z), lambda z, _: torch.where((z <= 0) | (z >= 6), 0.0, 1.0).to(z.dtype)),
     "elu": Activation(

@@ -65,10 +65,7 @@ def _backward_fake(
     if memory_format == torch.contiguous_format:
         memory_format = torch._prims_common.suggest_memory_format(input)
     grad_input = torch.empty_like(input, memory_format=memory_format) if output_mask[0] else nothing
-    grad_residual = nothing
-    if output_mask[3]:
-        plain = activation == "identity"
-        grad_residual = grad_output.clone() if plain else torch.empty_like(input, memory_format=own_format)
+    grad_residual = torch.empty_like(input, memory_format=own_format) if output_mask[3] else nothing
     return grad_input, *param, grad_residual
 
 

@@ -261,14 +261,28 @@ def test_statistics_that_require_grad(device, name, training):
     assert_torchs_error(call, "differentiable|requires_grad|requires grad")
 
 
+X = torch.zeros(4, 3, 5, 5)
+
+
 @pytest.mark.parametrize(
-    "extra",
-    [{"activation": "relu"}, {"activation_param": 0.1}, {"residual": torch.zeros(4, 3, 5, 5)}],
+    "extra, error, message",
+    [
+        ({"activation": "softplus"}, ValueError, "activation should be one of identity, relu,.*not 'softplus'"),
+        ({"activation": None}, TypeError, "argument 'activation' must be str, not NoneType"),
+        ({"activation_param": 0.1}, ValueError, "activation_param should be None for identity.*not 0.1"),
+        ({"activation": "relu", "activation_param": 0.1}, ValueError, "activation_param should be None for relu"),
+        ({"activation": "elu", "activation_param": "1"}, TypeError, "'activation_param' must be float, not str"),
+        ({"residual": 1.0}, TypeError, "argument 'residual' must be Tensor, not float"),
+        ({"residual": X[:1]}, RuntimeError, "residual should have the shape of input"),
+        ({"residual": X.double()}, RuntimeError, "residual should have the dtype of input"),
+        ({"residual": X.to("meta")}, RuntimeError, "residual should have the device of input"),
+    ],
     ids=str,
 )
-def test_fusion_arguments_say_that_they_are_not_there_yet(device, extra):
-    (name,) = extra
-    with pytest.raises(NotImplementedError, match=name):
+def test_bad_epilogues_are_named(device, extra, error, message):
+    if isinstance(extra.get("residual"), torch.Tensor) and extra["residual"].device.type == "cpu":
+        extra = {"residual": extra["residual"].to(device)}
+    with pytest.raises(error, match=message):
         batch_norm(**arguments(device), **extra)
 
 

@@ -416,7 +416,7 @@ def test_opcheck():
     moments = torch.ones(2, 3, dtype=torch.float64, device="cuda")
     for given in (None, moments):
         torch.library.opcheck(torch.ops.fastbn.forward, (x.requires_grad_(), weight, bias, given, 1e-5))
-    arguments = (torch.randn_like(x), x.detach(), weight, moments, 1e-5, True, [True, True, True])
+    arguments = (torch.randn_like(x), x.detach(), weight, moments, 1e-5, True, [True] * 4)
     torch.library.opcheck(torch.ops.fastbn.backward, arguments)
     stats = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
     for momentum, counter in ((0.1, None), (None, torch.tensor(3, device="cuda"))):

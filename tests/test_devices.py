@@ -55,7 +55,7 @@ def test_a_raw_tensor_elsewhere_is_named(home, away):
     x, p = torch.randn(4, 3, 5, device=home), torch.ones(3, device=home)
     moments = torch.ones(2, 3, dtype=torch.float64, device=home)
     far = {name: t.to(away) for name, t in (("x", x), ("p", p), ("moments", moments))}
-    mask = (True, True, True)
+    mask = (True, True, True, True)
     calls = {
         "weight": lambda: _C.forward(x, far["p"], None, None, 1e-5),
         "bias": lambda: _C.forward(x, None, far["p"], None, 1e-5),

@@ -1,6 +1,8 @@
 """PITFALLS.md, "Layouts": strides of results, mixtures of x and dy, and memory that must not be shared.
 In: every layout of inputs.py. Out: torch's strides, and the contiguous computation's numbers."""
 
+import itertools
+
 import inputs
 import pytest
 import torch
@@ -53,9 +55,10 @@ def test_fake_kernels_give_the_strides_of_the_real_ones(device, layout, shape, t
     moments = torch.ones(2, shape[1], dtype=torch.float64, device=device)
     fake = torch.empty_strided(x.shape, x.stride(), device="meta")
     ops = torch.ops.fastbn
-    for mask in ([True] * 3, [True, False, False]):
-        real = ops.backward(torch.ones_like(x), x, None, moments, 1e-5, training, mask)
-        guess = ops.backward(torch.ones_like(fake), fake, None, moments.to("meta"), 1e-5, training, mask)
+    for activation, mask in itertools.product(["identity", "silu"], [[True] * 4, [True, False, False, False]]):
+        rest = 1e-5, training, mask, activation
+        real = ops.backward(torch.ones_like(x), x, None, moments, *rest)
+        guess = ops.backward(torch.ones_like(fake), fake, None, moments.to("meta"), *rest)
         assert [t.stride() for t in real] == [t.stride() for t in guess]
     real = ops.forward(x, None, None, None if training else moments, 1e-5)
     guess = ops.forward(fake, None, None, None if training else moments.to("meta"), 1e-5)

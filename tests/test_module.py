@@ -323,7 +323,7 @@ def test_opcheck(dtype, channels_last):
             torch.library.opcheck(ops.forward, (leaf, weight, bias, given, 1e-5))
             torch.library.opcheck(ops.forward, (leaf, None, None, given, 1e-5))
     for mode in (True, False):
-        torch.library.opcheck(ops.backward, (dy, x, weight, moments, 1e-5, mode, [True, True, True]))
+        torch.library.opcheck(ops.backward, (dy, x, weight, moments, 1e-5, mode, [True] * 4))
     for momentum, counter in ((0.1, None), (None, torch.tensor(3))):
         stats = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
         torch.library.opcheck(ops.update_running_stats, (moments, 40, momentum, *stats, counter))

@@ -1,6 +1,7 @@
 """The functions of fastbn._C called with anything: an exception or a right answer, never a crash.
 In: good and bad arguments, combined, in a child process. Out: its exit status and how many calls it made."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -61,16 +62,22 @@ def choices():
     eps = [1e-5, 0.0, -1.0, float("nan"), float("inf"), 1e300, 1, "e", None, [1e-5]]
     flags = [True, False, None, 1, 0, "t", 2.5]
     masks = [
-        (True, True, True), (True, False, False), (False, True, False), (False, False, True), (False,) * 3,
-        [True, True, True], (True, True), (True,) * 4, (), None, "abc", (1, 0, 1), (None,) * 3,
+        (True,) * 4, (True, False, False, False), (False, True, False, True), (False, False, True, False), (False,) * 4,
+        [True] * 4, (False, False, False, True), (True, True), (True,) * 3, (), None, "abcd", (1, 0, 1, 1), (None,) * 4,
     ]  # fmt: skip
+    activations = [
+        "identity", "relu", "leaky_relu", "relu6", "elu", "silu", "hardswish", "gelu", "sigmoid", "tanh",
+        "", "Relu", "softplus", "relu\0", "\ud800", None, 3, b"relu",
+    ]  # fmt: skip
+    params = [None, 0.2, -1.0, float("nan"), float("inf"), 0, 1, "p", [0.1], torch.tensor(0.1), True]
     counts = [40, 2, 1, 0, -1, -(2**62), 2**62, 2**63, 2**80, 1.5, None, "n"]
     x, p = tensors_like_inputs(), tensors_like_parameters()
+    residuals = [None, *x]
     return {
-        "forward": [x, p, p, moments(), eps],
-        "backward": [x, x, p, moments()[1:] + [None], eps, flags, masks],
+        "forward": [x, p, p, moments(), eps, activations, params, residuals],
+        "backward": [x, x, p, moments()[1:] + [None], eps, flags, masks, activations, params, p, residuals],
         "update_running_stats": [moments()[1:], counts, momentum, p[1:], p[1:], counter],
-        "batch_norm": [x, p, p, p, p, counter, flags, momentum, eps],
+        "batch_norm": [x, p, p, p, p, counter, flags, momentum, eps, activations, params, residuals],
     }
 
 
@@ -98,9 +105,12 @@ def fresh(value):
 
 def assert_right(name, arguments, result):
     """Where a call to forward is accepted, its numbers are those of the formula in float64."""
+    from fastbn import activations
+
     if name != "forward":
         return
-    x, weight, bias, given, eps = arguments
+    x, weight, bias, given, eps, activation, param, residual = arguments
+    activation = activation.decode() if isinstance(activation, bytes) else activation
     output, found = result
     assert output.shape == x.shape and output.dtype == x.dtype, "shape or dtype of the output"
     assert found.dtype == torch.float64 and found.shape == (2, x.shape[1]), "form of the moments"
@@ -111,6 +121,8 @@ def assert_right(name, arguments, result):
     y = (wide - mean.view(view)) / (var.view(view) + float(eps)).sqrt()
     y = y if weight is None else y * weight.detach().double().reshape(view)
     y = y if bias is None else y + bias.detach().double().reshape(view)
+    y = y if residual is None else y + residual.detach().double()
+    y = activations.ACTIVATIONS[activation].forward(y, activations.check(activation, param))
     if torch.isfinite(y).all() and y.abs().max() < 6e4:
         tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(x.dtype, 1e-4)
         torch.testing.assert_close(output.detach().double(), y, rtol=tolerance, atol=tolerance)
@@ -195,7 +207,7 @@ def test_mis_sized_moments_are_refused(moments_shape):
     stats = torch.zeros(3), torch.ones(3)
     for call in (
         lambda: _C.forward(x, None, None, wrong, 1e-5),
-        lambda: _C.backward(x, x, None, wrong, 1e-5, True, (True,) * 3),
+        lambda: _C.backward(x, x, None, wrong, 1e-5, True, (True,) * 4),
         lambda: _C.update_running_stats(wrong, 40, 0.1, *stats, None),
     ):
         with pytest.raises((RuntimeError, ValueError)):
@@ -216,9 +228,9 @@ def test_raw_functions_are_right():
     grads = torch.autograd.grad(expected, [leaf, *parameters], dy)
     output, found = _C.forward(x, weight, bias, None, 1e-5)
     torch.testing.assert_close(output, expected.detach())
-    for mask in ((True, True, True), (True, False, False), (False, True, True), (False, False, True)):
+    for mask in itertools.product((True, False), repeat=4):
         results = _C.backward(dy, x, weight, found, 1e-5, True, mask)
-        for ours, right, wanted in zip(results, grads, mask, strict=True):
+        for ours, right, wanted in zip(results, (*grads, dy), mask, strict=True):
             assert (ours is not None) == wanted
             if wanted:
                 torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)

@@ -110,8 +110,8 @@ struct Hardswish {
   }
   template <class M, class V, class A>
   static FASTBN_HD V backward(V dy, V z, A) {
-    const V zero = M::of(A(0)), within = z <= A(3) ? dy * (z * A(1.0 / 3) + A(0.5)) : dy;
-    return z < A(-3) ? zero : within;
+    const V zero = M::of(A(0)), within = z < A(3) ? dy * (z * A(1.0 / 3) + A(0.5)) : dy;
+    return z <= A(-3) ? zero : within;
   }
 };
 
