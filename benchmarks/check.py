@@ -31,6 +31,40 @@ def _compare(name: str, got: torch.Tensor, want: torch.Tensor, slack: float, sca
         raise Mismatch(f"{name} is wrong by {error.max().item():.2e} more than allowed")
 
 
+def verify_fused(tensors: Tensors, residual: torch.Tensor | None, module: torch.nn.Module, slack: float) -> None:
+    """Raise :class:`Mismatch` unless ``module`` computes relu(batch norm + residual) and its gradients rightly."""
+    x, dy, start = tensors.x.detach(), tensors.dy, tensors.module
+    bn = module.bn
+    leaves = [t for t in (tensors.x, bn.weight, bn.bias, residual) if t is not None]
+    y = module.train()(tensors.x, residual)
+    dx, dweight, dbias, *rest = torch.autograd.grad(y, leaves, dy)
+    channels, per_channel = x.shape[1], x.numel() // x.shape[1]
+    dims = [d for d in range(x.dim()) if d != 1]
+    for c in torch.randperm(channels)[: max(1, min(channels, CHECKED // per_channel))].split(
+        max(1, CHUNK // per_channel)
+    ):
+        x64, dy64 = x[:, c].double(), dy[:, c].double()
+        weight, bias = (t.detach()[c].double().view(1, -1, *[1] * (x.dim() - 2)) for t in (start.weight, start.bias))
+        var, mean = torch.var_mean(x64, dims, correction=0, keepdim=True)
+        rstd = (var + start.eps).rsqrt()
+        xhat = (x64 - mean) * rstd
+        z = xhat * weight + bias + (0 if residual is None else residual.detach()[:, c].double())
+        # On which side of the kink rounding puts a value is chance, and changes its gradient by all of dy.
+        clear = z.abs() > (1e-5 if slack == 1 else 0.05)
+        dz = dy64 * (z > 0)
+        sum_dz, sum_dz_xhat = dz.sum(dims, keepdim=True), (dz * xhat).sum(dims, keepdim=True)
+        unclear = (dy64.abs() * ~clear).sum().item()
+        terms = math.sqrt(per_channel) + 1e5 * unclear
+        _compare("y", y.detach()[:, c], z.relu(), slack)
+        want = (dz - (sum_dz + xhat * sum_dz_xhat) / per_channel) * rstd * weight
+        spread = 1 + 1e5 * unclear / per_channel
+        _compare("dx", dx[:, c] * clear, want * clear, slack, spread)
+        _compare("dweight", dweight[c], sum_dz_xhat.flatten(), slack, terms)
+        _compare("dbias", dbias[c], sum_dz.flatten(), slack, terms)
+        for gradient in rest:
+            _compare("dresidual", gradient[:, c] * clear, dz * clear, slack)
+
+
 def verify(tensors: Tensors, peer: Peer, slack: float = 1.0) -> None:
     """Raise :class:`Mismatch` unless ``peer`` computes every pass of ``tensors.module`` rightly. ``slack`` multiplies
     the errors that are allowed."""

@@ -22,10 +22,18 @@ def _torch(module: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(module)
 
 
-def _torch_compile(module: torch.nn.Module) -> torch.nn.Module:
-    torch.compiler.reset()  # or the many shapes of a run make it give up and run eagerly
+def compiled(function: Callable, dynamic: bool = False) -> Callable:
+    """dynamic: for all shapes at once."""
+    if dynamic:
+        torch._dynamo.config.cache_size_limit = 64  # types, layouts and sizes of one are kinds of their own
+    else:
+        torch.compiler.reset()  # or the many shapes of a run make it give up and run eagerly
     functorch.donated_buffer = False  # or a backward pass cannot be timed over and over
-    return torch.compile(copy.deepcopy(module))
+    return torch.compile(function, dynamic=dynamic)
+
+
+def _torch_compile(module: torch.nn.Module) -> torch.nn.Module:
+    return compiled(copy.deepcopy(module))
 
 
 PEERS: dict[str, Peer] = {

@@ -48,7 +48,8 @@ def noise(record: Record) -> float:
 
 def of_limit(record: Record) -> float:
     """Time of the least traffic at the speed of a copy (two tensors moved), as a part of fastbn's time."""
-    return seconds(record, "copy") * PASSES[record["pass"]] / 2 / seconds(record, "fastbn")
+    tensors = record.get("tensors") or PASSES[record["pass"]]
+    return seconds(record, "copy") * tensors / 2 / seconds(record, "fastbn")
 
 
 def of_fresh_limit(record: Record) -> float:
@@ -59,6 +60,17 @@ def of_fresh_limit(record: Record) -> float:
 
 def against_clone(record: Record) -> float:
     return seconds(record, "fastbn") / seconds(record, "clone")
+
+
+def against_fastest(record: Record) -> float:
+    """Time of the fastest peer over fastbn's."""
+    peers = (v for v in record["seconds"] if v.startswith("torch"))
+    return min(seconds(record, peer) for peer in peers) / seconds(record, "fastbn")
+
+
+def against_plain(record: Record) -> float:
+    """Time of the fused forward pass over that of fastbn's batch norm alone."""
+    return seconds(record, "fastbn") / seconds(record, "fastbn plain")
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -93,6 +105,21 @@ def case_line(records: list[Record]) -> str:
         milliseconds = seconds(record, "fastbn") * 1e3
         line += f" |{milliseconds:>19.3f} {speedup(record):>6.2f} {of_limit(record):>5.0%}"
     return f"{line} |{against_clone(first):>7.2f} {max(map(noise, records)):>5.0%}"
+
+
+def fused_line(records: list[Record]) -> str:
+    """Of each ending: fastbn's time of forward and backward, the faster peer's over it, and its part of the copy
+    limit. At the end the forward pass of BN + ReLU over that of BN alone."""
+    first = records[0]
+    shape, megabytes = ",".join(map(str, first["shape"])), first["tensor_bytes"] / 1e6
+    line = f"{shape:<16} {SHORT[first['dtype']]:<5}{SHORT[first['layout']]:<8}{megabytes:>6.1f}"
+    for record in select(records, **{"pass": "forward+backward"}):
+        milliseconds = seconds(record, "fastbn") * 1e3
+        line += (
+            f" | {record['ending']:>8}{milliseconds:>10.3f} {against_fastest(record):>6.2f} {of_limit(record):>5.0%}"
+        )
+    (alone,) = select(records, ending="relu", **{"pass": "forward"})
+    return f"{line} | /plain {against_plain(alone):.2f} noise {max(map(noise, records)):.0%}"
 
 
 # --- summaries ---
@@ -166,6 +193,28 @@ def _mean_speedup(pass_: str) -> Callable[[list[Record]], Measured]:
     return measured
 
 
+def _fused(ending: str | None, ratio: Callable[[Record], float]) -> Callable[[list[Record]], Measured]:
+    """ending None: all of them."""
+
+    def measured(records: list[Record]) -> Measured:
+        chosen = select(records, kind="fused", **{"pass": "forward+backward"})
+        chosen = [r for r in chosen if ending in (None, r["ending"])]
+        if not chosen:
+            return None
+        worst = min(chosen, key=ratio)
+        detail = f"{len(chosen)} cases, least {ratio(worst):.2f} {name_of(worst)}"
+        return geometric_mean(map(ratio, chosen)), detail
+
+    return measured
+
+
+def _fused_forward(records: list[Record]) -> Measured:
+    chosen = select(records, kind="fused", ending="relu", **{"pass": "forward"})
+    worst = max(chosen, key=against_plain, default=None)
+    mean = chosen and geometric_mean(map(against_plain, chosen))
+    return worst and (mean, f"mean of {len(chosen)}, most {against_plain(worst):.2f} {name_of(worst)}")
+
+
 def _slowest(records: list[Record]) -> Measured:
     record = min(select(records, kind="case"), key=speedup, default=None)
     return record and (speedup(record), f"{record['pass']} {name_of(record)}, noise {noise(record):.0%}")
@@ -204,6 +253,10 @@ FIGURES = [
     Figure("eval: torch / fastbn, mean", True, 1.35, ".2f", _mean_speedup("eval")),
     Figure("slowest single case: torch / fastbn", True, 0.95, ".2f", _slowest),
     Figure("training forward over 10 MB: fastbn / clone", False, 1.3, ".2f", _worst_against_clone),
+    Figure("BN + ReLU, forward+backward: torch / fastbn, mean", True, 3.5, ".2f", _fused("relu", speedup)),
+    Figure("BN + add + ReLU, the same", True, 3.5, ".2f", _fused("add+relu", speedup)),
+    Figure("both: the faster of torch and torch.compile / fastbn", True, 2.5, ".2f", _fused(None, against_fastest)),
+    Figure("BN + ReLU, forward: fastbn fused / fastbn BN alone", False, 1.05, ".2f", _fused_forward),
     Figure("call on (2,4,2,2), forward: fastbn / torch", False, 0.7, ".2f", _call("forward")),
     Figure("call on (2,4,2,2), backward: fastbn / torch", False, 0.8, ".2f", _call("backward")),
     Figure("call on (2,4,2,2), eval: fastbn / torch", False, 0.8, ".2f", _call("eval")),

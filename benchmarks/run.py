@@ -18,17 +18,28 @@ import torch
 from check import PEERS_SLACK, Mismatch, verify
 from costs import call_records, import_record, memory_records, variants
 from environment import environment, gpu
+from fused import measure_fused
 from limits import OF_PASS, limits
 from peers import PEERS, Peer, available
-from report import LATEST, LATEST_GPU, case_line, header, make_console, show_environment, show_summary
+from report import (
+    LATEST,
+    LATEST_GPU,
+    case_line,
+    fused_line,
+    header,
+    make_console,
+    select,
+    show_environment,
+    show_summary,
+)  # fmt: skip
 from report_gpu import show_gpu_summary
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from suite import PASSES, Case, Tensors, cases, make_tensors
 from timing import Protocol, measure
 
-SUITES = ["resnet50", "odd", "costs"]
+SUITES = ["resnet50", "odd", "fused", "costs"]
 # Seconds for the comparison of one pass; where a round takes longer than a seventh of it, seven rounds.
-SECONDS = {"quick": 0.1, "normal": 0.5, "full": 4.0}
+SECONDS = {"quick": 0.1, "normal": 0.4, "full": 4.0}
 # Odd cases are many and small: they get this part of it.
 ODD_PART = 0.3
 # Making a case's tensors and checking them takes about this many seconds for a byte of one tensor.
@@ -111,7 +122,7 @@ def measure_all(
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     todo = []
     for number, batch in enumerate(arguments.batch):  # shapes other than ResNet-50's have batches of their own
-        suites = arguments.suites if number == 0 else ["resnet50"]
+        suites = arguments.suites if number == 0 else ["resnet50", "fused"]
         todo += cases([s for s in arguments.suites if s in suites], dtypes, arguments.layouts, batch)
     pace = SECONDS[arguments.pace]
     budgets = {case: pace * (ODD_PART if case.suite == "odd" else 1) for case in todo}
@@ -121,10 +132,16 @@ def measure_all(
         console.print(f"{'':>9}{header()}", soft_wrap=True)
     for number, case in enumerate(todo, 1):
         progress.update(bar, description=str(case))
-        records = measure_case(case, peers, Protocol(budgets[case]), arguments.seed + number)
+        if case.suite == "fused":
+            protocol = Protocol(budgets[case] / 2, least_rounds=5)
+            records = list(measure_fused(case, protocol, arguments.seed + number))
+        else:
+            records = measure_case(case, peers, Protocol(budgets[case]), arguments.seed + number)
         yield from records
-        wrong = records[0]["kind"] == "wrong"
-        line = f"{case}: [red]WRONG[/]: {records[0]['error']}" if wrong else case_line(records)
+        if wrong := select(records, kind="wrong"):
+            line = f"{case}: [red]WRONG[/]: {wrong[0]['error']}"
+        else:
+            line = fused_line(records) if case.suite == "fused" else case_line(records)
         console.print(f"{number:>3}/{len(todo):<3}  {line}", soft_wrap=True)
         progress.advance(bar, weights[case])
     if "costs" in arguments.suites:

@@ -86,6 +86,11 @@ def cases(suites: list[str], dtypes: list[torch.dtype], layouts: list[str], batc
             for dtype in dtypes:
                 for layout in layouts:
                     yield Case("resnet50", (batch, channels, side, side), dtype, layout, count)
+    if "fused" in suites:
+        for channels, side, count in RESNET50:
+            for dtype in dtypes:
+                for layout in layouts:
+                    yield Case("fused", (batch, channels, side, side), dtype, layout, count)
     if "odd" in suites:
         others = [d for d in (torch.float64, torch.float16) if d not in dtypes]
         for shapes, types in ((ODD, dtypes), (ODD_TYPES, others)):
