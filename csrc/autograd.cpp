@@ -38,8 +38,15 @@ struct BatchNormBackward : torch::autograd::Node {
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x)) {
       return differentiable(dy, x, w, b, wanted, end);
     }
-    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, end);
+    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy));
     return {dx, dw, db, dr};
+  }
+
+  // True if the tensor and its memory end with this call: nobody holds them, or gave torch memory of their own.
+  static bool is_ours_alone(const Tensor& t) {
+    const auto& storage = t.storage();
+    return t.use_count() == 1 && storage.use_count() == 1 && storage.unsafeGetStorageImpl()->resizable() &&
+           !t.requires_grad();
   }
 
   torch::autograd::variable_list differentiable(const Tensor& dy, const Tensor& x, const OptionalTensor& w,

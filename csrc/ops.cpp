@@ -411,7 +411,7 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
 
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const Ending& ending) {
+                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite) {
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);
@@ -459,7 +459,9 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   // Kernels make the residual's gradient on the way to the input's.
   const bool makes_dz = wanted[3] && !plain, makes_dx = wanted[0] || makes_dz;
   if (makes_dx) dx = context.empty_like(input, gradient_format(x, input));
-  if (makes_dz) dz = context.empty_like(input, x.format);
+  // Blocking dy once more changes nothing, unless it is scaled: packs may overlap, and a pass may read dy again.
+  const bool in_place = saved.mask.defined() && ending.param == 0 && (may_overwrite || !dy.is_same(grad_output));
+  if (makes_dz) dz = in_place ? dy : context.empty_like(input, x.format);
   const auto output = [](const Tensor& t) {
     return t.defined() ? Output{t.data_ptr(), dtype_of(t)} : Output{nullptr, DType::f32};
   };
@@ -467,6 +469,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && makes_dx));
   Backward args{};
   args.problem = x.problem;
+  args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before dy is looked at, which may be the same
   args.grad_output = dy.const_data_ptr();
   args.input = x.tensor.const_data_ptr();
   args.grad_input = output(dx).data;
@@ -474,7 +477,6 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   args.bias = param(bias, kept_bias);
   args.epilogue = {ending.activation, ending.param, plain ? nullptr : data_of(ending.residual, x, kept_residual)};
   args.mask = saved.mask.defined() ? saved.mask.const_data_ptr() : nullptr;
-  args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;
   args.moments = moments.const_data_ptr<double>();
   args.grad_weight = output(dw);
   args.grad_bias = output(db);

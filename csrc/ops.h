@@ -70,10 +70,11 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
 // In this order everywhere: of input, weight, bias and residual; undefined where nobody wanted one.
 using Gradients = std::array<Tensor, 4>;
 
-// ending without its residual where there is a mask for it in `saved`.
+// ending without its residual where there is a mask for it in `saved`. may_overwrite: nobody else will look at
+// grad_output, so that the residual\'s gradient can take its memory.
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const Ending& ending);
+                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite = false);
 
 // mean and var brought up to date with moments of count values a channel; the variance unbiased.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);
