@@ -9,6 +9,7 @@ from .autograd import BatchNormFunction
 from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .report import Report, report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "BatchNormFunction",
     "CudaPlan",
     "Plan",
+    "Report",
     "convert",
     "explain",
     "functional",
+    "report",
     "revert",
 ]
