@@ -8,6 +8,7 @@ from . import functional
 from .autograd import BatchNormFunction
 from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
+from .fold import fold
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .report import Report, report
 
@@ -25,6 +26,7 @@ __all__ = [
     "Report",
     "convert",
     "explain",
+    "fold",
     "functional",
     "report",
     "revert",

@@ -5,8 +5,8 @@ Modules flow in; the same modules flow out, with other classes.
 
 import torch
 
+from .fuse import described, unfuse
 from .fuse import fuse as _fuse
-from .fuse import unfuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormAct
 from .report import Report, forget, keep
 
@@ -59,15 +59,15 @@ def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
 def _report(root, fused, left):
     names = {m: name for name, m in root.named_modules()}
     made = Report()
+    made.fused = described(fused, names)
     for bn, name in names.items():
         if type(bn) in _TO_TORCH:
             made.swapped.append(name)
         elif not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm) or isinstance(bn, _BatchNormAct):
             continue
         if bn in fused:
-            pattern, owner = fused[bn]
-            made.fused[name] = f"{pattern} in {names[owner] or type(owner).__name__}"
-        elif type(bn) not in _TO_TORCH:
+            continue
+        if type(bn) not in _TO_TORCH:
             made.left[name] = f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
         else:
             made.left[name] = "; ".join(dict.fromkeys(left.get(bn, ["no forward that torch.fx traces calls it"])))

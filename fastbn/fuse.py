@@ -161,6 +161,7 @@ class Analysis:
     """
 
     root: nn.Module
+    modes: tuple = (True, False)
     calls: dict = field(default_factory=dict)
     traces: dict = field(default_factory=dict)
     reasons: dict = field(default_factory=dict)
@@ -182,7 +183,7 @@ class Analysis:
         if module in self.ambiguous:
             raise Untraceable("it is called in different ways")
         self.calls.setdefault(module, Call.default(module))
-        traces = trace(module, self.calls[module])
+        traces = trace(module, self.calls[module], modes=self.modes)
         for t in traces:
             for node in t.graph.nodes:
                 if node.op != "call_module":
@@ -298,6 +299,11 @@ def fuse(root):
     for bn, why in analysis.ends.items():
         left[bn] = [why]  # instead of "its output is returned"
     return fused, {bn: reasons for bn, reasons in left.items() if bn not in fused}
+
+
+def described(fused, names):
+    """What fuse returned, in words."""
+    return {names[bn]: f"{what} in {names[owner] or type(owner).__name__}" for bn, (what, owner) in fused.items()}
 
 
 def _fusion(analysis, module):

@@ -237,14 +237,14 @@ def _is_early(add, bn, modules):
             inside = modules[node.target]
             tensors = (*inside.parameters(), *inside.buffers())
         else:
-            tensors = (_tensor_at(node.target, modules),) if node.op == "get_attr" else ()
+            tensors = (tensor_at(node.target, modules),) if node.op == "get_attr" else ()
         if any(id(t) in own for t in tensors):
             return "its statistics or parameters are used again before the add"
         node = node.next
     return None
 
 
-def _tensor_at(target, modules):
+def tensor_at(target, modules):
     path, _, name = target.rpartition(".")
     return getattr(modules.get(path), name, None)
 

@@ -9,12 +9,16 @@ module untraceable.
 
 import builtins
 import contextlib
+import copy
+import functools
 import inspect
 import operator
+import pickle
 import random
 import sys
 import types
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +66,7 @@ class Call:
 
     args: tuple
     kwargs: tuple  # of (name, value)
+    required: int  # from so many positional arguments on, the rest are defaults and need no look
 
     @classmethod
     def of_node(cls, module, node):
@@ -91,23 +96,35 @@ class Call:
         except TypeError as error:
             raise Untraceable(f"is called with arguments that do not fit: {error}") from error
         bound.apply_defaults()
-        return cls(bound.args[1:], tuple(bound.kwargs.items()))
+        args, kwargs = bound.args[1:], bound.kwargs
+        parameters = list(_signature(module).parameters.values())[1:]
+        required = len(args)
+        if kwargs or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            required += 1  # always bind
+        else:
+            while required and args[required - 1] is parameters[required - 1].default:
+                required -= 1
+        return cls(args, tuple(kwargs.items()), required)
 
     def tensors(self, module, args, kwargs):
         """The tensors of a call, in order, or None if it is not a call of this kind."""
-        if kwargs or len(args) != len(self.args):
-            try:
-                bound = _signature(module).bind(module, *args, **kwargs)
-            except TypeError:
-                return None
-            bound.apply_defaults()
-            args, kwargs = bound.args[1:], bound.kwargs
         found = []
-        return found if _match(args, self.args, found) and _match(kwargs, dict(self.kwargs), found) else None
+        if not kwargs and self.required <= len(args) <= len(self.args):
+            return found if _match(args, self.args[: len(args)], found) else None
+        try:
+            bound = _signature(module).bind(module, *args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        matches = _match(bound.args[1:], self.args, found) and _match(bound.kwargs, dict(self.kwargs), found)
+        return found if matches else None
 
 
 def _signature(module):
-    return inspect.signature(original_class(module).forward)
+    return _signature_of(original_class(module).forward)
+
+
+_signature_of = functools.lru_cache(maxsize=None)(inspect.signature)
 
 
 def _plain(value):
@@ -148,7 +165,8 @@ def _watching(reads):
             return _isinstance(value, kind)
         if type(value) is _Value and value.node.op == "placeholder":
             kinds = kind if type(kind) is tuple else (kind,)
-            return Tensor in kinds or object in kinds  # Call.tensors makes sure that it is one
+            if not any(type(k) is type(nn.Parameter) for k in kinds):
+                return Tensor in kinds or object in kinds  # Call.tensors makes sure that it is one
         raise Untraceable("its forward asks for the type of something that it computed")
 
     # A property __class__ would be simpler, but torch's C++ asks that too, and would take a stand-in for a tensor.
@@ -232,6 +250,11 @@ class _Tracer(fx.Tracer):
             raise Untraceable("calls itself")
         return m not in self.inlined
 
+    def call_module(self, m, forward, args, kwargs):
+        if type(m).__call__ is not nn.Module.__call__:
+            raise Untraceable(f"{type(m).__name__} defines __call__")
+        return super().call_module(m, forward, args, kwargs)
+
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         forward, call, count = original_class(self.root).forward, self.call, 0
 
@@ -283,20 +306,22 @@ def holds(watched, root):
             return False
         for name, value, by_value in attributes:
             now = state.get(name, MISSING)
+            if now is MISSING:
+                now = state["_modules"].get(name, MISSING)
             if now is not value and not (by_value and type(now) is type(value) and now == value):
                 return False
     return True
 
 
-def trace(module, call, inlined=()):
+def trace(module, call, inlined=(), modes=(True, False)):
     """The Traces of a module's forward: one if it is the same in training and eval, else two.
 
-    inlined: paths of submodules to look into; all others are calls in the graph.
+    inlined: paths of submodules to look into; all others are calls in the graph. modes: of training, to look at.
     Raises Untraceable.
     """
     inside = {module.get_submodule(path) for path in inlined}
     traces = []
-    for training in (True, False):
+    for training in modes:
         with _kept(module):
             for m in module.modules():
                 m.__dict__["training"] = training
@@ -363,12 +388,14 @@ def _kept(module):
         found = {}
         for name, value in m.__dict__.items():
             if isinstance(value, (list, dict, set)):
-                value = (value, type(value)(value))
+                value = (value, copy.copy(value))
             found[name] = value
         return found
 
     modules = {m: contents(m) for m in module.modules()}
     generators = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
+    if torch.cuda.is_initialized():
+        generators.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     if (numpy := sys.modules.get("numpy")) is not None:
         generators.append((numpy.random.get_state, numpy.random.set_state))
     states = [get() for get, _ in generators]
@@ -384,13 +411,13 @@ def _kept(module):
                 del now[name]
             for name, value in before.items():
                 if type(value) is tuple and len(value) == 2 and isinstance(value[0], (list, dict, set)):
-                    value, copy = value
-                    if not _same_contents(value, copy):
+                    value, contents_before = value
+                    if not _same_contents(value, contents_before):
                         value.clear()
-                        (value.extend if isinstance(value, list) else value.update)(copy)
+                        (value.extend if isinstance(value, list) else value.update)(contents_before)
                 now[name] = value
         for state, (get, set_state) in zip(states, generators, strict=True):
-            if repr(get()) != repr(state):
+            if pickle.dumps(get()) != pickle.dumps(state):
                 complaint = "its forward draws random numbers"
             set_state(state)
     if complaint:
@@ -417,6 +444,7 @@ def _same_contents(now, before):
 
 def _watched(root, inside, reads):
     paths = {m: name for name, m in root.named_modules()}
+    shared = Counter(m for _, m in root.named_modules(remove_duplicate=False))
     attributes, listed = {root: []}, {root, *inside}
     for (_, name), module in reads.items():
         if module not in paths:
@@ -426,11 +454,13 @@ def _watched(root, inside, reads):
         if name in state and name not in _OWN:
             value = state[name]
             by_value = _is_simple(value)
-            attributes[module].append((name, _plain(value) if by_value else value, by_value))
+            attributes[module].append((name, copy.deepcopy(value) if by_value else value, by_value))
         elif name in ("_modules", "children", "named_children", "modules", "named_modules"):
             listed.update(module.modules())
         elif name in state["_modules"]:
             listed.add(module)
+            if shared[state["_modules"][name]] > 1:  # the graph knows only its first name
+                attributes[module].append((name, state["_modules"][name], False))
             if isinstance(state["_modules"][name], _CONTAINERS):
                 listed.update(_containers(state["_modules"][name]))
         elif name in state["_parameters"] or name in state["_buffers"]:
