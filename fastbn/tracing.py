@@ -13,7 +13,6 @@ import copy
 import functools
 import inspect
 import operator
-import pickle
 import random
 import sys
 import types
@@ -417,11 +416,17 @@ def _kept(module):
                         (value.extend if isinstance(value, list) else value.update)(contents_before)
                 now[name] = value
         for state, (get, set_state) in zip(states, generators, strict=True):
-            if pickle.dumps(get()) != pickle.dumps(state):
+            if _as_lists(get()) != _as_lists(state):
                 complaint = "its forward draws random numbers"
             set_state(state)
     if complaint:
         raise Untraceable(complaint)
+
+
+def _as_lists(state):
+    if isinstance(state, (list, tuple)):
+        return [_as_lists(part) for part in state]
+    return state.tolist() if hasattr(state, "tolist") else state
 
 
 def _same(now, before):
