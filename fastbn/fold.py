@@ -63,7 +63,8 @@ def fold(module: nn.Module) -> nn.Module:
         raise TypeError(f"fastbn.fold: expected a torch.nn.Module, got {type(module).__name__}")
     if module.training:
         raise ValueError("fastbn.fold: the module is in training mode, where batch norm cannot be folded; call eval()")
-    folded, left = {}, {}
+    folded = {name: m.into for name, m in module.named_modules() if isinstance(m, FoldedBatchNorm)}
+    left = {}
     model = _Model(module)
     for owner, node in model.batch_norms():
         modules = model.paths[owner]

@@ -263,7 +263,7 @@ def _is_pure(node, modules):
         return True
     if node.op == "call_module":
         return all(map(_is_pure_module, modules[node.target].modules()))
-    if True in node.args or "out" in node.kwargs or node.kwargs.get("inplace", False):
+    if any(a is True for a in node.args) or "out" in node.kwargs or node.kwargs.get("inplace", False):
         return False
     if node.op == "call_method":
         return not node.target.endswith("_")

@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import operator
 import random
@@ -169,6 +170,8 @@ def _watching(reads):
         raise Untraceable("its forward asks for the type of something that it computed")
 
     # A property __class__ would be simpler, but torch's C++ asks that too, and would take a stand-in for a tensor.
+    # Dynamo knows builtins by identity since its import, which a forward may cause: so that comes first.
+    importlib.import_module("torch._dynamo")
     builtins.isinstance, before = is_instance, builtins.isinstance
     nn.Module.__getattribute__ = look
     try:
@@ -398,9 +401,11 @@ def _kept(module):
     if (numpy := sys.modules.get("numpy")) is not None:
         generators.append((numpy.random.get_state, numpy.random.set_state))
     states = [get() for get, _ in generators]
-    complaint = None
+    complaint = error = None
     try:
         yield
+    except Untraceable as raised:
+        error = raised
     finally:
         for m, before in modules.items():
             now = m.__dict__
@@ -419,8 +424,10 @@ def _kept(module):
             if _as_lists(get()) != _as_lists(state):
                 complaint = "its forward draws random numbers"
             set_state(state)
-    if complaint:
+    if complaint:  # the more telling of the two
         raise Untraceable(complaint)
+    if error is not None:
+        raise error
 
 
 def _as_lists(state):
