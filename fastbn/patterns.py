@@ -274,11 +274,8 @@ def _is_pure(node, modules):
 
 
 def _is_pure_module(module):
-    return type(module).__module__.startswith("torch.nn.modules.") and is_plain(module) and not _is_in_place(module)
-
-
-def _is_in_place(module):
-    return getattr(module, "inplace", False)
+    known = type(module).__module__.startswith("torch.nn.modules.") or type(module) in OURS
+    return known and is_plain(module) and not getattr(module, "inplace", False)
 
 
 def describe(node, modules):
