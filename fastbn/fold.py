@@ -49,7 +49,8 @@ def fold(module: nn.Module) -> nn.Module:
     norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert` does not undo
     this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells what was folded,
     and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it, the layer's
-    output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. A layer that an
+    output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The forward is looked
+    at with the arguments that its callers give it, or its defaults, and as its attributes are now. A layer that an
     untraceable forward of an outer module takes from within an inner one is not seen.
 
     Returns:

@@ -156,7 +156,9 @@ def _watching(reads):
     """Note what user code asks of modules, and do not let `isinstance` mislead it about stand-ins."""
 
     def look(module, name):
-        if not _is_torch(sys._getframe(1)):
+        # Torch's own code reads what all modules have; what a class adds counts there too (super().forward).
+        own = name in object.__getattribute__(module, "__dict__") and name not in _OWN
+        if own or not _is_torch(sys._getframe(1)):
             reads[id(module), name] = module
         return object.__getattribute__(module, name)
 
@@ -467,6 +469,8 @@ def _watched(root, inside, reads):
             value = state[name]
             by_value = _is_simple(value)
             attributes[module].append((name, copy.deepcopy(value) if by_value else value, by_value))
+        elif name in ("__dict__", "_parameters", "_buffers"):
+            raise Untraceable(f"its forward looks into {name}")
         elif name in ("_modules", "children", "named_children", "modules", "named_modules"):
             listed.update(module.modules())
         elif name in state["_modules"]:

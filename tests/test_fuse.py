@@ -558,6 +558,23 @@ def test_changes_after_the_fact(calls, name, carry):
     torch.testing.assert_close(*results)
 
 
+def test_attributes_that_torch_reads_for_a_subclass_of_its_own():
+    class Both(nn.Conv2d):
+        def __init__(self):
+            super().__init__(6, 6, 3, padding=1)
+            self.bn = nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return F.relu(self.bn(super().forward(x)))
+
+    model = Both().double()
+    ours = fastbn.convert(copy.deepcopy(model), fuse=True)
+    assert_same_steps(ours, model, images())
+    for m in (ours, model):
+        m.stride = (2, 2)
+    assert_same_steps(ours, model, images())
+
+
 def test_an_activation_replaced_later():
     model = nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()).double()
     ours = fastbn.convert(copy.deepcopy(model), fuse=True)
@@ -673,6 +690,10 @@ def asks_for_type(self, x):
     return F.relu(self.bn(y)) if isinstance(y, torch.Tensor) else y[0]
 
 
+def looks_into_dict(self, x):
+    return F.relu(self.__dict__["_modules"]["bn"](self.conv(x)))
+
+
 def sets_on_a_tensor(self, x):
     y = F.relu(self.bn(self.conv(x)))
     y.note = 1
@@ -683,7 +704,7 @@ UNTRACEABLE = {
     random_depth: "random", torch_random_depth: "random", constant: "random|tensors", remembers: "attributes",
     appends: "attributes", without_grad: "mode", with_grad: "mode", without_autocast: "mode", asks_for_grad: "mode",
     own_gradient: "mode", checkpointed: "mode", data_dependent: "torch.fx", asks_for_type: "type",
-    sets_on_a_tensor: "attribute",
+    sets_on_a_tensor: "attribute", looks_into_dict: "__dict__",
 }  # fmt: skip
 
 
