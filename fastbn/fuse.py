@@ -61,16 +61,21 @@ def _rebuilt(fusion, module):
 
 
 def _variants(traces, module):
-    """[(watched, forward)], and the Matches and others of all traces."""
+    """[(watched, forward)], [(batch norm, pattern)] of all traces, and [(batch norm, why it has none)]."""
     modules = dict(module.named_modules(remove_duplicate=False))
-    variants, matches, others = [], [], []
-    for t in traces:
+    variants, matches, others = [], {}, []
+    for mode, t in zip(("training", "eval"), traces, strict=False):
         found, rest = patterns.find(t.graph, modules)
-        matches += [(m.bn.target, str(m)) for m in found]
+        for m in found:
+            matches.setdefault((m.bn.target, str(m)), []).append(mode)
         others += [(node.target, why) for node, why in rest]
         patterns.replace(t.graph, found)
         variants.append((t.watched, _compiled(t.graph)))
-    return variants, matches, others
+    sites = [
+        (name, what if len(modes) == len(traces) else f"{what} ({modes[0]} only)")
+        for (name, what), modes in matches.items()
+    ]
+    return variants, sites, others
 
 
 def _compiled(graph):
@@ -315,6 +320,5 @@ def _fusion(analysis, module):
             inlined = ()
     if not inlined:
         traces = trace(module, call)  # a graph of its own: the analysis still needs the other
-    variants, matches, others = _variants(traces, module)
-    sites = list(dict.fromkeys(matches))
+    variants, sites, others = _variants(traces, module)
     return (Fusion(call, inlined, sites, variants) if sites else None), others

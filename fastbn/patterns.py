@@ -68,16 +68,17 @@ class Site:
         self.name, self.param, self.call, self.add = name, param, call, add
         self.__name__ = "batch_norm_site"
 
-    def __call__(self, bn, act, input, residual=None):
+    def __call__(self, bn, act, input, residual=None, *between):
         found = (self.name, self.param) if act is None else activation_of(act)
         if (
             found is None
             or type(bn) not in OURS
             or not is_plain(bn)
             or type(input) not in _TENSORS
+            or not all(map(_is_identity, between))
             or (residual is not None and not self._is_alike(input, residual))
         ):
-            return self._one_by_one(bn, act, input, residual)
+            return self._one_by_one(bn, act, input, residual, between)
         bn._check_input_dim(input)
         return batch_norm(input, *_state_of(bn), bn.momentum, bn.eps, *found, residual)
 
@@ -91,8 +92,10 @@ class Site:
             and (not self.add[1] or residual.stride() == input.stride())
         )
 
-    def _one_by_one(self, bn, act, input, residual):
+    def _one_by_one(self, bn, act, input, residual, between):
         z = bn(input)
+        for module in between:
+            z = module(z)
         if self.add is not None:
             function, residual_first = self.add
             operands = (residual, z) if residual_first else (z, residual)
@@ -100,6 +103,10 @@ class Site:
         if act is not None:
             return act(z)
         return z if self.call is None else _call(self.call[0], z, *self.call[1], **self.call[2])
+
+
+def _is_identity(module):
+    return type(module) is nn.Identity and is_plain(module)
 
 
 OTHER_OPERAND = "the sum it goes into is fused with the batch norm of the other operand"
@@ -122,6 +129,7 @@ class Match:
     act: fx.Node | None
     name: str  # of the activation
     param: float | None
+    between: tuple = ()  # nn.Identity after the batch norm
 
     def __str__(self):
         follow = [] if self.add is None else ["add"]
@@ -160,17 +168,20 @@ def find(graph, modules):
 def _follow(bn, modules, taken):
     if not is_plain(modules[bn.target]):
         return "it has hooks, or a forward of its own"
-    user = only_user(bn)
+    end, between, user = bn, [], only_user(bn)
+    while isinstance(user, fx.Node) and user.op == "call_module" and _is_identity(modules[user.target]):
+        between.append(user)
+        end, user = user, only_user(user)
     if isinstance(user, str):
         return user
-    if (act := activation(user, bn, modules)) is not None:
-        return Match(bn, None, None, user, *act)
+    if (act := activation(user, end, modules)) is not None:
+        return Match(bn, None, None, user, *act, tuple(between))
     if user in taken:
         return OTHER_OPERAND
     if not is_addition(user):
         return f"followed by {describe(user, modules)}"
-    residual = user.args[1] if user.args[0] is bn else user.args[0]
-    if not isinstance(residual, fx.Node) or residual is bn:
+    residual = user.args[1] if user.args[0] is end else user.args[0]
+    if not isinstance(residual, fx.Node) or residual is end:
         return "added to itself or to a number"
     why = _changes_residual(user, bn, residual, modules) or _is_early(user, bn, modules)
     if why:
@@ -178,8 +189,8 @@ def _follow(bn, modules, taken):
     after = only_user(user)
     act = None if isinstance(after, str) else activation(after, user, modules)
     if act is None:
-        return Match(bn, user, residual, None, "identity", None)
-    return Match(bn, user, residual, after, *act)
+        return Match(bn, user, residual, None, "identity", None, tuple(between))
+    return Match(bn, user, residual, after, *act, tuple(between))
 
 
 def only_user(node):
@@ -302,8 +313,9 @@ def replace(graph, matches):
         with graph.inserting_before(m.bn if m.add is None else m.add):
             bn = graph.create_node("get_attr", m.bn.target)
             act = graph.create_node("get_attr", m.act.target) if from_module else None
-            new = graph.create_node("call_function", site, (bn, act, m.bn.args[0], m.residual))
+            between = [graph.create_node("get_attr", node.target) for node in m.between]
+            new = graph.create_node("call_function", site, (bn, act, m.bn.args[0], m.residual, *between))
         last.replace_all_uses_with(new)
-        for node in (m.act, m.add, m.bn):
+        for node in (m.act, m.add, *reversed(m.between), m.bn):
             if node is not None:
                 graph.erase_node(node)

@@ -575,6 +575,18 @@ def test_attributes_that_torch_reads_for_a_subclass_of_its_own():
     assert_same_steps(ours, model, images())
 
 
+def test_identities_between(calls):
+    """As in timm, where they stand for what a model may have there."""
+    model = simple(lambda self, x: self.act(self.drop(self.bn(self.conv(x)))), act=nn.ReLU(), drop=nn.Identity())
+    ours = fuse(model, fused={"bn": RELU})
+    adds = simple(lambda self, x: self.drop(self.drop(self.bn(self.conv(x)))) + x, drop=nn.Identity())
+    fuse(adds, fused={"bn": ADD})
+    assert calls["fused"] and not calls["one by one"]
+    for m in (ours, model):
+        m.drop = nn.Hardtanh(-0.3, 0.3)
+    assert_same_steps(ours, model, images())
+
+
 def test_an_activation_replaced_later():
     model = nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()).double()
     ours = fastbn.convert(copy.deepcopy(model), fuse=True)
@@ -602,6 +614,12 @@ def test_dropout_by_the_mode(calls):
 
     fuse(simple(forward), fused={"bn": RELU})
     assert calls["fused"] and not calls["one by one"]
+
+
+def test_fused_in_one_mode_only():
+    model = simple(lambda self, x: F.relu(self.bn(self.conv(x)) * 2 if self.training else self.bn(self.conv(x))))
+    fuse(model, fused={"bn": "batch_norm + relu (eval only)"})
+    assert "fused: bn = batch_norm + relu (eval only)" in repr(fastbn.convert(model, fuse=True))
 
 
 def test_modes_of_parts():
