@@ -10,6 +10,7 @@ import abc
 import copy
 import copyreg
 import functools
+import pickle
 from dataclasses import dataclass, field
 
 import torch
@@ -25,15 +26,19 @@ _ATTRIBUTE = "_fastbn_fusion"
 
 @dataclass
 class Fusion:
-    """What a fused module keeps. call: how it is to be called. variants: (what it depends on, a forward), or None
-    after unpickling, until the next call."""
+    """What a fused module keeps. call: how it is to be called, or None if it could not be pickled. variants: (what it
+    depends on, a forward), or None in a pickle."""
 
-    call: Call
+    call: Call | None
     inlined: tuple
     sites: list  # of (path of the batch norm, pattern), to print
     variants: list | None = None
 
     def __getstate__(self):  # functions made at run time cannot be pickled, and what they depend on may be gone
+        try:
+            pickle.dumps(self.call)
+        except Exception:  # a default argument that is a lambda, for one: the copy runs its own forward
+            return {**self.__dict__, "call": None, "variants": []}
         return {**self.__dict__, "variants": None}
 
     def __deepcopy__(self, memo):
@@ -42,11 +47,9 @@ class Fusion:
 
     def forward_for(self, module, args, kwargs):
         """The forward to run and its tensors, or None."""
-        tensors = self.call.tensors(module, args, kwargs)
+        tensors = None if not self.variants else self.call.tensors(module, args, kwargs)
         if tensors is None:
             return None
-        if self.variants is None:
-            self.variants = _rebuilt(self, module)
         for watched, forward in self.variants:
             if holds(watched, module):
                 return forward, tensors
@@ -67,12 +70,12 @@ def _variants(traces, module):
     for mode, t in zip(("training", "eval"), traces, strict=False):
         found, rest = patterns.find(t.graph, modules)
         for m in found:
-            matches.setdefault((m.bn.target, str(m)), []).append(mode)
+            matches.setdefault((m.bn.target, str(m)), {})[mode] = True
         others += [(node.target, why) for node, why in rest]
         patterns.replace(t.graph, found)
         variants.append((t.watched, _compiled(t.graph)))
     sites = [
-        (name, what if len(modes) == len(traces) else f"{what} ({modes[0]} only)")
+        (name, what if len(modes) == len(traces) else f"{what} ({next(iter(modes))} only)")
         for (name, what), modes in matches.items()
     ]
     return variants, sites, others
@@ -107,8 +110,15 @@ def _fused_class(cls):
         make, args, *rest = super(fused, self).__reduce_ex__(max(protocol, 2))
         return _remake, (cls, *args[1:]), *rest
 
+    def setstate(self, state):
+        super(fused, self).__setstate__(state)
+        fusion = self.__dict__.get(_ATTRIBUTE)
+        if fusion is not None and fusion.variants is None:  # not later: a forward may run in a thread among others
+            fusion.variants = _rebuilt(fusion, self)
+
     names = {
         "forward": forward,
+        "__setstate__": setstate,
         "extra_repr": extra_repr,
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,

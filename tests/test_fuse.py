@@ -286,6 +286,7 @@ LEFT = {
     "alpha": lambda self, x: F.relu(torch.add(self.bn(self.conv(x)), x, alpha=2)),
     "in place on the input": lambda self, x: F.relu(x.add_(self.bn(x + 1))),
     "in place on an alias": lambda self, x: (lambda r: (F.relu(operator.iadd(r, self.bn(x + 1))), x))(x.view_as(x)),
+    "in place on what is used": lambda self, x: (lambda r: F.relu(operator.iadd(r, self.bn(x + 1))) + r)(self.conv(x)),
     "approximate gelu": lambda self, x: F.gelu(self.bn(self.conv(x)), approximate="tanh"),
     "another function": lambda self, x: F.softplus(self.bn(self.conv(x))),
     "prelu": lambda self, x: self.prelu(self.bn(self.conv(x))),
@@ -849,6 +850,21 @@ def test_copies_and_pickles(calls, carry):
         assert twin.bn1.weight is not model.bn1.weight
     assert str(fastbn.report(twin)) == str(fastbn.report(model))
     assert type(fastbn.revert(twin)) is ResNet
+
+
+class Default(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x, then=lambda y: y * 2):
+        return then(F.relu(self.bn(x)))
+
+
+def test_a_default_argument_that_no_pickle_holds(calls):
+    model = fuse(Default(), fused={"bn": RELU})
+    assert calls["fused"] and not calls["one by one"]
+    assert_same_steps(pickle.loads(pickle.dumps(model)), fastbn.revert(copy.deepcopy(model)), images())
 
 
 def test_ordered_slices_and_walks_of_a_fused_sequential():
