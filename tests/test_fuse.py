@@ -416,7 +416,9 @@ def test_broadcast_residuals(calls, shape, add):
         x = (images(), torch.randn(shape, dtype=dtype))
         calls["one by one"] = 0
         wrapped = [Of(lambda self, x, residual=x[1]: self.m((x, residual)), m=m) for m in (ours, model)]
+        calls["fused"] = 0
         assert_same_steps(*wrapped, x[0])
+        assert calls["one by one"] and not calls["fused"]
 
 
 def test_type_promotion_of_the_residual():
@@ -613,8 +615,11 @@ def test_dropout_by_the_mode(calls):
         y = F.dropout(F.relu(self.bn(self.conv(x))), 0.4, self.training)
         return y * 2 if self.training else torch.sin(y)
 
-    fuse(simple(forward), fused={"bn": RELU})
-    assert calls["fused"] and not calls["one by one"]
+    model = fuse(simple(forward), fused={"bn": RELU})
+    for training in (True, False):
+        calls["fused"] = 0
+        model.train(training)(images())
+        assert calls == {"fused": 1, "one by one": 0}
 
 
 def test_fused_in_one_mode_only():
@@ -765,6 +770,19 @@ def test_other_norms_are_left(bn):
     if isinstance(bn, nn.modules.batchnorm._BatchNorm):
         assert type(bn).__name__ in fastbn.report(ours).left["1"]
     torch.testing.assert_close(ours.eval()(images()), model.eval()(images()), rtol=10, atol=10)
+
+
+def test_a_module_with_a_call_of_its_own():
+    """torch.fx would write down both the call and what its wrapper does."""
+
+    class Doubled(nn.Conv2d):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    ours = fuse(
+        Of(lambda self, x: F.relu(self.bn(self.conv(x))), conv=Doubled(6, 6, 1), bn=nn.BatchNorm2d(6)), fused={}
+    )
+    assert "Doubled defines __call__" in fastbn.report(ours).left["bn"]
 
 
 def test_parametrized_and_pruned():
