@@ -406,19 +406,27 @@ def test_a_list_of_tensors(calls, kind):
     torch.testing.assert_close(layer([x]), layer(x))
 
 
+class Adds(nn.Module):
+    def __init__(self, add):
+        super().__init__()
+        self.bn, self.add = nn.BatchNorm2d(6), add
+
+    def forward(self, x, residual):
+        return F.relu(self.add(self.bn(x), residual))
+
+
 @pytest.mark.parametrize("shape", [(6, 1, 1), (4, 6, 1, 5), (1, 4, 6, 5, 5)], ids=str)
-@pytest.mark.parametrize("add", [lambda z, x: z + x, lambda z, x: x + z, torch.add])
+@pytest.mark.parametrize("add", [operator.add, lambda z, x: x + z, torch.add])
 def test_broadcast_residuals(calls, shape, add):
-    model = Of(lambda self, x: F.relu(add(self.bn(x[0]), x[1])), bn=nn.BatchNorm2d(6)).double()
+    model = Adds(add).double()
     ours = fastbn.convert(copy.deepcopy(model), fuse=True)
     assert "bn" in fastbn.report(ours).fused
     for dtype in (torch.float64, torch.float32):
-        x = (images(), torch.randn(shape, dtype=dtype))
-        calls["one by one"] = 0
-        wrapped = [Of(lambda self, x, residual=x[1]: self.m((x, residual)), m=m) for m in (ours, model)]
-        calls["fused"] = 0
-        assert_same_steps(*wrapped, x[0])
+        calls.update({"fused": 0, "one by one": 0})
+        assert_same_steps(ours, model, images(), torch.randn(shape, dtype=dtype))
         assert calls["one by one"] and not calls["fused"]
+    assert_same_steps(ours, model, images(), images())
+    assert calls["fused"]
 
 
 def test_type_promotion_of_the_residual():
