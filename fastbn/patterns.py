@@ -295,7 +295,7 @@ def describe(node, modules):
         module = modules[node.target]
         hooks = "" if is_plain(module) else ", which has hooks"
         return f"{node.target} ({type(module).__name__}{hooks})"
-    return str(getattr(node.target, "__name__", node.target))
+    return "an input" if node.op == "placeholder" else str(getattr(node.target, "__name__", node.target))
 
 
 def replace(graph, matches):
