@@ -8,7 +8,9 @@ from . import functional
 from .autograd import BatchNormFunction
 from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
+from .fold import fold
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .report import Report, report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +23,11 @@ __all__ = [
     "BatchNormFunction",
     "CudaPlan",
     "Plan",
+    "Report",
     "convert",
     "explain",
+    "fold",
     "functional",
+    "report",
     "revert",
 ]

@@ -5,7 +5,10 @@ Modules flow in; the same modules flow out, with other classes.
 
 import torch
 
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .fuse import described, unfuse
+from .fuse import fuse as _fuse
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormAct
+from .report import Report, forget, keep
 
 _TO_FASTBN = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -26,27 +29,53 @@ def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
     other people's, ``SyncBatchNorm``, a lazy batch norm that has not seen its first batch, and a batch norm
     with a parametrization (torch gives each of these a class of its own; convert first, then parametrize).
 
+    With ``fuse`` true, batch norms also take in the activations and residual adds that follow them: batch norm ->
+    activation, -> add -> activation, and -> add, written with modules, functions, methods or operators, within one
+    forward or across the end of a submodule. ``print(fastbn.report(model))`` tells what was fused, and why the
+    rest was not. The tree, its classes (as isinstance sees them), the keys of state_dict and what each module computes
+    when it is called on its own stay as they were. Only forwards that call what is fused run another list of
+    operations, made by torch.fx, for as long as all that their Python code looked at (modes, attributes, hooks, kinds
+    of arguments) is as it was; otherwise, and under torch.compile, torch.export and torch.jit.trace, they run
+    themselves. Global variables and what objects other than modules hold are not looked at: call convert again after
+    changing those.
+
     Args:
         module: any module; it may be a batch norm itself.
-        fuse: also fuse the activations and residual adds that follow. Not available yet.
+        fuse: also fuse the activations and residual adds that follow.
 
     Returns:
         ``module``.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
-        NotImplementedError: ``fuse`` is true.
     """
     _check_module(module, "convert")
+    _reclass(module, _TO_FASTBN)
     if fuse:
-        raise NotImplementedError(
-            "fastbn.convert: fuse=True is not implemented yet; fuse=False swaps the batch norms alone"
-        )
-    return _reclass(module, _TO_FASTBN)
+        keep(module, _report(module, *_fuse(module)))
+    return module
+
+
+def _report(root, fused, left):
+    names = {m: name for name, m in root.named_modules()}
+    made = Report()
+    made.fused = described(fused, names)
+    for bn, name in names.items():
+        if type(bn) in _TO_TORCH:
+            made.swapped.append(name)
+        elif not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm) or isinstance(bn, _BatchNormAct):
+            continue
+        if bn in fused:
+            continue
+        if type(bn) not in _TO_TORCH:
+            made.left[name] = f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
+        else:
+            made.left[name] = "; ".join(dict.fromkeys(left.get(bn, ["no forward that torch.fx traces calls it"])))
+    return made
 
 
 def revert(module: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`convert`, in place: every fastbn batch norm becomes torch's again.
+    """Undo :func:`convert`, in place: every fastbn batch norm becomes torch's again, and every forward its class's.
 
     For tools that look for the exact classes of ``torch.nn``, such as exporters and quantizers.
 
@@ -54,6 +83,8 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
     _check_module(module, "revert")
+    unfuse(module)
+    forget(module)
     return _reclass(module, _TO_TORCH)
 
 

@@ -1,0 +1,190 @@
+"""In: a model in eval mode. Out: the same, its batch norms multiplied into the convolutions or linear layers before.
+
+y = (W x + b - mean) * scale + bias, scale = weight / sqrt(var + eps), is W' x + b' with W' = W * scale along the output
+channels and b' = (b - mean) * scale + bias (Jacob et al. 2018, section 3.2).
+"""
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from . import patterns
+from .fuse import Analysis, described, fuse, is_fused
+from .report import Report, keep
+from .tracing import is_plain
+
+# The batch norm that can follow, and the dimensions of the tensor between.
+_PAIRS = {
+    nn.Conv1d: ("BatchNorm1d", 3), nn.ConvTranspose1d: ("BatchNorm1d", 3), nn.Linear: ("BatchNorm1d", 2),
+    nn.Conv2d: ("BatchNorm2d", 4), nn.ConvTranspose2d: ("BatchNorm2d", 4),
+    nn.Conv3d: ("BatchNorm3d", 5), nn.ConvTranspose3d: ("BatchNorm3d", 5),
+}  # fmt: skip
+
+
+class FoldedBatchNorm(nn.Identity):
+    """What stands where a batch norm was: it returns its input, and refuses what the fold is not right for."""
+
+    def __init__(self, into, dimensions):
+        super().__init__()
+        self.into, self.dimensions = into, dimensions
+        self.training = False
+
+    def extra_repr(self):
+        return f"into {self.into}"
+
+    def forward(self, input):
+        if self.training:
+            raise RuntimeError(f"this batch norm was folded into {self.into} for inference and cannot be trained")
+        if input.dim() != self.dimensions:  # the channels of other inputs are not those of the layer before
+            raise ValueError(f"this batch norm was folded into {self.into} for {self.dimensions}D, not {input.dim()}D")
+        return input
+
+
+def fold(module: nn.Module) -> nn.Module:
+    """Fold batch norms into the convolution or linear layer before them, in place, for inference.
+
+    For torch.nn's and fastbn's batch norms, before or after :func:`convert`, fused or not; what follows them (an
+    activation, an add) stays. Weights are computed in float64 and are new parameters of the layer's dtype; the batch
+    norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert` does not undo
+    this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells what was folded,
+    and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it, the layer's
+    output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The forward is looked
+    at with the arguments that its callers give it, or its defaults, and as its attributes are now. A layer that an
+    untraceable forward of an outer module takes from within an inner one is not seen.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: it is in training mode.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"fastbn.fold: expected a torch.nn.Module, got {type(module).__name__}")
+    if module.training:
+        raise ValueError("fastbn.fold: the module is in training mode, where batch norm cannot be folded; call eval()")
+    folded = {name: m.into for name, m in module.named_modules() if isinstance(m, FoldedBatchNorm)}
+    left = {}
+    model = _Model(module)
+    for owner, node in model.batch_norms():
+        modules = model.paths[owner]
+        name, why = model.names[modules[node.target]][0], model.objection(owner, node)
+        if why is None:
+            layer = modules[node.args[0].target]
+            why = _fold_into(layer, modules[node.target])
+        if why is None:
+            folded[name] = model.names[layer][0]
+            model.replace(name, FoldedBatchNorm(folded[name], _PAIRS[type(layer)][1]))
+        else:
+            left[name] = why
+    for bn, names in model.names.items():
+        if isinstance(bn, nn.modules.batchnorm._BatchNorm) and names[0] not in folded:
+            left.setdefault(names[0], model.untraced(bn))
+    fused = fuse(module)[0] if any(map(is_fused, module.modules())) else {}
+    names = {m: name for name, m in module.named_modules()}
+    swapped = [name for m, name in names.items() if type(m) in patterns.OURS]
+    keep(module, Report(swapped, described(fused, names), folded, left))
+    return module
+
+
+class _Model:
+    """A model's forwards in eval mode, and who uses what how often."""
+
+    def __init__(self, root):
+        self.root = root
+        self.analysis = Analysis(root, modes=(False,))
+        self.names, self.calls, self.owners, self.taken = {}, Counter(), Counter(), set()
+        for name, m in root.named_modules(remove_duplicate=False):
+            self.names.setdefault(m, []).append(name)
+        for m in self.names:
+            self.owners.update(map(id, m._parameters.values()))
+        self.paths = {m: dict(m.named_modules(remove_duplicate=False)) for m in self.analysis.traces}
+        for owner, graph in self._graphs():
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    self.calls[self.paths[owner][node.target]] += 1
+                elif node.op == "get_attr":
+                    self.taken.add(id(patterns.tensor_at(node.target, self.paths[owner])))
+
+    def _graphs(self):
+        for owner, traces in self.analysis.traces.items():
+            yield owner, traces[0].graph
+
+    def batch_norms(self):
+        seen = set()
+        for owner, graph in self._graphs():
+            for node in graph.nodes:
+                if patterns.is_batch_norm(node, self.paths[owner]) and self.paths[owner][node.target] not in seen:
+                    seen.add(self.paths[owner][node.target])
+                    yield owner, node
+
+    def objection(self, owner, node):
+        """Why a batch norm cannot be folded, or None."""
+        modules, before = self.paths[owner], node.args[0]
+        bn = modules[node.target]
+        layer = modules[before.target] if before.op == "call_module" else None
+        if type(layer) not in _PAIRS:
+            return f"follows {patterns.describe(before, modules)}, which has no weights to take it in"
+        if type(bn).__name__ != _PAIRS[type(layer)][0]:
+            return f"{type(bn).__name__} does not go with {type(layer).__name__}"
+        if len(before.users) != 1:
+            return f"the output of {before.target} is used {len(before.users)} times"
+        for m in (layer, bn):
+            name = self.names[m][0]
+            if self.calls[m] != 1 or len(self.names[m]) != 1:
+                return f"{name} is used in more than one place"
+            if not is_plain(m):
+                return f"{name} has hooks, or a forward of its own"
+            own = [p for p in (*m._parameters.values(), *m._buffers.values()) if p is not None]
+            if any(id(p) in self.taken or self.owners[id(p)] > 1 for p in own):
+                return f"{name} shares its parameters"
+        if bn.training:
+            return "it is in training mode"
+        if bn.running_mean is None or bn.running_var is None:
+            return "it has no running statistics"
+        if len(before.args) != 1 or before.kwargs:
+            return f"{before.target} is called with more than its input"
+        return None
+
+    def untraced(self, bn):
+        if type(bn) not in (*patterns.TORCHS, *patterns.OURS):
+            return f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
+        for m, why in self.analysis.reasons.items():
+            if bn in set(m.modules()):
+                return f"{type(m).__name__}: {why}"
+        return "no forward that torch.fx traces calls it"
+
+    def replace(self, name, new):
+        parent, _, child = name.rpartition(".")
+        self.root.get_submodule(parent)._modules[child] = new
+
+
+@torch.no_grad()
+def _fold_into(layer, bn):
+    """Give the layer its new weights; or say why not, and leave it as it was."""
+    weight, bias = layer.weight, layer.bias
+    if not weight.is_floating_point() or weight.is_meta:
+        return f"its layer has {weight.dtype} weights on {weight.device}"
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if channels != bn.num_features:
+        return f"it has {bn.num_features} channels, and the layer before it {channels}"
+    scale = torch.rsqrt(bn.running_var.double() + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.double()
+    shift = -bn.running_mean.double() if bias is None else bias.double() - bn.running_mean.double()
+    shift = shift * scale if bn.bias is None else shift * scale + bn.bias.double()
+    if transposed:  # (in, out / groups, ...): group g of the inputs makes group g of the outputs
+        groups = layer.groups
+        wide = weight.double().unflatten(0, (groups, -1))
+        wide = wide * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+        new = wide.flatten(0, 1)
+    else:
+        new = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    new, shift = new.to(weight.dtype), shift.to(weight.dtype)
+    if weight.isfinite().all() and not (new.isfinite().all() and shift.isfinite().all()):
+        return f"the folded weights do not fit into {weight.dtype}"
+    layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+    layer.bias = nn.Parameter(shift, requires_grad=weight.requires_grad)
+    return None
