@@ -33,6 +33,7 @@ Geometry geometry_of(const Plan& plan);
 struct Piece {
   int64_t offset;
   int first, last;
+  int64_t index;  // of its byte in a mask: one a vector, so that no two blocks write the same
 };
 
 // What one block has of one item.
@@ -77,7 +78,8 @@ struct RowsWalk {
     const int64_t within = V == 1 ? 0 : offset & (V - 1);  // of the row's begin, in its first vector
     const int64_t at = int64_t(vector) * V - within;       // in the row
     const int64_t end = g.columns_a_channel - at;
-    return {offset + at, at < 0 ? int(-at) : 0, int(larger<int64_t>(0, smaller<int64_t>(V, end)))};
+    return {offset + at, at < 0 ? int(-at) : 0, int(larger<int64_t>(0, smaller<int64_t>(V, end))),
+            item * g.pieces + (to - left)};
   }
 
   // Values of the channel that come before a vector.
@@ -143,7 +145,7 @@ struct ColumnsWalk {
     row += rows_a_step();
     offset += rows_a_step() * g.stride;
   }
-  FASTBN_D Piece piece() const { return {offset, 0, V}; }
+  FASTBN_D Piece piece() const { return {offset, 0, V, offset / V}; }
 
   FASTBN_D Share share() const { return {first_channel, channels, double(int64_t(to - from) * g.columns_a_channel)}; }
   FASTBN_D int64_t some_value(int channel) const {
@@ -199,6 +201,25 @@ FASTBN_D void store_piece(T* y, const Piece& p, const Raw<T, V>& raw) {
     for (int j = 0; j < V; ++j) {
       if (j >= p.first && j < p.last) store(y + p.offset + j, e[j]);
     }
+  }
+}
+
+// The next pieces of a thread, so many that their loads are in flight together: load(u, piece), then use(u, piece) for
+// each of them that has elements.
+template <int at_once, class Walk, class Load, class Use>
+FASTBN_D void take_pieces(Walk& walk, const Load& load, const Use& use) {
+  Piece piece[at_once];
+#pragma unroll
+  for (int u = 0; u < at_once; ++u) {
+    piece[u] = {0, 0, 0, 0};
+    if (!walk.more()) continue;
+    piece[u] = walk.piece();
+    load(u, piece[u]);
+    walk.next();
+  }
+#pragma unroll
+  for (int u = 0; u < at_once; ++u) {
+    if (piece[u].first < piece[u].last) use(u, piece[u]);
   }
 }
 
