@@ -19,8 +19,7 @@ template <class T, int V>
 constexpr bool masks = V > 1 && sizeof(T) <= 4;
 
 template <class Act>
-constexpr bool has_blocked =
-    std::is_same_v<Act, Relu> || std::is_same_v<Act, LeakyRelu> || std::is_same_v<Act, Relu6>;
+constexpr bool has_blocked = std::is_same_v<Act, Relu> || std::is_same_v<Act, LeakyRelu> || std::is_same_v<Act, Relu6>;
 
 // body(functor)
 template <class Act, class Body>

@@ -8,7 +8,9 @@ namespace fastbn::cuda {
 
 namespace {
 
-constexpr int at_once = 2;  // loads in flight of a thread, of each tensor
+// Loads in flight of a thread, of each tensor.
+template <class Walk, class Gradient>
+constexpr int loads_at_once = takes_anew<Walk, Gradient> ? 1 : 2;
 
 template <class T, class Walk, int V, class Gradient>
 __global__ void __launch_bounds__(threads_a_block, Gradient::plain ? 3 : 2)
@@ -40,6 +42,7 @@ __global__ void __launch_bounds__(threads_a_block, Gradient::plain ? 3 : 2)
   A z[4][Walk::slots];  // mean, x_scale, scale, shift
   take(walk, scratch, z);
 
+  constexpr int at_once = loads_at_once<Walk, Gradient>;
   const Gradient gradient{args};
   walk.start();
   while (walk.more()) {
@@ -54,13 +57,12 @@ __global__ void __launch_bounds__(threads_a_block, Gradient::plain ? 3 : 2)
         },
         [&](int u, const Piece& p) {
           A dz[V], value[V];
-          widen<T, V>(raw_dy[u], dz);
           widen<T, V>(raw_x[u], value);
-          gradient.turn(beside[u], dz, [&](int j) {
+          const auto z_of = [&](int j) {
             const int slot = Walk::slots == 1 ? 0 : j;
             return normalized(value[j], z[0][slot], z[2][slot], shift[slot]);
-          });
-          gradient.keep(p, narrow<T, V>(dz));
+          };
+          gradient.keep(p, gradient.turn(beside[u], raw_dy[u], z_of, dz));
           differentiate<Walk::slots>(dz, value, z);
           store_piece<T, V>(dx, p, narrow<T, V>(dz));
         });

@@ -47,25 +47,46 @@ __global__ void __launch_bounds__(threads_a_block, 4)
       A z[Gradient::recomputes ? 3 : 1][Walk::slots];  // mean; scale, shift
       take(walk, scratch, z);
       ThreadSums<T, Walk::slots, Walk::slots == 1> sums;
-      meet_all(
-          walk,
-          [&](const Piece& p, int step) {
-            A dz[V], value[V];
-            widen<T, V>(shared_load16(slice_dy.at(walk, step)), dz);
-            widen<T, V>(shared_load16(slice_x.at(walk, step)), value);
-            if constexpr (takes_anew<Walk, Gradient>) take(walk, scratch, z);
-            if constexpr (!Gradient::plain) {
-              gradient.turn(gradient.load_beside(p), dz, [&](int j) {
-                const int slot = Walk::slots == 1 ? 0 : j;
-                return normalized(value[j], z[0][slot], z[1][slot], z[2][slot]);
-              });
-              // In the place of dy, for the thread itself to meet again below.
-              shared_store16(slice_dy.at(walk, step), narrow<T, V>(dz));
-            }
-            each_element<V, Walk::slots>(
-                p, [&](int j, int slot) { sums.add(slot, S(dz[j]), S(value[j]) - S(z[0][slot])); });
-          },
-          [&] { sums.flush(); });
+      MasksAhead<Walk> masks{static_cast<const uint8_t*>(args.mask)};
+      if constexpr (Gradient::masked) walk.start(), masks.fetch(walk);
+      const auto meet = [&](const Piece& p, int step, auto turns, auto adds) {
+        A dz[V], value[V];
+        const Bytes16 raw_dy = shared_load16(slice_dy.at(walk, step));
+        widen<T, V>(shared_load16(slice_x.at(walk, step)), value);
+        if constexpr (decltype(turns)::value) {
+          if constexpr (takes_anew<Walk, Gradient>) take(walk, scratch, z);
+          const auto z_of = [&](int j) {
+            const int slot = Walk::slots == 1 ? 0 : j;
+            return normalized(value[j], z[0][slot], z[1][slot], z[2][slot]);
+          };
+          typename Gradient::Beside beside;
+          if constexpr (Gradient::masked) {
+            beside = masks.at(walk, step);
+          } else {
+            beside = gradient.load_beside(p);
+          }
+          // In the place of dy, for the thread itself to meet again.
+          shared_store16(slice_dy.at(walk, step), gradient.turn(beside, raw_dy, z_of, dz));
+        } else {
+          widen<T, V>(raw_dy, dz);
+        }
+        if constexpr (decltype(adds)::value) {
+          each_element<V, Walk::slots>(p,
+                                       [&](int j, int slot) { sums.add(slot, S(dz[j]), S(value[j]) - S(z[0][slot])); });
+        }
+      };
+      const std::bool_constant<!Gradient::plain> turns;
+      const std::true_type yes;
+      const std::false_type no;
+      // One after the other, where there are no registers for both at once.
+      constexpr bool apart = takes_anew<Walk, Gradient> || (spares_registers && !Gradient::plain && Walk::slots == 8);
+      if constexpr (apart) {
+        meet_all(walk, [&](const Piece& p, int step) { meet(p, step, yes, no); }, [] {});
+        take(walk, scratch, z);
+        meet_all(walk, [&](const Piece& p, int step) { meet(p, step, no, yes); }, [&] { sums.flush(); });
+      } else {
+        meet_all(walk, [&](const Piece& p, int step) { meet(p, step, turns, yes); }, [&] { sums.flush(); });
+      }
       block_sums(walk, sums.firsts(), sums.seconds(), scratch);
     }
 

@@ -8,7 +8,9 @@ namespace fastbn::cuda {
 
 namespace {
 
-constexpr int at_once = 2;  // loads in flight of a thread, of each tensor
+// Loads in flight of a thread, of each tensor.
+template <class Walk, class Gradient>
+constexpr int loads_at_once = takes_anew<Walk, Gradient> ? 1 : 2;
 constexpr int loads_a_sum = 16;
 
 // summing, scaling: which of the two an eval pass was asked for; a training pass sums.
@@ -33,6 +35,7 @@ __global__ void __launch_bounds__(threads_a_block, 2)
   A z[3][Walk::slots];  // mean, scale, shift
   take(walk, scratch, z);
 
+  constexpr int at_once = loads_at_once<Walk, Gradient>;
   const Gradient gradient{args};
   const bool reading = summing || gradient.needs_input();
   ThreadSums<T, Walk::slots, true> thread_sums;
@@ -51,14 +54,14 @@ __global__ void __launch_bounds__(threads_a_block, 2)
           },
           [&](int u, const Piece& p) {
             A dz[V], value[V];
-            widen<T, V>(raw_dy[u], dz);
             widen<T, V>(raw_x[u], value);
             if constexpr (takes_anew<Walk, Gradient>) take(walk, scratch, z);
-            gradient.turn(beside[u], dz, [&](int j) {
+            const auto z_of = [&](int j) {
               const int slot = Walk::slots == 1 ? 0 : j;
               return normalized(value[j], z[0][slot], z[1][slot], z[2][slot]);
-            });
-            if (scaling) gradient.keep(p, narrow<T, V>(dz));
+            };
+            const Raw<T, V> raw_dz = gradient.turn(beside[u], raw_dy[u], z_of, dz);
+            if (scaling) gradient.keep(p, raw_dz);
             each_element<V, Walk::slots>(p, [&](int j, int slot) {
               thread_sums.add(slot, S(dz[j]), S(value[j]) - S(z[0][slot]));
               dz[j] *= z[1][slot];

@@ -9,8 +9,8 @@ namespace fastbn::cuda {
 // In the place of an activation: one that has a mask.
 struct Masked {};
 
-// Act: Identity (dz is dy), Masked, or one of core/activation.h (Any: the one that the arguments name, with a residual if
-// there is one), for which z is computed once more from the input.
+// Act: Identity (dz is dy), Masked, or one of core/activation.h that has blocked(), or Any: the one that the arguments
+// name, with a residual if there is one. For the last two z is computed once more from the input.
 template <class T, int V, class Act>
 struct Gradient {
   using A = acc_t<T>;
@@ -21,9 +21,7 @@ struct Gradient {
 
   const Backward& args;
 
-  FASTBN_D bool needs_input() const {
-    return any ? args.epilogue.activation != Activation::identity : recomputes;
-  }
+  FASTBN_D bool needs_input() const { return any ? args.epilogue.activation != Activation::identity : recomputes; }
 
   FASTBN_D Beside load_beside(const Piece& p) const {
     Beside beside{};
@@ -35,32 +33,25 @@ struct Gradient {
     return beside;
   }
 
-  // dy becomes dz. z(j): of an element, without its residual.
+  // dz of the elements of dy, and as it is stored. z(j): of an element, without its residual.
   template <class Z>
-  FASTBN_D void turn(const Beside& beside, A (&dy)[V], const Z& z) const {
-    const A param = A(args.epilogue.param);
+  FASTBN_D Raw<T, V> turn(const Beside& beside, const Raw<T, V>& dy, const Z& z, A (&dz)[V]) const {
+    Raw<T, V> raw = dy;
     if constexpr (masked) {
-      scale_blocked(beside, param, dy);
-    } else if constexpr (any) {
-      if (!needs_input()) return;
-      A sum[V];
-#pragma unroll
-      for (int j = 0; j < V; ++j) sum[j] = z(j);
-      if (args.epilogue.residual != nullptr) {
-        A residual[V];
-        widen<T, V>(beside, residual);
-#pragma unroll
-        for (int j = 0; j < V; ++j) sum[j] += residual[j];
-      }
-      dispatch_activation(args.epilogue.activation, [&](auto act) {
-        using F = decltype(act);
-#pragma unroll
-        for (int j = 0; j < V; ++j) dy[j] = F::template backward<Math>(dy[j], sum[j], param);
-      });
-    } else if constexpr (!plain) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) dy[j] = Act::template backward<Math>(dy[j], z(j), param);
+      raw = block(beside, dy);
     }
+    widen<T, V>(raw, dz);
+    if constexpr (any) {
+      if (needs_input()) {
+        scale(beside, z, dz);
+        raw = narrow<T, V>(dz);
+      }
+    } else if constexpr (recomputes) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) dz[j] = Act::template backward<Math>(dz[j], z(j), A(0));
+      raw = narrow<T, V>(dz);
+    }
+    return raw;
   }
 
   FASTBN_D void keep(const Piece& p, const Raw<T, V>& dz) const {
@@ -71,12 +62,43 @@ struct Gradient {
 
  private:
   // A parameter of zero lets nothing through, not even what is no number.
-  static FASTBN_D void scale_blocked(unsigned bits, A param, A (&dy)[V]) {
+  FASTBN_D Bytes16 block(unsigned bits, Bytes16 dy) const {
+    const float param = masked ? float(args.epilogue.param) : 0.0f;
+    constexpr int of_word = V / 4;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const A scaled = param == 0 ? A(0) : dy[j] * param;
-      dy[j] = (bits >> j & 1) != 0 ? scaled : dy[j];
+    for (int i = 0; i < 4; ++i, bits >>= of_word) {
+      const uint32_t first = 0u - (bits & 1), second = 0u - (bits >> 1 & 1);
+      const uint32_t blocked = of_word == 1 ? first : (first & 0xffffu) | (second & 0xffff0000u);
+      uint32_t scaled = 0;
+      if (param != 0) {
+        float value[of_word];
+        widen_word(dy.word[i], static_cast<T*>(nullptr), value);
+#pragma unroll
+        for (int j = 0; j < of_word; ++j) value[j] *= param;
+        scaled = narrow_word(static_cast<T*>(nullptr), value);
+      }
+      dy.word[i] = (dy.word[i] & ~blocked) | (scaled & blocked);
     }
+    return dy;
+  }
+
+  template <class Z>
+  FASTBN_D void scale(const Beside& beside, const Z& z, A (&dy)[V]) const {
+    A sum[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum[j] = z(j);
+    if (args.epilogue.residual != nullptr) {
+      A residual[V];
+      widen<T, V>(beside, residual);
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum[j] += residual[j];
+    }
+    dispatch_activation(args.epilogue.activation, [&](auto act) {
+      using F = decltype(act);
+      const A param = A(args.epilogue.param);
+#pragma unroll
+      for (int j = 0; j < V; ++j) dy[j] = F::template backward<Math>(dy[j], sum[j], param);
+    });
   }
 };
 

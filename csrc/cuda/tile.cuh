@@ -67,6 +67,8 @@ struct RowsWalk {
     offset = row * g.stride + item * g.columns_a_channel;
     left = Index(to - index);
   }
+  // Where an offset is seldom needed, it is found again rather than kept in registers.
+  FASTBN_D void find_offset() {}
   FASTBN_D bool more() const { return left > 0; }
   FASTBN_D void next() {
     left -= Index(threads_a_block);
@@ -107,6 +109,8 @@ struct RowsWalk {
   FASTBN_D int place() const { return int(threadIdx.x); }
   FASTBN_D int places() const { return int(threads_a_block); }
   FASTBN_D int64_t steps() const { return ceil_div(to - from, threads_a_block); }
+  // Of this thread, from where it is.
+  FASTBN_D int steps_left() const { return left > 0 ? int((left + Index(threads_a_block - 1)) >> log2_threads) : 0; }
 };
 
 // An item is some neighbouring whole vectors of every row; a thread stays at one of them, so that the channels of its
@@ -137,9 +141,10 @@ struct ColumnsWalk {
 
   FASTBN_D void start() {
     row = from + (int(threadIdx.x) >> g.log2_lanes);
-    offset = int64_t(row) * g.stride + first_channel * g.columns_a_channel + lane() * V;
+    find_offset();
     if (idle()) row = to;
   }
+  FASTBN_D void find_offset() { offset = int64_t(row) * g.stride + first_channel * g.columns_a_channel + lane() * V; }
   FASTBN_D bool more() const { return row < to; }
   FASTBN_D void next() {
     row += rows_a_step();
@@ -167,6 +172,9 @@ struct ColumnsWalk {
   FASTBN_D int place() const { return (int(threadIdx.x) >> g.log2_lanes) * vectors + lane(); }
   FASTBN_D int places() const { return rows_a_step() * vectors; }
   FASTBN_D int64_t steps() const { return (int64_t(to - from) + rows_a_step() - 1) >> (log2_threads - g.log2_lanes); }
+  FASTBN_D int steps_left() const {
+    return more() ? int((to - row + rows_a_step() - 1) >> (log2_threads - g.log2_lanes)) : 0;
+  }
 };
 
 template <class T, int V>

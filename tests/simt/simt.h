@@ -97,6 +97,8 @@ inline Device query_device() {
 
 inline int current_device() { return int(simt::config.device); }
 
+constexpr bool spares_registers = false;
+
 inline int opaque(int x) { return x; }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
