@@ -11,7 +11,7 @@ namespace fastbn::cuda {
 // In the place of an activation: the one that the arguments name, found once a piece.
 struct Any {};
 
-// What a kernel holds of a piece beside its input, where there is nothing.
+// What a thread holds of a piece beside the input, where that is nothing.
 struct Nothing {};
 
 // Where a mask is made: one byte a vector.
@@ -36,7 +36,6 @@ template <class T, int V, class Act, bool adds>
 struct Ending {
   using A = acc_t<T>;
   using Beside = std::conditional_t<adds, Raw<T, V>, Nothing>;
-
   static constexpr bool with_residual = adds, any = std::is_same_v<Act, Any>;
 
   const Forward& args;

@@ -1,5 +1,5 @@
-// In: dy of a piece. Out: dz = dy * act'(z), in its place, and written where the gradient of the residual is asked for.
-// What kernels of the backward pass are templates of.
+// In: dy of a piece. Out: dz = dy * act'(z), written where the gradient of the residual is asked for. What kernels of
+// the backward pass are templates of.
 #pragma once
 
 #include "ending.cuh"
@@ -9,8 +9,8 @@ namespace fastbn::cuda {
 // In the place of an activation: one that has a mask.
 struct Masked {};
 
-// Act: Identity (dz is dy), Masked, or one of core/activation.h that has blocked(), or Any: the one that the arguments
-// name, with a residual if there is one. For the last two z is computed once more from the input.
+// Act: Identity (dz is dy), Masked, Relu, or Any: what the arguments name, with a residual if there is one. For the last
+// two, z is computed once more from the input.
 template <class T, int V, class Act>
 struct Gradient {
   using A = acc_t<T>;
@@ -37,9 +37,7 @@ struct Gradient {
   template <class Z>
   FASTBN_D Raw<T, V> turn(const Beside& beside, const Raw<T, V>& dy, const Z& z, A (&dz)[V]) const {
     Raw<T, V> raw = dy;
-    if constexpr (masked) {
-      raw = block(beside, dy);
-    }
+    if constexpr (masked) raw = block(beside, dy);
     widen<T, V>(raw, dz);
     if constexpr (any) {
       if (needs_input()) {
@@ -61,9 +59,10 @@ struct Gradient {
   }
 
  private:
-  // A parameter of zero lets nothing through, not even what is no number.
+  // Word by word as it is stored, which takes the fewest registers. A parameter of zero lets nothing through, not even
+  // what is no number.
   FASTBN_D Bytes16 block(unsigned bits, Bytes16 dy) const {
-    const float param = masked ? float(args.epilogue.param) : 0.0f;
+    const float param = float(args.epilogue.param);
     constexpr int of_word = V / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i, bits >>= of_word) {
