@@ -2,7 +2,7 @@
 and the built library. Out: a table (as JSON too), a line for each broken rule, and exit status 1 if there is one.
 
 Rules, for each kernel and architecture:
-1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic; two registers at
+1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic; ten registers at
    most in kernels that find their activation at run time, whose arithmetic takes longer than that;
 2. no more registers than `registers_a_thread` of csrc/cuda/plan.h, for kernels of the resident strategy;
 3. kernels that walk in whole vectors load and store 16 bytes at a time (SASS: LDG.E.128 or LDGSTS...128, STG.E.128),
@@ -58,7 +58,7 @@ class Kernel:
 
     @property
     def spill_allowed(self) -> int:
-        return 8 if re.search(r"\bAny\b", self.name) else 0
+        return 40 if re.search(r"\bAny\b", self.name) else 0
 
     @property
     def vectors(self) -> bool:

@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(threads_a_block, 2)
             };
             const Raw<T, V> raw_dz = gradient.turn(beside[u], raw_dy[u], z_of, dz);
             if (scaling) gradient.keep(p, raw_dz);
+            if constexpr (takes_anew<Walk, Gradient>) take(walk, scratch, z);
             each_element<V, Walk::slots>(p, [&](int j, int slot) {
               thread_sums.add(slot, S(dz[j]), S(value[j]) - S(z[0][slot]));
               dz[j] *= z[1][slot];

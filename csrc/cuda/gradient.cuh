@@ -9,8 +9,8 @@ namespace fastbn::cuda {
 // In the place of an activation: one that has a mask.
 struct Masked {};
 
-// Act: Identity (dz is dy), Masked, Relu, or Any: what the arguments name, with a residual if there is one. For the last
-// two, z is computed once more from the input.
+// Act: Identity (dz is dy), Masked, Relu, or Any: what the arguments name, with a residual if there is one. For the
+// last two, z is computed once more from the input.
 template <class T, int V, class Act>
 struct Gradient {
   using A = acc_t<T>;
