@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(threads_a_block, 2)
       take_pieces<at_once>(
           walk,
           [&](int u, const Piece& p) {
-            raw_dy[u] = load_piece<T, V>(dy, p);
+            raw_dy[u] = load_piece<T, V>(dy, p, Gradient::masked);
             raw_x[u] = reading ? load_piece<T, V>(x, p) : Raw<T, V>{};
             beside[u] = gradient.load_beside(p);
           },

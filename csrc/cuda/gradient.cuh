@@ -52,6 +52,7 @@ struct Gradient {
     return raw;
   }
 
+  // It may be where dy is, where blocking twice is the same as once: each element is read by the thread that writes it.
   FASTBN_D void keep(const Piece& p, const Raw<T, V>& dz) const {
     if constexpr (masked || any) {
       if (args.grad_residual != nullptr) store_piece<T, V>(static_cast<T*>(args.grad_residual), p, dz);

@@ -22,7 +22,7 @@ struct Slice {
     if (p.first == 0 && p.last == V) {
       copy16(at(walk, step), x + p.offset);
     } else if (p.first < p.last) {
-      shared_store16(at(walk, step), load_piece<T, V>(x, p));
+      shared_store16(at(walk, step), load_piece<T, V>(x, p, true));
     }
   }
 };

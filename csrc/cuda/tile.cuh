@@ -186,7 +186,7 @@ FASTBN_D Raw<T, V> load_piece(const T* x, const Piece& p, bool last_use = false)
     T e[V] = {};
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (j >= p.first && j < p.last) e[j] = load(x + p.offset + j);
+      if (j >= p.first && j < p.last) e[j] = last_use ? load_last(x + p.offset + j) : load(x + p.offset + j);
     }
     Bytes16 raw;
     memcpy(&raw, e, 16);

@@ -110,6 +110,11 @@ T load(const T* p, SIMT_WHERE) {
   return *p;
 }
 template <class T>
+T load_last(const T* p, SIMT_WHERE) {
+  simt::note_global(p, sizeof(T), simt::Access::read, where);
+  return *p;
+}
+template <class T>
 void store(T* p, T value, SIMT_WHERE) {
   simt::note_global(p, sizeof(T), simt::Access::write, where);
   *p = value;
