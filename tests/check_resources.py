@@ -2,7 +2,8 @@
 and the built library. Out: a table (as JSON too), a line for each broken rule, and exit status 1 if there is one.
 
 Rules, for each kernel and architecture:
-1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic;
+1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic; ten registers at
+   most in kernels that find their activation at run time, whose arithmetic takes longer than that;
 2. no more registers than `registers_a_thread` of csrc/cuda/plan.h, for kernels of the resident strategy;
 3. kernels that walk in whole vectors load and store 16 bytes at a time (SASS: LDG.E.128 or LDGSTS...128, STG.E.128),
    and nothing in SASS touches local memory.
@@ -54,6 +55,10 @@ class Kernel:
     @property
     def resident(self) -> bool:
         return "resident" in self.name
+
+    @property
+    def spill_allowed(self) -> int:
+        return 40 if re.search(r"\bAny\b", self.name) else 0
 
     @property
     def vectors(self) -> bool:
@@ -138,13 +143,14 @@ def problems_of(kernel: Kernel, registers: int) -> list[str]:
     if not kernel.judged:
         return []
     problems = []
-    if kernel.spill_stores or kernel.spill_loads:
+    spill = max(kernel.spill_stores, kernel.spill_loads)
+    if spill > kernel.spill_allowed:
         problems.append(f"spills {kernel.spill_stores} bytes to memory and reads {kernel.spill_loads} back")
-    if kernel.stack:
+    if kernel.stack and not 0 < spill <= kernel.spill_allowed:
         problems.append(f"has a stack frame of {kernel.stack} bytes")
     if kernel.resident and kernel.registers > registers:
         problems.append(f"uses {kernel.registers} registers, the plan counts on {registers}")
-    if local := kernel.count(LOCAL):
+    if (local := kernel.count(LOCAL)) and not 0 < spill <= kernel.spill_allowed:
         problems.append(f"has {local} instructions on local memory")
     if kernel.vectors and not kernel.count(LOADS, "128"):
         problems.append("loads no 16 bytes at a time")

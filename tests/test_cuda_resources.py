@@ -44,8 +44,15 @@ arch = sm_90
 """
 
 GOOD = resources.Kernel(
-    "resident<float, RowsWalk<float, 4>, Identity>", "sm_90", 64, 0, sass={"LDGSTS.E.BYPASS.128": 1, "STG.E.128": 1}
+    "resident<float, RowsWalk<float, 4, int>, Ending<float, 4, Relu, true> >",
+    "sm_90",
+    64,
+    0,
+    sass={"LDGSTS.E.BYPASS.128": 1, "STG.E.128": 1},
 )
+
+MASKED = "grad_resident<Half, RowsWalk<Half, 8, int>, Gradient<Half, 8, Masked> >"
+ANY = "apply<BFloat16, ColumnsWalk<BFloat16, 8, long>, 8, Ending<BFloat16, 8, Any, true> >"
 
 
 def test_the_log_is_read():
@@ -94,8 +101,14 @@ def test_a_good_kernel_passes():
         ({"sass": {**GOOD.sass, "LDL.64": 2}}, "local memory"),
         ({"sass": {"LDG.E.64": 8, "STG.E.128": 1}}, "loads no 16 bytes"),
         ({"sass": {"LDG.E.128": 8, "STG.E.U16": 1}}, "stores no 16 bytes"),
-        ({"sass": {}, "name": "resident<Half, RowsWalk<Half, 8>, Identity>"}, "loads no 16 bytes"),
-        ({"sass": {}, "name": "apply<BFloat16, ColumnsWalk<BFloat16, 8>, 8, Identity>"}, "stores no 16 bytes"),
+        (
+            {"sass": {}, "name": "grad_resident<Half, RowsWalk<Half, 8, int>, Gradient<Half, 8, Masked> >"},
+            "loads no 16 bytes",
+        ),
+        (
+            {"sass": {}, "name": "apply<BFloat16, ColumnsWalk<BFloat16, 8, long>, 8, Ending<BFloat16, 8, Any, true> >"},
+            "stores no 16 bytes",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -106,9 +119,9 @@ def test_a_broken_rule_is_found(change, message):
 @pytest.mark.parametrize(
     ("name", "vectors"),
     [
-        ("apply<float, RowsWalk<float, 4, long>, 4, Identity>", True),
-        ("resident<BFloat16, ColumnsWalk<BFloat16, 8>, Identity>", True),
-        ("apply<float, RowsWalk<float, 1, int>, 1, Identity>", False),
+        ("apply<float, RowsWalk<float, 4, long>, 4, Ending<float, 4, Identity, false> >", True),
+        ("resident<BFloat16, ColumnsWalk<BFloat16, 8, int>, Ending<BFloat16, 8, Any, true> >", True),
+        ("apply<float, RowsWalk<float, 1, long>, 1, Ending<float, 1, Any, true> >", False),
         ("update_running", False),
     ],
 )
@@ -121,9 +134,18 @@ def test_a_rule_without_kernels_is_a_broken_rule():
     assert len(resources.unjudged([dataclasses.replace(GOOD, name="another<float, Way<float, 4>>")])) == 2
 
 
+def test_few_registers_may_be_spilled_where_the_activation_is_found_at_run_time():
+    for name, spill, holds in [(ANY, 40, True), (ANY, 44, False), (MASKED, 4, False)]:
+        sass = {**GOOD.sass, "STL": 2}
+        kernel = dataclasses.replace(GOOD, name=name, spill_stores=spill, spill_loads=spill, stack=8, sass=sass)
+        assert (resources.problems_of(kernel, 64) == []) == holds
+
+
 def test_what_need_not_hold():
     """float64 is not judged; sums alone store nothing wide; single values are what walks of one value take."""
-    double = dataclasses.replace(GOOD, name="resident<double, RowsWalk<double, 2>, Identity>", registers=90, stack=8)
+    double = dataclasses.replace(
+        GOOD, name="resident<double, RowsWalk<double, 2, int>, Ending<double, 2>>", registers=90, stack=8
+    )
     sums = dataclasses.replace(GOOD, name="stats<float, RowsWalk<float, 4>, 4>", registers=128, sass={"LDG.E.128": 4})
     single = dataclasses.replace(GOOD, name="apply<float, RowsWalk<float, 1>, 1, Identity>", sass={"LDG.E": 4})
     for kernel in (double, sums, single):

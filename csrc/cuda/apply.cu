@@ -1,18 +1,18 @@
 // In: the input and its statistics, of the batch or given. Out: the output. The second half of the streaming forward
 // pass, and all of it in eval.
-#include "../core/activation.h"
 #include "channel.cuh"
+#include "ending.cuh"
 #include "launch.cuh"
 
 namespace fastbn::cuda {
 
 namespace {
 
-constexpr int at_once = 4;  // loads in flight of a thread
+constexpr int loads_at_once = 4;  // of a thread, of all tensors
 
-template <class T, class Walk, int V, class Act>
+template <class T, class Walk, int V, class Ending>
 __global__ void __launch_bounds__(threads_a_block, 3)
-    apply(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, Act act) {
+    apply(const __grid_constant__ Geometry g, const __grid_constant__ Forward args) {
   using A = acc_t<T>;
   FASTBN_DYNAMIC_SHARED(shared);
   // Backwards, so that what the statistics read last, and is still in the cache, is read first.
@@ -35,30 +35,26 @@ __global__ void __launch_bounds__(threads_a_block, 3)
   A z[3][Walk::slots];  // mean, scale, shift
   take(walk, scratch, z);
 
+  constexpr int at_once = Ending::with_residual ? loads_at_once / 2 : loads_at_once;
+  const Ending ending{args};
   walk.start();
   while (walk.more()) {
     Raw<T, V> raw[at_once];
-    Piece piece[at_once];
-#pragma unroll
-    for (int u = 0; u < at_once; ++u) {
-      piece[u] = {0, 0, 0};
-      if (!walk.more()) continue;
-      piece[u] = walk.piece();
-      raw[u] = load_piece<T, V>(x, piece[u], true);
-      walk.next();
-    }
-#pragma unroll
-    for (int u = 0; u < at_once; ++u) {
-      if (piece[u].first >= piece[u].last) continue;
-      A value[V];
-      widen<T, V>(raw[u], value);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const int slot = Walk::slots == 1 ? 0 : j;
-        value[j] = act.forward((value[j] - z[0][slot]) * z[1][slot] + z[2][slot]);
-      }
-      store_piece<T, V>(y, piece[u], narrow<T, V>(value));
-    }
+    typename Ending::Beside beside[at_once];
+    take_pieces<at_once>(
+        walk,
+        [&](int u, const Piece& p) {
+          raw[u] = load_piece<T, V>(x, p, true);
+          beside[u] = ending.load_beside(p);
+        },
+        [&](int u, const Piece& p) {
+          A value[V];
+          widen<T, V>(raw[u], value);
+          if constexpr (takes_anew<Walk, Ending>) take(walk, scratch, z);
+          normalize<Walk::slots>(value, z);
+          ending.finish(p, beside[u], value);
+          store_piece<T, V>(y, p, narrow<T, V>(value));
+        });
   }
 }
 
@@ -68,8 +64,11 @@ void launch_apply(const Plan& plan, const Forward& args, const Stream& stream) {
   dispatch(plan, args.problem.dtype, [&](auto type, auto walk, auto vector) {
     using T = typename decltype(type)::type;
     using W = typename decltype(walk)::type;
-    launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle},
-           apply<T, W, decltype(vector)::value, Identity>, geometry_of(plan), args, Identity{});
+    constexpr int V = decltype(vector)::value;
+    dispatch_ending<T, V>(args.epilogue, [&](auto ending) {
+      launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle},
+             apply<T, W, V, typename decltype(ending)::type>, geometry_of(plan), args);
+    });
   });
 }
 

@@ -27,13 +27,18 @@ bool aligned(std::initializer_list<const void*> tensors) {
 }
 
 // The plan, or the one without groups of blocks where the device has less room for them than was thought.
-template <class BlocksOf>
-Plan plan_that_fits(const Problem& problem, Pass pass, bool training, bool is_aligned, const BlocksOf& blocks_of) {
-  const Plan plan = make_plan(problem, pass, training, is_aligned, device());
-  if (!plan.cooperative || blocks_of(plan, problem.dtype) * plan.multiprocessors >= plan.blocks) return plan;
+template <class Args>
+Plan plan_that_fits(const Args& args, Pass pass, bool is_aligned, int64_t (*blocks_of)(const Plan&, const Args&)) {
+  const Plan plan = make_plan(args.problem, pass, args.training, is_aligned, device());
+  if (!plan.cooperative || blocks_of(plan, args) * plan.multiprocessors >= plan.blocks) return plan;
   Device alone = device();
   alone.cooperative = false;
-  return make_plan(problem, pass, training, is_aligned, alone);
+  return make_plan(args.problem, pass, args.training, is_aligned, alone);
+}
+
+void check_mask(const void* mask, const Plan& plan, DType dtype) {
+  if (mask == nullptr || (plan.vector > 1 && size_of(dtype) <= 4)) return;
+  throw std::runtime_error("fastbn: a mask where the kernels make none");
 }
 
 __global__ void __launch_bounds__(threads_a_block)
@@ -91,8 +96,9 @@ int64_t workspace_bytes(const Problem& problem, Pass pass, bool training) {
 }
 
 void forward(const Forward& args, const Stream& stream) {
-  const Plan plan = plan_that_fits(args.problem, Pass::forward, args.training, aligned({args.input, args.output}),
-                                   resident_blocks_of);
+  const bool is_aligned = aligned({args.input, args.output, args.epilogue.residual});
+  const Plan plan = plan_that_fits(args, Pass::forward, is_aligned, resident_blocks_of);
+  check_mask(args.mask, plan, args.problem.dtype);
   if (plan.strategy == Strategy::resident) {
     launch_resident(plan, args, stream);
     return;
@@ -104,13 +110,13 @@ void forward(const Forward& args, const Stream& stream) {
 void backward(const Backward& args, const Stream& stream) {
   const bool wants_input = args.grad_input != nullptr;
   // Sums alone read each element once as it is: the two launches of the streaming strategy become one.
-  const bool is_aligned = aligned({args.grad_output, args.input, args.grad_input});
-  const Pass pass = Pass::backward;
-  Plan plan{};
-  if (wants_input) {
-    plan = plan_that_fits(args.problem, pass, args.training, is_aligned, grad_resident_blocks_of);
-  } else {
-    plan = make_plan(args.problem, pass, false, is_aligned, device());
+  const bool is_aligned =
+      aligned({args.grad_output, args.input, args.grad_input, args.epilogue.residual, args.grad_residual});
+  const Plan plan = wants_input ? plan_that_fits(args, Pass::backward, is_aligned, grad_resident_blocks_of)
+                                : make_plan(args.problem, Pass::backward, false, is_aligned, device());
+  check_mask(args.mask, plan, args.problem.dtype);
+  if (!wants_input && args.grad_residual != nullptr) {
+    throw std::runtime_error("fastbn: the gradient of the residual is computed together with that of the input");
   }
   if (plan.strategy == Strategy::resident) {
     launch_grad_resident(plan, args, stream);

@@ -3,6 +3,7 @@
 
 #include "../core/dispatch.h"
 #include "../core/formula.h"
+#include "math.cuh"
 #include "reduce.cuh"
 
 namespace fastbn::cuda {
@@ -50,11 +51,17 @@ FASTBN_D void finish_moments(const Forward& args, int64_t channel, double mean, 
   if (args.training) update(args.running, channel, mean, variance, double(args.problem.shape.per_channel()));
 }
 
-template <class A>
-FASTBN_D void set_normalization(const Forward& args, int64_t channel, double mean, double variance,
+// args: of the forward pass, or of the backward pass, which gets the same numbers by it.
+template <class Args, class A>
+FASTBN_D void set_normalization(const Args& args, int64_t channel, double mean, double variance,
                                 const Scratch<A>& scratch, int c) {
   const auto z = normalization<A>(mean, variance, args.eps, read(args.weight, channel, 1), read(args.bias, channel, 0));
   scratch.at(0, c) = z.mean, scratch.at(1, c) = z.scale, scratch.at(2, c) = z.shift;
+}
+
+template <class A>
+FASTBN_D void set_normalization(const Backward& args, int64_t channel, const Scratch<A>& scratch, int c) {
+  set_normalization(args, channel, args.moments[channel], args.moments[args.problem.shape.C + channel], scratch, c);
 }
 
 // Kernels sum dy * (x - the mean rounded to A); this is what they would have with the mean itself.
@@ -82,6 +89,11 @@ FASTBN_D void set_input_gradient(const Backward& args, int64_t channel, const Su
   scratch.at(0, c) = g.mean, scratch.at(1, c) = g.x_scale, scratch.at(2, c) = g.scale, scratch.at(3, c) = g.shift;
 }
 
+// Where an activation is found at run time, the arithmetic of the largest one needs the registers that coefficients of
+// several slots would be kept in: they are taken anew for each piece.
+template <class Walk, class Epilogue>
+constexpr bool takes_anew = Epilogue::any && Walk::slots > 1;
+
 // The first rows of the coefficients, for each slot of this thread.
 template <int rows, class Walk, class A>
 FASTBN_D void take(const Walk& walk, const Scratch<A>& scratch, A (&out)[rows][Walk::slots]) {
@@ -94,6 +106,26 @@ FASTBN_D void take(const Walk& walk, const Scratch<A>& scratch, A (&out)[rows][W
 #pragma unroll
     for (int k = 0; k < rows; ++k) out[k][slot] = scratch.at(k, channel);
   });
+}
+
+// Values of a piece become z without the residual, given mean, scale and shift.
+template <int slots, class A, int V>
+FASTBN_D void normalize(A (&value)[V], const A (&z)[3][slots]) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const int slot = slots == 1 ? 0 : j;
+    value[j] = normalized(value[j], z[0][slot], z[1][slot], z[2][slot]);
+  }
+}
+
+// dz of a piece becomes dx, given mean, x_scale, scale and shift.
+template <int slots, class A, int V>
+FASTBN_D void differentiate(A (&dz)[V], const A (&value)[V], const A (&z)[4][slots]) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const int slot = slots == 1 ? 0 : j;
+    dz[j] = (dz[j] + (value[j] - z[0][slot]) * z[1][slot]) * z[2][slot] + z[3][slot];
+  }
 }
 
 }  // namespace fastbn::cuda

@@ -1,7 +1,7 @@
 // In: the gradient of the output, the input, its moments. Out: the gradients of input, weight and bias, in one launch
 // that reads both and writes the first once: a group of blocks keeps an item of both in shared memory.
-#include "../core/activation.h"
 #include "channel.cuh"
+#include "gradient.cuh"
 #include "launch.cuh"
 #include "resident.cuh"
 
@@ -9,10 +9,9 @@ namespace fastbn::cuda {
 
 namespace {
 
-template <class T, class Walk, class Act>
+template <class T, class Walk, class Gradient>
 __global__ void __launch_bounds__(threads_a_block, 4)
-    grad_resident(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, unsigned* counters,
-                  Act act) {
+    grad_resident(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, unsigned* counters) {
   using A = acc_t<T>;
   using S = sum_t<T, Walk::slots>;
   constexpr int V = full_vector<T>;
@@ -35,24 +34,59 @@ __global__ void __launch_bounds__(threads_a_block, 4)
       slice_x.fetch(x, walk, p, step);
     });
 
-    if (c < share.channels) scratch.at(0, c) = coefficient<A>(args.moments[share.first_channel + c]);
+    const Gradient gradient{args};
+    if (c < share.channels) {
+      if constexpr (Gradient::recomputes) {
+        set_normalization(args, share.first_channel + c, scratch, c);
+      } else {
+        scratch.at(0, c) = coefficient<A>(args.moments[share.first_channel + c]);
+      }
+    }
     __syncthreads();
     {
-      A mean[1][Walk::slots];
-      take(walk, scratch, mean);
+      A z[Gradient::recomputes ? 3 : 1][Walk::slots];  // mean; scale, shift
+      take(walk, scratch, z);
       ThreadSums<T, Walk::slots, Walk::slots == 1> sums;
-      meet_all(
-          walk,
-          [&](const Piece& p, int step) {
-            A gradient[V], value[V];
-            widen<T, V>(shared_load16(slice_dy.at(walk, step)), gradient);
-            widen<T, V>(shared_load16(slice_x.at(walk, step)), value);
-            each_element<V, Walk::slots>(p, [&](int j, int slot) {
-              const A dz = act.backward(gradient[j], [&] { return value[j]; });
-              sums.add(slot, S(dz), S(value[j]) - S(mean[0][slot]));
-            });
-          },
-          [&] { sums.flush(); });
+      MasksAhead<Walk> masks{static_cast<const uint8_t*>(args.mask)};
+      if constexpr (Gradient::masked) walk.start(), masks.fetch(walk);
+      const auto meet = [&](const Piece& p, int step, auto turns, auto adds) {
+        A dz[V], value[V];
+        const Bytes16 raw_dy = shared_load16(slice_dy.at(walk, step));
+        widen<T, V>(shared_load16(slice_x.at(walk, step)), value);
+        if constexpr (decltype(turns)::value) {
+          if constexpr (takes_anew<Walk, Gradient>) take(walk, scratch, z);
+          const auto z_of = [&](int j) {
+            const int slot = Walk::slots == 1 ? 0 : j;
+            return normalized(value[j], z[0][slot], z[1][slot], z[2][slot]);
+          };
+          typename Gradient::Beside beside;
+          if constexpr (Gradient::masked) {
+            beside = masks.at(walk, step);
+          } else {
+            beside = gradient.load_beside(p);
+          }
+          // In the place of dy, for the thread itself to meet again.
+          shared_store16(slice_dy.at(walk, step), gradient.turn(beside, raw_dy, z_of, dz));
+        } else {
+          widen<T, V>(raw_dy, dz);
+        }
+        if constexpr (decltype(adds)::value) {
+          each_element<V, Walk::slots>(p,
+                                       [&](int j, int slot) { sums.add(slot, S(dz[j]), S(value[j]) - S(z[0][slot])); });
+        }
+      };
+      const std::bool_constant<!Gradient::plain> turns;
+      const std::true_type yes;
+      const std::false_type no;
+      // One after the other, where there are no registers for both at once.
+      constexpr bool apart = takes_anew<Walk, Gradient> || (spares_registers && !Gradient::plain && Walk::slots == 8);
+      if constexpr (apart) {
+        meet_all(walk, [&](const Piece& p, int step) { meet(p, step, yes, no); }, [] {});
+        take(walk, scratch, z);
+        meet_all(walk, [&](const Piece& p, int step) { meet(p, step, no, yes); }, [&] { sums.flush(); });
+      } else {
+        meet_all(walk, [&](const Piece& p, int step) { meet(p, step, turns, yes); }, [&] { sums.flush(); });
+      }
       block_sums(walk, sums.firsts(), sums.seconds(), scratch);
     }
 
@@ -76,39 +110,40 @@ __global__ void __launch_bounds__(threads_a_block, 4)
     walk.start();
     for (int step = 0; walk.more(); ++step, walk.next()) {
       const Piece p = walk.piece();
-      A gradient[V], value[V];
-      widen<T, V>(shared_load16(slice_dy.at(walk, step)), gradient);
+      A dz[V], value[V];
+      const Bytes16 raw_dz = shared_load16(slice_dy.at(walk, step));
+      gradient.keep(p, raw_dz);
+      widen<T, V>(raw_dz, dz);
       widen<T, V>(shared_load16(slice_x.at(walk, step)), value);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const int slot = Walk::slots == 1 ? 0 : j;
-        const A dz = act.backward(gradient[j], [&] { return value[j]; });
-        gradient[j] = (dz + (value[j] - z[0][slot]) * z[1][slot]) * z[2][slot] + z[3][slot];
-      }
-      store_piece<T, V>(dx, p, narrow<T, V>(gradient));
+      differentiate<Walk::slots>(dz, value, z);
+      store_piece<T, V>(dx, p, narrow<T, V>(dz));
     }
     __syncthreads();  // the scratch is written again for the next item
   }
 }
 
-}  // namespace
-
-void launch_grad_resident(const Plan& plan, const Backward& args, const Stream& stream) {
+template <class Body>
+void with_kernel(const Plan& plan, const Backward& args, const Body& body) {
   dispatch_full(plan, args.problem.dtype, [&](auto type, auto walk) {
     using T = typename decltype(type)::type;
-    using W = typename decltype(walk)::type;
-    launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle},
-           grad_resident<T, W, Identity>, geometry_of(plan), args, stream.counters, Identity{});
+    dispatch_gradient<T, full_vector<T>>(args, [&](auto gradient) {
+      body(grad_resident<T, typename decltype(walk)::type, typename decltype(gradient)::type>);
+    });
   });
 }
 
-int64_t grad_resident_blocks_of(const Plan& plan, DType dtype) {
-  int64_t blocks = 0;
-  dispatch_full(plan, dtype, [&](auto type, auto walk) {
-    using T = typename decltype(type)::type;
-    using W = typename decltype(walk)::type;
-    blocks = resident_blocks(grad_resident<T, W, Identity>, plan.threads, plan.shared_bytes);
+}  // namespace
+
+void launch_grad_resident(const Plan& plan, const Backward& args, const Stream& stream) {
+  with_kernel(plan, args, [&](auto kernel) {
+    launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle}, kernel, geometry_of(plan),
+           args, stream.counters);
   });
+}
+
+int64_t grad_resident_blocks_of(const Plan& plan, const Backward& args) {
+  int64_t blocks = 0;
+  with_kernel(plan, args, [&](auto kernel) { blocks = resident_blocks(kernel, plan.threads, plan.shared_bytes); });
   return blocks;
 }
 

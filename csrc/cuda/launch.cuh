@@ -44,9 +44,9 @@ void launch_grad_apply(const Plan& plan, const Backward& args, const Stream& str
 // resident
 void launch_resident(const Plan& plan, const Forward& args, const Stream& stream);
 void launch_grad_resident(const Plan& plan, const Backward& args, const Stream& stream);
-// Blocks of the plan's kernel that one multiprocessor of the current device holds at a time.
-int64_t resident_blocks_of(const Plan& plan, DType dtype);
-int64_t grad_resident_blocks_of(const Plan& plan, DType dtype);
+// Blocks of the kernel that would be launched that one multiprocessor of the current device holds at a time.
+int64_t resident_blocks_of(const Plan& plan, const Forward& args);
+int64_t grad_resident_blocks_of(const Plan& plan, const Backward& args);
 
 // The counters of a launch: those that count the blocks of an item that are done, behind those of barriers.
 inline unsigned* tickets(const Stream& stream) {

@@ -188,6 +188,14 @@ Plan resident(const Problem& problem, const Cut& cut, Pass pass, const Device& d
 
 }  // namespace
 
+int64_t mask_bytes(const Problem& problem) {
+  const Cut cut = cut_of(problem, true);
+  if (cut.vector == 1 || problem.dtype == DType::f64) return 0;
+  Plan plan{};
+  set_item(plan, cut, problem.shape, cut.channels_a_step);
+  return cut.walk == Walk::rows ? plan.items * plan.rows * plan.vectors_a_row : plan.rows * plan.columns / plan.vector;
+}
+
 Plan make_plan(const Problem& problem, Pass pass, bool training, bool aligned, const Device& device) {
   const Cut cut = cut_of(problem, aligned);
   const Plan fallback = streaming(problem, cut, pass, training, device);

@@ -1,7 +1,7 @@
 // In: the input. Out: the output, its moments, running statistics, in one launch that reads and writes each element
 // once: a group of blocks keeps an item in shared memory between its sums and its output.
-#include "../core/activation.h"
 #include "channel.cuh"
+#include "ending.cuh"
 #include "launch.cuh"
 #include "resident.cuh"
 
@@ -9,9 +9,9 @@ namespace fastbn::cuda {
 
 namespace {
 
-template <class T, class Walk, class Act>
+template <class T, class Walk, class Ending>
 __global__ void __launch_bounds__(threads_a_block, 4)
-    resident(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters, Act act) {
+    resident(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters) {
   using A = acc_t<T>;
   using S = sum_t<T, Walk::slots>;
   constexpr int V = full_vector<T>;
@@ -70,40 +70,49 @@ __global__ void __launch_bounds__(threads_a_block, 4)
 
     A z[3][Walk::slots];  // mean, scale, shift
     take(walk, scratch, z);
+    // Residuals in flight of a thread: as many as there are registers for.
+    constexpr int at_once = Ending::with_residual && Walk::slots < 8 ? 2 : 1;
+    const Ending ending{args};
     walk.start();
-    for (int step = 0; walk.more(); ++step, walk.next()) {
-      const Piece p = walk.piece();
-      A value[V];
-      widen<T, V>(shared_load16(slice.at(walk, step)), value);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const int slot = Walk::slots == 1 ? 0 : j;
-        value[j] = act.forward((value[j] - z[0][slot]) * z[1][slot] + z[2][slot]);
-      }
-      store_piece<T, V>(y, p, narrow<T, V>(value));
+    for (int step = 0; walk.more(); step += at_once) {
+      typename Ending::Beside beside[at_once];
+      take_pieces<at_once>(
+          walk, [&](int u, const Piece& p) { beside[u] = ending.load_beside(p); },
+          [&](int u, const Piece& p) {
+            A value[V];
+            widen<T, V>(shared_load16(slice.at(walk, step + u)), value);
+            if constexpr (takes_anew<Walk, Ending>) take(walk, scratch, z);
+            normalize<Walk::slots>(value, z);
+            ending.finish(p, beside[u], value);
+            store_piece<T, V>(y, p, narrow<T, V>(value));
+          });
     }
     __syncthreads();  // the scratch is written again for the next item
   }
 }
 
-}  // namespace
-
-void launch_resident(const Plan& plan, const Forward& args, const Stream& stream) {
+template <class Body>
+void with_kernel(const Plan& plan, const Forward& args, const Body& body) {
   dispatch_full(plan, args.problem.dtype, [&](auto type, auto walk) {
     using T = typename decltype(type)::type;
-    using W = typename decltype(walk)::type;
-    launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle}, resident<T, W, Identity>,
-           geometry_of(plan), args, stream.counters, Identity{});
+    dispatch_ending<T, full_vector<T>>(args.epilogue, [&](auto ending) {
+      body(resident<T, typename decltype(walk)::type, typename decltype(ending)::type>);
+    });
   });
 }
 
-int64_t resident_blocks_of(const Plan& plan, DType dtype) {
-  int64_t blocks = 0;
-  dispatch_full(plan, dtype, [&](auto type, auto walk) {
-    using T = typename decltype(type)::type;
-    using W = typename decltype(walk)::type;
-    blocks = resident_blocks(resident<T, W, Identity>, plan.threads, plan.shared_bytes);
+}  // namespace
+
+void launch_resident(const Plan& plan, const Forward& args, const Stream& stream) {
+  with_kernel(plan, args, [&](auto kernel) {
+    launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle}, kernel, geometry_of(plan),
+           args, stream.counters);
   });
+}
+
+int64_t resident_blocks_of(const Plan& plan, const Forward& args) {
+  int64_t blocks = 0;
+  with_kernel(plan, args, [&](auto kernel) { blocks = resident_blocks(kernel, plan.threads, plan.shared_bytes); });
   return blocks;
 }
 

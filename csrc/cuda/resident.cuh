@@ -22,7 +22,7 @@ struct Slice {
     if (p.first == 0 && p.last == V) {
       copy16(at(walk, step), x + p.offset);
     } else if (p.first < p.last) {
-      shared_store16(at(walk, step), load_piece<T, V>(x, p));
+      shared_store16(at(walk, step), load_piece<T, V>(x, p, true));
     }
   }
 };
@@ -53,15 +53,42 @@ template <class Walk, class Meet, class Flush>
 FASTBN_D void meet_all(Walk& walk, const Meet& meet, const Flush& flush) {
   const int a_stage = int(ceil_div(walk.steps(), stages));
   walk.start();
+  const int all = walk.steps_left();
   int step = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     wait_for_stage(stage);
+    const int end = smaller(step + a_stage, all);
 #pragma unroll 1
-    for (int end = step + a_stage; step < end && walk.more(); ++step, walk.next()) meet(walk.piece(), step);
+    for (; step < end; ++step, walk.next()) meet(walk.piece(), step);
     flush();
   }
 }
+
+// The bytes of a mask for the thread's next pieces, four of them in a register and asked for together: while slices are
+// met, each load that a thread waits for by itself would cost as much as everything else.
+template <class Walk>
+struct MasksAhead {
+  const uint8_t* mask;
+  unsigned bytes = 0;
+
+  FASTBN_D void fetch(Walk walk) {
+    bytes = 0;
+    walk.find_offset();
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      if (!walk.more()) continue;
+      const Piece p = walk.piece();
+      if (p.first < p.last) bytes |= unsigned(load(mask + p.index)) << (8 * u);
+      walk.next();
+    }
+  }
+  // Of the piece that the walk is at, in its turn; those of the first steps were fetched before.
+  FASTBN_D unsigned at(const Walk& walk, int step) {
+    if (step > 0 && step % 4 == 0) fetch(walk);
+    return bytes >> (step % 4 * 8);
+  }
+};
 
 // The blocks of one multiprocessor start one after the other, so that they are not all between their last load and
 // their first store at the same time, when a block transfers nothing.

@@ -24,25 +24,16 @@ FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& s
 #pragma unroll 1
     for (int k = 0; k < loads_a_sum && walk.more(); k += at_once) {
       Raw<T, V> raw[at_once];
-      Piece piece[at_once];
-#pragma unroll
-      for (int u = 0; u < at_once; ++u) {
-        piece[u] = {0, 0, 0};
-        if (!walk.more()) continue;
-        piece[u] = walk.piece();
-        raw[u] = load_piece<T, V>(x, piece[u]);
-        walk.next();
-      }
-#pragma unroll
-      for (int u = 0; u < at_once; ++u) {
-        if (piece[u].first >= piece[u].last) continue;
-        A value[V];
-        widen<T, V>(raw[u], value);
-        each_element<V, Walk::slots>(piece[u], [&](int j, int slot) {
-          const S d = S(value[j]) - S(pivot[0][slot]);
-          sums.add(slot, d, d);
-        });
-      }
+      take_pieces<at_once>(
+          walk, [&](int u, const Piece& p) { raw[u] = load_piece<T, V>(x, p); },
+          [&](int u, const Piece& p) {
+            A value[V];
+            widen<T, V>(raw[u], value);
+            each_element<V, Walk::slots>(p, [&](int j, int slot) {
+              const S d = S(value[j]) - S(pivot[0][slot]);
+              sums.add(slot, d, d);
+            });
+          });
     }
     sums.flush();
   }

@@ -33,6 +33,7 @@ Geometry geometry_of(const Plan& plan);
 struct Piece {
   int64_t offset;
   int first, last;
+  int64_t index;  // of its byte in a mask: one a vector, so that no two blocks write the same
 };
 
 // What one block has of one item.
@@ -66,6 +67,8 @@ struct RowsWalk {
     offset = row * g.stride + item * g.columns_a_channel;
     left = Index(to - index);
   }
+  // Where an offset is seldom needed, it is found again rather than kept in registers.
+  FASTBN_D void find_offset() {}
   FASTBN_D bool more() const { return left > 0; }
   FASTBN_D void next() {
     left -= Index(threads_a_block);
@@ -77,7 +80,8 @@ struct RowsWalk {
     const int64_t within = V == 1 ? 0 : offset & (V - 1);  // of the row's begin, in its first vector
     const int64_t at = int64_t(vector) * V - within;       // in the row
     const int64_t end = g.columns_a_channel - at;
-    return {offset + at, at < 0 ? int(-at) : 0, int(larger<int64_t>(0, smaller<int64_t>(V, end)))};
+    return {offset + at, at < 0 ? int(-at) : 0, int(larger<int64_t>(0, smaller<int64_t>(V, end))),
+            item * g.pieces + (to - left)};
   }
 
   // Values of the channel that come before a vector.
@@ -105,6 +109,8 @@ struct RowsWalk {
   FASTBN_D int place() const { return int(threadIdx.x); }
   FASTBN_D int places() const { return int(threads_a_block); }
   FASTBN_D int64_t steps() const { return ceil_div(to - from, threads_a_block); }
+  // Of this thread, from where it is.
+  FASTBN_D int steps_left() const { return left > 0 ? int((left + Index(threads_a_block - 1)) >> log2_threads) : 0; }
 };
 
 // An item is some neighbouring whole vectors of every row; a thread stays at one of them, so that the channels of its
@@ -135,15 +141,16 @@ struct ColumnsWalk {
 
   FASTBN_D void start() {
     row = from + (int(threadIdx.x) >> g.log2_lanes);
-    offset = int64_t(row) * g.stride + first_channel * g.columns_a_channel + lane() * V;
+    find_offset();
     if (idle()) row = to;
   }
+  FASTBN_D void find_offset() { offset = int64_t(row) * g.stride + first_channel * g.columns_a_channel + lane() * V; }
   FASTBN_D bool more() const { return row < to; }
   FASTBN_D void next() {
     row += rows_a_step();
     offset += rows_a_step() * g.stride;
   }
-  FASTBN_D Piece piece() const { return {offset, 0, V}; }
+  FASTBN_D Piece piece() const { return {offset, 0, V, offset / V}; }
 
   FASTBN_D Share share() const { return {first_channel, channels, double(int64_t(to - from) * g.columns_a_channel)}; }
   FASTBN_D int64_t some_value(int channel) const {
@@ -165,6 +172,9 @@ struct ColumnsWalk {
   FASTBN_D int place() const { return (int(threadIdx.x) >> g.log2_lanes) * vectors + lane(); }
   FASTBN_D int places() const { return rows_a_step() * vectors; }
   FASTBN_D int64_t steps() const { return (int64_t(to - from) + rows_a_step() - 1) >> (log2_threads - g.log2_lanes); }
+  FASTBN_D int steps_left() const {
+    return more() ? int((to - row + rows_a_step() - 1) >> (log2_threads - g.log2_lanes)) : 0;
+  }
 };
 
 template <class T, int V>
@@ -176,7 +186,7 @@ FASTBN_D Raw<T, V> load_piece(const T* x, const Piece& p, bool last_use = false)
     T e[V] = {};
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (j >= p.first && j < p.last) e[j] = load(x + p.offset + j);
+      if (j >= p.first && j < p.last) e[j] = last_use ? load_last(x + p.offset + j) : load(x + p.offset + j);
     }
     Bytes16 raw;
     memcpy(&raw, e, 16);
@@ -199,6 +209,25 @@ FASTBN_D void store_piece(T* y, const Piece& p, const Raw<T, V>& raw) {
     for (int j = 0; j < V; ++j) {
       if (j >= p.first && j < p.last) store(y + p.offset + j, e[j]);
     }
+  }
+}
+
+// The next pieces of a thread, so many that their loads are in flight together: load(u, piece), then use(u, piece) for
+// each of them that has elements.
+template <int at_once, class Walk, class Load, class Use>
+FASTBN_D void take_pieces(Walk& walk, const Load& load, const Use& use) {
+  Piece piece[at_once];
+#pragma unroll
+  for (int u = 0; u < at_once; ++u) {
+    piece[u] = {0, 0, 0, 0};
+    if (!walk.more()) continue;
+    piece[u] = walk.piece();
+    load(u, piece[u]);
+    walk.next();
+  }
+#pragma unroll
+  for (int u = 0; u < at_once; ++u) {
+    if (piece[u].first < piece[u].last) use(u, piece[u]);
   }
 }
 

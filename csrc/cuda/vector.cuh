@@ -51,6 +51,9 @@ FASTBN_D uint32_t narrow_word(Half*, const float* in) {
 #endif
 }
 
+FASTBN_D void widen_word(uint32_t word, float*, float* out) { out[0] = detail::bits_float(word); }
+FASTBN_D uint32_t narrow_word(float*, const float* in) { return detail::float_bits(in[0]); }
+
 template <class T, int V>
 FASTBN_D void widen(const Raw<T, V>& raw, acc_t<T> (&out)[V]) {
   if constexpr (V == 1) {

@@ -97,6 +97,8 @@ inline Device query_device() {
 
 inline int current_device() { return int(simt::config.device); }
 
+constexpr bool spares_registers = false;
+
 inline int opaque(int x) { return x; }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
@@ -105,6 +107,11 @@ template <class T>
 T load(const T* p, SIMT_WHERE) {
   static_assert(sizeof(T) == 2 || (std::is_arithmetic_v<T> && !std::is_same_v<T, bool>), "__ldg has no other types");
   simt::note_global(p, sizeof(T), simt::Access::read_only, where);
+  return *p;
+}
+template <class T>
+T load_last(const T* p, SIMT_WHERE) {
+  simt::note_global(p, sizeof(T), simt::Access::read, where);
   return *p;
 }
 template <class T>
