@@ -134,9 +134,7 @@ void backward(const Backward& args) {
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
   T* dz = static_cast<T*>(args.grad_residual);
-  // Stores past the cache are of whole vectors: of both results, or of none.
-  const bool together = dz == nullptr || (reinterpret_cast<uintptr_t>(dz) - reinterpret_cast<uintptr_t>(dx)) % 64 == 0;
-  const bool streamed = should_stream(args.problem) && together;
+  const bool streamed = should_stream(args.problem);
   const bool reduce = args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;

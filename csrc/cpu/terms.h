@@ -66,7 +66,7 @@ struct GradApply {
                                const Lanes<T, acc_t<T>> (&c)[count]) const {
     const Pack<T> value = access.load(x + i);
     Pack<T> v = source(access, i, slot, value, ForZ<T>{c[0], c[2], c[count - 1]});
-    if (grad_residual != nullptr) access.store(v, grad_residual + i);
+    if (grad_residual != nullptr) access.store_beside(v, grad_residual + i);
     for (int k = 0; k < v.vectors; ++k) {
       v.v[k] = (v.v[k] + (value.v[k] - c[0].v[k]) * c[1].v[k]) * c[2].v[k] + c[3].v[k];
     }
@@ -89,7 +89,7 @@ struct ScaleOnly {
     Pack<T> value{};
     if constexpr (Source::needs_z) value = access.load(x + i);
     Pack<T> v = source(access, i, slot, value, ForZ<T>{c[count / 2], c[0], c[count - 1]});
-    if (grad_residual != nullptr) access.store(v, grad_residual + i);
+    if (grad_residual != nullptr) access.store_beside(v, grad_residual + i);
     for (int k = 0; k < v.vectors; ++k) v.v[k] *= c[0].v[k];
     return v;
   }

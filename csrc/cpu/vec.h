@@ -268,6 +268,8 @@ template <class T>
 struct WholePack {
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
   FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store(p); }
+  // Of a second result: never past the cache, where two results in turns took 1.1 to 1.6 times as long.
+  FASTBN_HD void store_beside(const Pack<T>& pack, T* p) const { pack.store(p); }
 };
 template <class T>
 struct StreamedPack : WholePack<T> {
@@ -278,4 +280,5 @@ struct PartOfPack {
   int64_t n;
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load_some(p, n); }
   FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
+  FASTBN_HD void store_beside(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
 };
