@@ -57,7 +57,7 @@ def verify_fused(tensors: Tensors, residual: torch.Tensor | None, module: torch.
         terms = math.sqrt(per_channel) + 1e5 * unclear
         _compare("y", y.detach()[:, c], z.relu(), slack)
         want = (dz - (sum_dz + xhat * sum_dz_xhat) / per_channel) * rstd * weight
-        spread = 1 + 1e5 * unclear / per_channel
+        spread = 1 + 1e5 * unclear / per_channel * 20  # each moves the sums in the gradients of all the others
         _compare("dx", dx[:, c] * clear, want * clear, slack, spread)
         _compare("dweight", dweight[c], sum_dz_xhat.flatten(), slack, terms)
         _compare("dbias", dbias[c], sum_dz.flatten(), slack, terms)
