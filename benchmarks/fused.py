@@ -40,9 +40,7 @@ class Fused(torch.nn.Module):
         super().__init__()
         import fastbn
 
-        classes = {2: fastbn.BatchNormAct1d, 4: fastbn.BatchNormAct2d, 5: fastbn.BatchNormAct3d}
-        rank = {torch.nn.BatchNorm1d: 2, torch.nn.BatchNorm2d: 4, torch.nn.BatchNorm3d: 5}[type(bn)]
-        self.bn = classes[rank](bn.num_features, eps=bn.eps, momentum=bn.momentum, dtype=bn.weight.dtype)
+        self.bn = fastbn.BatchNormAct2d(bn.num_features, eps=bn.eps, momentum=bn.momentum, dtype=bn.weight.dtype)
         self.bn.load_state_dict(bn.state_dict())
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,7 +21,6 @@ class Activation:
     forward: Callable[[Tensor, float], Tensor]
     derivative: Callable[[Tensor, float], Tensor]
     default: float | None = None
-    parameter: str | None = None  # torch's name for it
 
 
 def _silu_derivative(z, _):
@@ -41,12 +40,10 @@ def _gelu_derivative(z, _):
 ACTIVATIONS = {
     "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
     "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.where(z <= 0, 0.0, 1.0).to(z.dtype)),
-    "leaky_relu": Activation(
-        F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, torch.full_like(z, slope)), 0.01, "negative_slope"
-    ),
+    "leaky_relu": Activation(F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, torch.full_like(z, slope)), 0.01),
     "relu6": Activation(lambda z, _: F.relu6(z), lambda z, _: torch.where((z <= 0) | (z >= 6), 0.0, 1.0).to(z.dtype)),
     "elu": Activation(
-        F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z.clamp(max=0))).to(z.dtype), 1.0, "alpha"
+        F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z.clamp(max=0))).to(z.dtype), 1.0
     ),
     "silu": Activation(lambda z, _: F.silu(z), _silu_derivative),
     "hardswish": Activation(lambda z, _: F.hardswish(z), _hardswish_derivative),

@@ -8,7 +8,7 @@ import torch
 from .fuse import described, unfuse
 from .fuse import fuse as _fuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormAct
-from .report import Report, forget, keep
+from .report import Report, check_module, forget, keep
 
 _TO_FASTBN = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -49,7 +49,7 @@ def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
-    _check_module(module, "convert")
+    check_module(module, "convert")
     _reclass(module, _TO_FASTBN)
     if fuse:
         keep(module, _report(module, *_fuse(module)))
@@ -82,15 +82,10 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
-    _check_module(module, "revert")
+    check_module(module, "revert")
     unfuse(module)
     forget(module)
     return _reclass(module, _TO_TORCH)
-
-
-def _check_module(module: object, caller: str) -> None:
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"fastbn.{caller}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def _reclass(module: torch.nn.Module, classes: dict[type, type]) -> torch.nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import patterns
 from .fuse import Analysis, described, fuse, is_fused
-from .report import Report, keep
+from .report import Report, check_module, keep
 from .tracing import is_plain
 
 # The batch norm that can follow, and the dimensions of the tensor between.
@@ -60,8 +60,7 @@ def fold(module: nn.Module) -> nn.Module:
         TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: it is in training mode.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"fastbn.fold: expected a torch.nn.Module, got {type(module).__name__}")
+    check_module(module, "fold")
     if module.training:
         raise ValueError("fastbn.fold: the module is in training mode, where batch norm cannot be folded; call eval()")
     folded = {name: m.into for name, m in module.named_modules() if isinstance(m, FoldedBatchNorm)}

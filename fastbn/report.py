@@ -39,12 +39,16 @@ def report(module: nn.Module) -> Report:
         TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: neither was called on it.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"fastbn.report: expected a torch.nn.Module, got {type(module).__name__}")
+    check_module(module, "report")
     found = module.__dict__.get(_ATTRIBUTE)
     if found is None:
         raise ValueError("fastbn.report: none yet; fastbn.convert(model, fuse=True) and fastbn.fold(model) make it")
     return found
+
+
+def check_module(module: object, caller: str) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"fastbn.{caller}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def keep(module, made):
