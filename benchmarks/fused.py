@@ -65,8 +65,8 @@ def _function(x, residual, weight, bias, mean, var, momentum, eps):
     return torch.relu(z if residual is None else z + residual)
 
 
-# One compilation for all shapes of a kind: with 3 to 7 s for each shape the benchmark would take an hour. Where both
-# were measured, this one took 0.65 to 1.09 of the time of one that knows the shape.
+# One compilation for all shapes of a kind: 3 to 7 s for each shape are more than the benchmark has. Where both were
+# measured, this one took 0.65 to 1.09 of the time of one that knows the shape.
 _compiled_function = compiled(_function, dynamic=True)
 
 
