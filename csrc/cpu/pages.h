@@ -13,7 +13,8 @@ constexpr int64_t large_bytes = 4 << 20;
 void* take_pages(int64_t bytes);
 
 // Keeps the pages for the next take_pages of about this size, up to a limit for all that is kept: 1/32 of the
-// machine's memory, or FASTBN_CPU_CACHE_MB. What is kept is marked as free for the system to take back.
+// machine's memory, or FASTBN_CPU_CACHE_MB. What is kept is marked as free for the system to take back, but for the
+// quarter of that limit that was freed last.
 void give_pages(void* data, int64_t bytes);
 
 }  // namespace fastbn::cpu
