@@ -20,6 +20,13 @@ FASTBN_HD void each_pack(int64_t from, int64_t to, const F& f) {
   if (i < to) f(to - size, size - (to - i), Unroll - 1);
 }
 
+// The values of a vector in double; the halves of one of floats are added.
+FASTBN_HD Vec<double> in_double(Vec<double> v) { return v; }
+FASTBN_HD Vec<double> in_double(Vec<float> v) {
+  const auto halves = lanes_of<double>(Pack<float>{{v}});
+  return halves.v[0] + halves.v[1];
+}
+
 // The two sums over many runs that both passes need, of a and of a * b, where terms makes a and b of a pack.
 template <class T, class Terms>
 struct PairOfSums {
@@ -27,13 +34,14 @@ struct PairOfSums {
   using L = Lanes<T, E>;
   // Enough accumulators to hide the latency of an addition, few enough to stay in registers.
   static constexpr int unroll = L::vectors >= 4 ? 1 : 2;
+  // Elements that are summed before the sums are added to those in double; sums of doubles too, as two levels round less.
   static constexpr int64_t stretch = int64_t(float_terms) * unroll * Pack<T>::size;
 
   Terms terms;
   L pivot;
   ForZ<T> for_z;
   L s[unroll] = {}, q[unroll] = {};
-  double first = 0, second = 0;
+  Vec<double> first = {}, second = {};
   int64_t pending = 0;
 
   PairOfSums(const Terms& t, const L& p, const ForZ<T>& z) : terms(t), pivot(p), for_z(z) {}
@@ -60,8 +68,8 @@ struct PairOfSums {
 
   void flush() {
     for (int u = 0; u < unroll; ++u) {
-      for (const auto& v : s[u].v) first += total<E>(v);
-      for (const auto& v : q[u].v) second += total<E>(v);
+      for (const auto& v : s[u].v) first += in_double(v);
+      for (const auto& v : q[u].v) second += in_double(v);
       s[u] = q[u] = {};
     }
     pending = 0;

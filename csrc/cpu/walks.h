@@ -74,11 +74,11 @@ struct RunsWalk {
   }
 
   template <class Terms>
-  PairOfSums<T, Terms> sums(const Piece& piece, int64_t k, E pivot, const Terms& terms, const ForZ<T>& z) const {
-    PairOfSums<T, Terms> result(terms, L::all(pivot), z);
-    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t slot) { result.run(offset, length, slot); });
-    result.flush();
-    return result;
+  std::pair<double, double> sums(const Piece& piece, int64_t k, E pivot, const Terms& terms, const ForZ<T>& z) const {
+    PairOfSums<T, Terms> pair(terms, L::all(pivot), z);
+    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t slot) { pair.run(offset, length, slot); });
+    pair.flush();
+    return {total<double>(pair.first), total<double>(pair.second)};
   }
 
   void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
@@ -87,9 +87,9 @@ struct RunsWalk {
       E pivot = guess(x, piece, k);
       Moments m{};
       for (int round = 0, again = true; again && round < 2; ++round) {
-        const auto s = sums(piece, k, pivot, Deviations<T>{x}, ForZ<T>{});
-        m = from_shifted_sums(n, double(pivot), s.first, s.second);
-        again = improve_pivot<T>(n, s.first, m, pivot);
+        const auto [sum, squares] = sums(piece, k, pivot, Deviations<T>{x}, ForZ<T>{});
+        m = from_shifted_sums(n, double(pivot), sum, squares);
+        again = improve_pivot<T>(n, sum, m, pivot);
       }
       mean[k] = m.mean, m2[k] = m.m2;
       if (sizeof(E) == 4 && !__builtin_isfinite(m.m2)) exact(x, piece, k, n, mean[k], m2[k]);
@@ -120,8 +120,8 @@ struct RunsWalk {
       const E pivot = gradient_pivot<T>(mean[k], variance[k]);
       ForZ<T> z{};
       if (Terms::needs_z) z = {C::all(for_z[0][k]), C::all(for_z[1][k]), C::all(for_z[2][k])};
-      const auto s = sums(piece, k, pivot, terms, z);
-      sum[k] = s.first, dot[k] = about_mean(s.second, s.first, mean[k], double(pivot));
+      std::tie(sum[k], dot[k]) = sums(piece, k, pivot, terms, z);
+      dot[k] = about_mean(dot[k], sum[k], mean[k], double(pivot));
     }
   }
 
