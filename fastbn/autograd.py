@@ -300,7 +300,7 @@ def _careful_batch_norm(
     arguments.check_residual(residual, input)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
-        z = _batch_norm_of_nothing(input, weight, bias)
+        z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
@@ -312,7 +312,7 @@ def _careful_batch_norm(
     return output
 
 
-def _batch_norm_of_nothing(input, weight, bias):
+def batch_norm_of_nothing(input, weight, bias):
     """What torch makes of an input without elements: the gradients of the parameters are zeros, and parameters
     without elements are an IndexError."""
     output = input.clone()
