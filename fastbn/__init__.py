@@ -6,6 +6,7 @@
 
 from . import functional
 from .autograd import BatchNormFunction
+from .checkpointing import update_stats_once
 from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
 from .fold import fold
@@ -42,4 +43,5 @@ __all__ = [
     "report",
     "revert",
     "update_bn",
+    "update_stats_once",
 ]
