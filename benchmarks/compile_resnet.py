@@ -1,7 +1,7 @@
 """A ResNet-18 compiled by Inductor, with torch's batch norms and with fastbn's, beside both in eager mode.
 
-One training step (forward, loss, backward) and one eval pass, medians of rounds in which all variants take turns. The first
-run compiles for minutes; later ones find what it left in Inductor's cache.
+One training step (forward, loss, backward) and one eval pass, medians of rounds in which all variants take turns.
+The first run compiles for minutes; later ones find what it left in Inductor's cache.
 
 Usage: compile_resnet.py [--seconds S] [--threads T] [--batch N] [--size PIXELS]
 """
@@ -26,7 +26,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Identity()
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x):
         y = torch.relu(self.bn1(self.conv1(x)))

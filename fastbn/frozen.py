@@ -17,8 +17,9 @@ _STATE = ("weight", "bias", "running_mean", "running_var")
 class _FrozenBatchNorm(nn.Module):
     """y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, in training as in eval.
 
-    Not a subclass of torch.nn's batch norms: tools that look for those reset or update statistics. State dicts are those
-    of torchvision.ops.FrozenBatchNorm2d, and load from and into torch.nn's batch norms: without num_batches_tracked.
+    Not a subclass of torch.nn's batch norms: tools that look for those reset or update statistics. State dicts are
+    those of torchvision.ops.FrozenBatchNorm2d, and load from and into torch.nn's batch norms: without
+    num_batches_tracked.
 
     Args:
         num_features: C of the input.

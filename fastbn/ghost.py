@@ -1,4 +1,4 @@
-"""Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1): a large batch in small chunks, each with statistics of its own.
+"""Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1): a batch in chunks, each with statistics of its own.
 
 In: (N, C, ...). Out: what a batch norm called on one chunk after the other makes of it, by one call of the kernels.
 """
@@ -74,8 +74,9 @@ def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps
         differentiable_backward(dy, x, weight, m, eps, True, (*wanted, False))[:3]
         for dy, x, m in zip(grad_output.split(sizes), input.split(sizes), moments, strict=True)
     ]
-    dx, dw, db = zip(*parts, strict=True)
-    return torch.cat(dx) if wanted[0] else None, *(sum(d) if m else None for d, m in zip((dw, db), wanted[1:], strict=True))
+    dx, *of_parameters = zip(*parts, strict=True)
+    grads = [sum(d) if m else None for d, m in zip(of_parameters, wanted[1:], strict=True)]
+    return torch.cat(dx) if wanted[0] else None, *grads
 
 
 def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked):
@@ -103,7 +104,7 @@ def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tra
 def ghost_batch_norm(
     input, virtual_batch_size, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
-    """`fastbn.functional.batch_norm` of chunks of ``virtual_batch_size`` samples, each by its own statistics, in one call.
+    """`fastbn.functional.batch_norm` of chunks of virtual_batch_size samples, each by its own statistics, in one call.
 
     Chunks are those of ``input.split(virtual_batch_size)``: the last one has what is left. Only if that is one value a
     channel, which has no variance, does it join the chunk before it. Running statistics and counter become those of a
@@ -121,8 +122,8 @@ def ghost_batch_norm(
         A tensor of input's sizes and dtype.
 
     Raises:
-        TypeError, ValueError: virtual_batch_size is no positive integer, or makes chunks of one value a channel; and what
-            `fastbn.functional.batch_norm` raises.
+        TypeError, ValueError: virtual_batch_size is no positive integer, or makes chunks of one value a channel; and
+            what `fastbn.functional.batch_norm` raises.
     """
     if momentum is None:
         raise TypeError("ghost_batch_norm(): argument 'momentum' must be float, not NoneType")

@@ -12,7 +12,7 @@ from .modules import BatchNorm1d, _state_of
 
 
 def valid_positions(input, mask):
-    """mask as booleans (N, ...), True where valid, from those or from int64/int32 lengths (N,). Raises if it is neither.
+    """mask as booleans (N, ...), True where valid, from those or from int64/int32 lengths (N,). Raises if it is none.
 
     Lengths count positions of the last dimension of an input (N, C, L).
     """
@@ -23,7 +23,7 @@ def valid_positions(input, mask):
     positions = (input.size(0), *input.shape[2:])
     if mask.dtype == torch.bool:
         if tuple(mask.shape) != positions:
-            raise ValueError(f"mask should have sizes {positions}, those of input without channels, not {(*mask.shape,)}")
+            raise ValueError(f"mask should have sizes {positions}, input's without channels, not {(*mask.shape,)}")
         return mask
     if mask.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"mask should be bool, or lengths of int32 or int64, not {mask.dtype}")
@@ -34,7 +34,8 @@ def valid_positions(input, mask):
         )
     length = input.size(2)
     if mask.numel() and not (mask.min() >= 0 and mask.max() <= length):
-        raise ValueError(f"lengths should be from 0 to {length}, but are from {mask.min().item()} to {mask.max().item()}")
+        least, most = mask.min().item(), mask.max().item()
+        raise ValueError(f"lengths should be from 0 to {length}, but are from {least} to {most}")
     return torch.arange(length, device=input.device) < mask.unsqueeze(1)
 
 
@@ -55,8 +56,8 @@ def masked_batch_norm(
     """`fastbn.functional.batch_norm` of the valid positions of a padded batch; the others are zero in the output.
 
     What padding holds (NaN too) changes neither statistics, outputs, running statistics nor gradients, and its own
-    gradient is zero. Differentiable as often as batch norm is. Under torch.compile, which cannot know how many positions
-    are valid, it needs ``torch._dynamo.config.capture_dynamic_output_shape_ops`` to be one graph.
+    gradient is zero. Differentiable as often as batch norm is. torch.compile cannot know how many positions are valid:
+    its graph breaks there.
 
     Args:
         input: (N, C, L), or (N, C, ...) with a mask.
@@ -67,9 +68,9 @@ def masked_batch_norm(
         A tensor of input's sizes and dtype.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a mask of other sizes, dtype or device, lengths beyond L, one valid position in
-            training; and what `fastbn.functional.batch_norm` raises. A batch without valid positions is no error: the
-            output is zero, and the running statistics stay.
+        ValueError, TypeError, RuntimeError: a mask of other sizes, dtype or device, lengths beyond L, one valid
+            position in training; and what `fastbn.functional.batch_norm` raises. A batch without valid positions is no
+            error: the output is zero, and the running statistics stay.
     """
     return _masked(input, mask, (weight, bias, running_mean, running_var, None, training), momentum, eps)
 

@@ -1,7 +1,7 @@
 """In: data and a model. Out: the model with the statistics of all of the data in its batch norms (`update_bn`).
 
-Each batch norm's input is reduced to count, mean and sum of squared deviations in float64, batch by batch, and merged by
-Chan's formula (Chan, Golub, LeVeque 1983): the result is that of one batch with all of the data in it.
+Each batch norm's input is reduced to count, mean and sum of squared deviations in float64, batch by batch, and merged
+by Chan's formula (Chan, Golub, LeVeque 1983): the result is that of one batch with all of the data in it.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
 
     - mode "train", one pass: the model runs in training mode, as in the paper, so that batch norms before it normalize
       with the statistics of their batch, and dropout drops.
-    - mode "eval", one pass for every batch norm, in the order in which they are called: the model runs in eval mode, and
-      batch norms before it normalize with what they have just been given. These are exactly the statistics of what a
-      model sees when it is used, at the price of as many passes as it has batch norms (and one more if some of them are
-      never called). A batch norm that is called twice in a forward still normalizes as before in its own pass.
+    - mode "eval", one pass for every batch norm, in the order in which they are called: the model runs in eval mode,
+      and batch norms before it normalize with what they have just been given. These are exactly the statistics of what
+      a model sees when it is used, at the price of as many passes as it has batch norms (and one more if some of them
+      are never called). A batch norm that is called twice in a forward still normalizes as before in its own pass.
 
     Args:
         loader: an iterable of batches: tensors, or tuples or lists that begin with one, as
@@ -45,8 +45,8 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
         model: any module. It is called with the tensor alone.
         device: where to move the tensor first; None leaves it.
         mode: "train" or "eval".
-        progress: called with the loader, returns what to iterate instead: ``tqdm.tqdm`` and ``rich.progress.track`` show
-            a progress bar.
+        progress: called with the loader, returns what to iterate instead: ``tqdm.tqdm`` and ``rich.progress.track``
+            show a progress bar.
         process_group: of torch.distributed; None stands for all ranks, if it is initialized. Every rank must call this,
             with data of its own, and all get the statistics of all of the data. Ranks may have any number of batches.
 
@@ -64,8 +64,8 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
         raise ValueError(f"fastbn.update_bn: mode should be one of {', '.join(MODES)}, not {mode!r}")
     if mode == "eval" and iter(loader) is loader:
         raise ValueError(
-            "fastbn.update_bn: loader is an iterator, which ends after one pass, and mode 'eval' makes one for each batch "
-            "norm; give a DataLoader, a list or the like"
+            "fastbn.update_bn: loader is an iterator, which ends after one pass, and mode 'eval' makes one for each "
+            "batch norm; give a DataLoader, a list or the like"
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module  # its replicas, and its broadcasts of buffers, are for training steps
@@ -84,7 +84,7 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
             pools = _one_by_one(norms, batches, process_group)
         if not any(pool.count for pool in pools.values()):
             raise RuntimeError(
-                "fastbn.update_bn: no batch norm saw any data: the loader is empty, or the model calls none of its modules"
+                "fastbn.update_bn: no batch norm saw any data: the loader is empty, or the model does not call them"
             )
         if mode == "train":
             _store(norms, pools)
@@ -151,10 +151,7 @@ def _collect(norms, batches, only_first=False):
             pools[name].see(args[0] if args else kwargs["input"])
 
     # a fused forward gives way to the model's own where a batch norm has hooks
-    handles = [
-        m.register_forward_pre_hook(functools.partial(see, name), with_kwargs=True)
-        for name, m in norms.items()
-    ]
+    handles = [m.register_forward_pre_hook(functools.partial(see, name), with_kwargs=True) for name, m in norms.items()]
     try:
         batches()
     finally:

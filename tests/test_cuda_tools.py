@@ -1,5 +1,5 @@
-"""What is put around whole models on GPUs: graphed callables, compiled graphs, streams and devices; and the modules that
-are called in chunks. In: a GPU, and pytest's --backend cuda. Out: the results of plain calls, statistics included."""
+"""What is put around whole models on GPUs: graphed callables, compiled graphs, streams and devices.
+In: a GPU, and pytest's --backend cuda. Out: the results of plain calls, statistics included."""
 
 import copy
 

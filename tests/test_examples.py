@@ -23,12 +23,12 @@ def names_that_blocks_use():
     """What a reader has: a model, its optimizer, batches of images with labels."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
     )
     loader = [(torch.randn(6, 3, 8, 8), torch.randint(4, (6,))) for _ in range(3)]
-    return {
-        "fastbn": fastbn, "torch": torch, "nn": nn, "model": model, "loader": loader, "optimizer": torch.optim.SGD(model.parameters(), 0.1)
-    }  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return {"fastbn": fastbn, "torch": torch, "nn": nn, "model": model, "loader": loader, "optimizer": optimizer}
 
 
 def test_readme(tmp_path, monkeypatch):

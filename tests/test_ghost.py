@@ -106,8 +106,7 @@ def test_only_what_is_asked_is_computed(device, affine):
 @pytest.mark.parametrize("weights", [True, False])
 def test_first_and_second_derivatives(weights):
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    parameters = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2)] if weights else [None, None]
-    arguments = [t for t in (x, *parameters) if t is not None]
+    arguments = [x, *(torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2 * weights))]
 
     def f(x, weight=None, bias=None):
         return ghost_batch_norm(x, 3, None, None, weight, bias, True)

@@ -163,8 +163,9 @@ def test_state_dicts_load_from_and_into_torchs():
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("before", [lambda m: m, fastbn.convert, lambda m: fastbn.convert(m, fuse=True)])
 def test_freeze(before, trainable):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), trained(nn.BatchNorm2d), nn.ReLU(), nn.Flatten(2), trained(nn.BatchNorm1d))
-    model, x = before(model), torch.randn(2, 3, 4, 4)
+    norms = trained(nn.BatchNorm2d), trained(nn.BatchNorm1d)
+    model = before(nn.Sequential(nn.Conv2d(3, 3, 1), norms[0], nn.ReLU(), nn.Flatten(2), norms[1]))
+    x = torch.randn(2, 3, 4, 4)
     expected, bn, mean, weight = model.eval()(x), model[1], model[1].running_mean, model[1].weight
     assert fastbn.freeze(model, trainable=trainable) is model and model[1] is bn and bn.running_mean is mean
     assert type(model[1]) is fastbn.FrozenBatchNorm2d and type(model[4]) is fastbn.FrozenBatchNorm1d
