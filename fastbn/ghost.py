@@ -3,13 +3,15 @@
 In: (N, C, ...). Out: what a batch norm called on one chunk after the other makes of it, by one call of the kernels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import arguments, ops
-from .autograd import batch_norm, batch_norm_of_nothing, differentiable_backward
+from .autograd import batch_norm, batch_norm_of_nothing, differentiable_backward, in_forward_mode
 from .modules import BatchNorm1d, BatchNorm2d, _state_of
 
 _forward = torch.ops.fastbn.ghost_forward.default
@@ -26,7 +28,7 @@ def chunk_sizes(samples, positions, virtual_batch_size):
 
 @torch.library.register_fake("fastbn::ghost_forward")
 def _forward_fake(input, weight, bias, virtual_batch_size, eps):
-    count, _ = chunk_sizes(input.size(0), input[0, 0].numel(), virtual_batch_size)
+    count, _ = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
     output = torch.empty_like(input, memory_format=ops.output_format(input))
     return output, input.new_empty((count, 2, input.size(1)), dtype=torch.float64)
 
@@ -38,37 +40,26 @@ def _backward_fake(grad_output, input, weight, moments, virtual_batch_size, eps,
     return dx, *(input.new_empty(input.size(1) if m else 0, dtype=dtype) for m in output_mask[1:])
 
 
-class GhostBatchNormFunction(torch.autograd.Function):
-    """`apply(input, weight, bias, virtual_batch_size, eps) -> (output, moments)`; moments float64 (chunks, 2, C)."""
-
-    @staticmethod
-    def forward(input, weight, bias, virtual_batch_size, eps):
-        return _forward(input, weight, bias, virtual_batch_size, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, _, ctx.virtual_batch_size, ctx.eps = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(input, weight, output[1])
-
-    @staticmethod
-    def backward(ctx, grad_output, _):
-        wanted = tuple(ctx.needs_input_grad[:3])
-        # to be differentiated again: by way of batch norms whose own derivatives are known
-        gradients = _chunk_by_chunk if torch.is_grad_enabled() else _backward
-        input, weight, moments = ctx.saved_tensors
-        grads = gradients(grad_output, input, weight, moments, ctx.virtual_batch_size, ctx.eps, wanted)
-        return *(g if m else None for g, m in zip(grads, wanted, strict=True)), None, None
+def _setup(ctx, inputs, output):
+    input, weight, _, ctx.virtual_batch_size, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(input, weight, output[1])
 
 
-# torch.compile and torch.export see the operator instead of the Function, which costs 0.2 ms less a call in eager mode.
-torch.library.register_autograd(
-    "fastbn::ghost_forward", GhostBatchNormFunction.backward, setup_context=GhostBatchNormFunction.setup_context
-)
+def _gradients(ctx, grad_output, _):
+    wanted = tuple(ctx.needs_input_grad[:3])
+    # to be differentiated again: by way of batch norms whose own derivatives are known
+    gradients = _chunk_by_chunk if torch.is_grad_enabled() else _backward
+    input, weight, moments = ctx.saved_tensors
+    grads = gradients(grad_output, input, weight, moments, ctx.virtual_batch_size, ctx.eps, wanted)
+    return *(g if m else None for g, m in zip(grads, wanted, strict=True)), None, None
+
+
+torch.library.register_autograd("fastbn::ghost_forward", _gradients, setup_context=_setup)
 
 
 def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps, wanted):
-    _, last = chunk_sizes(input.size(0), input[0, 0].numel(), virtual_batch_size)
+    _, last = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
     sizes = [virtual_batch_size] * (moments.size(0) - 1) + [last]
     parts = [
         differentiable_backward(dy, x, weight, m, eps, True, (*wanted, False))[:3]
@@ -92,13 +83,12 @@ def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tra
         weights = torch.ones(count, **kind) / num_batches_tracked
     else:
         weights = torch.zeros(count, **kind)
-    kept, weights = 1 - weights.sum(), weights.unsqueeze(1)
+    kept = 1 - weights.sum()
     values = torch.full((count,), sizes[0], **kind)
     values[-1] = sizes[1]
-    unbiased = weights * (values / (values - 1)).unsqueeze(1)
-    # no matrix product, which would wake the threads of another library
-    running_mean.copy_(kept * running_mean.double() + (weights * moments[:, 0]).sum(0))
-    running_var.copy_(kept * running_var.double() + (unbiased * moments[:, 1]).sum(0))
+    unbiased = weights * values / (values - 1)
+    running_mean.copy_(kept * running_mean.double() + weights @ moments[:, 0])
+    running_var.copy_(kept * running_var.double() + unbiased @ moments[:, 1])
 
 
 def ghost_batch_norm(
@@ -111,7 +101,7 @@ def ghost_batch_norm(
     batch norm that is called on one chunk after the other: they are updated once for each. In eval the running
     statistics normalize, and chunks mean nothing.
 
-    Differentiable twice (the second time chunk by chunk); forward-mode AD and vmap raise an error.
+    Differentiable as often as batch norm is, from the second time on chunk by chunk; forward-mode AD is an error.
 
     Args:
         input: (N, C) or (N, C, ...), float32, float64, float16 or bfloat16.
@@ -145,13 +135,15 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
     weight, bias, running_mean, running_var, num_batches_tracked, training = state
     if not training:
         return batch_norm(input, *state, momentum, eps)
+    if not is_compiling() and in_forward_mode():  # the operator would have a tangent of zero
+        raise NotImplementedError("ghost batch norm has no derivative in forward mode (jvp)")
     momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)
     if input.numel() == 0:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return batch_norm_of_nothing(input, weight, bias)
-    positions = input[0, 0].numel()
+    positions = math.prod(input.shape[2:])
     if virtual_batch_size * positions == 1:
         raise ValueError(
             f"virtual_batch_size 1 leaves one value per channel in a chunk of an input of sizes {(*input.shape,)}"
@@ -159,8 +151,8 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
     count, last = chunk_sizes(input.size(0), positions, virtual_batch_size)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(count)
-    forward = _forward if is_compiling() else GhostBatchNormFunction.apply
-    output, moments = forward(input, weight, bias, virtual_batch_size, eps)
+    weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
+    output, moments = _forward(input, weight, bias, virtual_batch_size, eps)
     if running_mean is not None:
         sizes = (virtual_batch_size * positions, last * positions)
         _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked)

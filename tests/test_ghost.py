@@ -116,14 +116,19 @@ def test_first_and_second_derivatives(weights):
 
 
 @pytest.mark.cpu
-def test_other_transformations_refuse():
-    x = torch.randn(8, 3)
-    for transform in (
-        lambda f: torch.func.vmap(f)(torch.stack([x, x])),
-        lambda f: torch.func.jvp(f, (x,), (x,)),
-    ):
-        with pytest.raises((RuntimeError, NotImplementedError), match="vmap|jvp|forward"):
-            transform(lambda x: ghost_batch_norm(x, 4, None, None, training=True))
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_other_transformations_are_right_or_refused():
+    x = torch.randn(2, 8, 3)
+
+    def f(x):
+        return ghost_batch_norm(x, 4, None, None, training=True)
+
+    torch.testing.assert_close(torch.func.vmap(f)(x), torch.stack([f(x[0]), f(x[1])]))
+    with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+        torch.func.jvp(f, (x[0],), (x[1],))
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="vmap: inplace arithmetic"):
+        torch.func.vmap(lambda x: ghost_batch_norm(x, 4, mean, var, training=True))(x)
 
 
 def test_eval_is_batch_norm(device):

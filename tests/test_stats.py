@@ -206,9 +206,10 @@ def test_progress_wraps_every_pass():
 def test_a_compiled_model():
     """Its code looks for no hooks, so that it has to be run eagerly."""
     torch._dynamo.reset()
-    model = fastbn.convert(Net())
-    compiled, loader = torch.compile(model, backend="eager"), batches()
-    compiled(loader[0])
+    model = fastbn.convert(Net()).eval()
+    compiled, loader = torch.compile(model, backend="eager"), batches((4, 4))
+    with torch.no_grad():  # all that code depends on is as it will be in update_bn
+        compiled(loader[0])
     fastbn.update_bn(loader, compiled, mode="eval")
     assert_statistics(model, what_they_see(copy.deepcopy(model).eval(), loader))
     torch._dynamo.reset()
