@@ -35,7 +35,18 @@ class Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-def resnet18():
+class ActBlock(Block):
+    """The same with ReLU and add in fastbn's modules, which a compiler sees as one operation."""
+
+    def __init__(self, channels_in, channels, stride):
+        super().__init__(channels_in, channels, stride)
+        self.bn1, self.bn2 = fastbn.BatchNormAct2d(channels), fastbn.BatchNormAct2d(channels)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), self.shortcut(x))
+
+
+def resnet18(Block=Block):
     """He et al. 2016, table 1."""
     layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     channels_in = 64
@@ -45,15 +56,19 @@ def resnet18():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
 
-def variants(model):
+def variants(model, training):
     ours, fused = fastbn.convert(copy.deepcopy(model)), fastbn.convert(copy.deepcopy(model), fuse=True)
-    return {
+    found = {
         "torch": model,
         "fastbn": ours,
         "fastbn fused": fused,
         "torch compiled": torch.compile(copy.deepcopy(model), fullgraph=True),
         "fastbn compiled": torch.compile(copy.deepcopy(ours), fullgraph=True),
+        "BatchNormAct compiled": torch.compile(fastbn.convert(resnet18(ActBlock)), fullgraph=True),
     }
+    if not training:
+        found["folded, compiled"] = torch.compile(fastbn.fold(copy.deepcopy(model).eval()), fullgraph=True)
+    return found
 
 
 def step(model, x):
@@ -85,7 +100,8 @@ def main():
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
     for name in arguments.passes:
         make = step if name == "train" else without_gradients
-        calls = {who: make(model.train(name == "train"), x) for who, model in variants(resnet18()).items()}
+        training = name == "train"
+        calls = {who: make(model.train(training), x) for who, model in variants(resnet18(), training).items()}
         seconds = measure(calls, Protocol(arguments.seconds, least_rounds=3), random.Random(0))
         print(name, *(f"{who} {s['median'] * 1e3:.1f} ms" for who, s in seconds.items()), sep=", ")
 

@@ -48,7 +48,8 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
         progress: called with the loader, returns what to iterate instead: ``tqdm.tqdm`` and ``rich.progress.track``
             show a progress bar.
         process_group: of torch.distributed; None stands for all ranks, if it is initialized. Every rank must call this,
-            with data of its own, and all get the statistics of all of the data. Ranks may have any number of batches.
+            with data of its own, and all get the statistics of all of the data. Ranks may have any number of batches,
+            but where the model itself communicates in its forward (FSDP's, or one with synchronized batch norm).
 
     Afterwards num_batches_tracked is the number of batches (of all ranks), modes are as before, and momentum was never
     touched. If anything raises, the statistics are as before, too.
