@@ -88,7 +88,7 @@ def test_masked_bad_arguments():
     for mask, error, message in (
         ([5, 1, 0, 7, 3], TypeError, "mask should be a tensor of booleans or of lengths, not list"),
         (LENGTHS.float(), TypeError, "mask should be bool, or lengths of int32 or int64, not torch.float32"),
-        (MASK.T, ValueError, r"mask should have sizes \(5, 7\), those of input without channels, not \(7, 5\)"),
+        (MASK.T, ValueError, r"mask should have sizes \(5, 7\), input's without channels, not \(7, 5\)"),
         (LENGTHS[:4], ValueError, r"lengths should have sizes \(5,\) beside an input \(N, C, L\), not \(4,\)"),
         (LENGTHS + 1, ValueError, "lengths should be from 0 to 7, but are from 1 to 8"),
         (LENGTHS - 1, ValueError, "lengths should be from 0 to 7, but are from -1 to 6"),
