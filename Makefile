@@ -7,7 +7,7 @@ PYTHON ?= python3
 # What pip installs where $(PYTHON) has no torch of its own; options of pip may follow the name.
 TORCH ?= torch==2.13.0
 VENV := .venv
-PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich
+PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich onnx onnxscript
 # Formatters are pinned, because another version formats differently. These three go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
 TOOLS := ninja ruff==0.17.6 clang-format==23.1.5

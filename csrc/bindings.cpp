@@ -282,7 +282,18 @@ void update_running_stats_op(const Tensor& moments, int64_t count, std::optional
   update_running_stats(moments, count, {running_mean, running_var, num_batches_tracked, momentum});
 }
 
+std::tuple<Tensor, Tensor, Tensor> ghost_backward_op(const Tensor& grad_output, const Tensor& input,
+                                                     const OptionalTensor& weight, const Tensor& moments,
+                                                     int64_t virtual_batch_size, double eps,
+                                                     std::array<bool, 3> output_mask) {
+  auto [dx, dw, db] = ghost_backward(grad_output, input, weight, moments, virtual_batch_size, eps, output_mask);
+  const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
+  return {filled(dx), filled(dw), filled(db)};
+}
+
 void implement(torch::Library& m) {
+  m.impl("ghost_forward", &ghost_forward);
+  m.impl("ghost_backward", &ghost_backward_op);
   m.impl("forward", &forward_op);
   m.impl("backward", &backward_op);
   m.impl("update_running_stats", &update_running_stats_op);
@@ -301,6 +312,12 @@ TORCH_LIBRARY(fastbn, m) {
   m.def(
       "update_running_stats(Tensor moments, SymInt count, float? momentum, Tensor(a!) running_mean, "
       "Tensor(b!) running_var, Tensor? num_batches_tracked) -> ()");
+  m.def(
+      "ghost_forward(Tensor input, Tensor? weight, Tensor? bias, int virtual_batch_size, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "ghost_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, int virtual_batch_size, "
+      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastbn, CPU, m) { implement(m); }

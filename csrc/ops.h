@@ -76,6 +76,18 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
                    std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite = false);
 
+// Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of `samples` samples, each normalized by its own moments; the
+// last one has what is left, and one that would have a single value a channel joins the one before it.
+int64_t ghost_chunks(at::IntArrayRef sizes, int64_t samples);
+
+// Output, and moments, float64 [chunks, 2, C].
+std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                         int64_t samples, double eps);
+
+// Gradients of input, weight and bias.
+std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                     const Tensor& moments, int64_t samples, double eps, std::array<bool, 3> wanted);
+
 // mean and var brought up to date with moments of count values a channel; the variance unbiased.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);
 

@@ -6,11 +6,16 @@
 
 from . import functional
 from .autograd import BatchNormFunction
+from .checkpointing import update_stats_once
 from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
 from .fold import fold
+from .frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, freeze
+from .ghost import GhostBatchNorm1d, GhostBatchNorm2d
+from .masked import MaskedBatchNorm1d
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .report import Report, report
+from .stats import update_bn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,12 +27,21 @@ __all__ = [
     "BatchNormAct3d",
     "BatchNormFunction",
     "CudaPlan",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "MaskedBatchNorm1d",
     "Plan",
     "Report",
     "convert",
     "explain",
     "fold",
+    "freeze",
     "functional",
     "report",
     "revert",
+    "update_bn",
+    "update_stats_once",
 ]

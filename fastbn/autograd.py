@@ -85,7 +85,7 @@ def _unfold_batch(t, size, channel_dim):
     return None if t is None else t.unflatten(channel_dim, (size, -1))
 
 
-def _in_forward_mode():
+def in_forward_mode():
     """Within a dual level, by torch.autograd.forward_ad or torch.func.jvp: then batch norm is torch operations, for
     each of which torch knows the tangent under every other transformation."""
     return forward_ad._current_level >= 0
@@ -108,7 +108,7 @@ class BatchNormFunction(torch.autograd.Function):
     @classmethod
     def apply(cls, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
         ending = (activation, activation_param, residual)
-        if not _in_forward_mode():
+        if not in_forward_mode():
             return super().apply(input, weight, bias, moments, eps, *ending)
         output = composed_forward(input, weight, bias, moments, eps, *ending)
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
@@ -159,7 +159,7 @@ class BatchNormBackward(torch.autograd.Function):
         cls, grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
     ):
         ending = (activation, activation_param, bias, residual)
-        if not _in_forward_mode():
+        if not in_forward_mode():
             return super().apply(grad_output, input, weight, moments, eps, training, wanted, *ending)
         grads = composed_backward(
             grad_output, input, weight, bias, None if training else moments, eps, activation, activation_param, residual
@@ -300,7 +300,7 @@ def _careful_batch_norm(
     arguments.check_residual(residual, input)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
-        z = _batch_norm_of_nothing(input, weight, bias)
+        z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
@@ -312,7 +312,7 @@ def _careful_batch_norm(
     return output
 
 
-def _batch_norm_of_nothing(input, weight, bias):
+def batch_norm_of_nothing(input, weight, bias):
     """What torch makes of an input without elements: the gradients of the parameters are zeros, and parameters
     without elements are an IndexError."""
     output = input.clone()

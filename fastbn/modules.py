@@ -5,6 +5,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from . import activations
 from .autograd import batch_norm
+from .checkpointing import is_repeated
 
 
 class _FastBatchNorm:
@@ -42,7 +43,7 @@ def _state_of(module):
     training = module.training
     if not training:
         training, counter = mean is None and var is None, None
-    elif not module.track_running_stats:
+    elif not module.track_running_stats or is_repeated():
         mean = var = counter = None
     return weight, bias, mean, var, counter, training
 

@@ -60,18 +60,22 @@ def _backward_fake(
     nothing = input.new_empty(0)
     dtype = param_dtype(input, weight)
     param = [input.new_empty(input.size(1), dtype=dtype) if m else nothing for m in output_mask[1:3]]
-    own_format = output_format(input)
-    memory_format = own_format
-    if memory_format == torch.contiguous_format:
-        memory_format = torch._prims_common.suggest_memory_format(input)
-    grad_input = torch.empty_like(input, memory_format=memory_format) if output_mask[0] else nothing
-    grad_residual = torch.empty_like(input, memory_format=own_format) if output_mask[3] else nothing
+    grad_input = grad_input_like(input) if output_mask[0] else nothing
+    grad_residual = torch.empty_like(input, memory_format=output_format(input)) if output_mask[3] else nothing
     return grad_input, *param, grad_residual
 
 
 @torch.library.register_fake("fastbn::update_running_stats")
 def _update_running_stats_fake(moments, count, momentum, running_mean, running_var, num_batches_tracked):
     pass
+
+
+def grad_input_like(input):
+    """Empty, with the strides of the gradient of input, as in ops.cpp."""
+    memory_format = output_format(input)
+    if memory_format == torch.contiguous_format:
+        memory_format = torch._prims_common.suggest_memory_format(input)
+    return torch.empty_like(input, memory_format=memory_format)
 
 
 def param_dtype(input, weight):

@@ -1,10 +1,11 @@
-"""Tools that people use around a module: autocast, fx, compile, export, func, dispatch, conversions.
+"""Tools that people use around a module: autocast, fx, func, dispatch, conversions. (test_compile.py: torch.compile.)
 In: fastbn modules in small models. Out: what torch.nn's give, without a graph break or a lost update."""
 
 import copy
 
 import pytest
 import torch
+from nets import assert_same_step, images, nets
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.overrides import TorchFunctionMode
@@ -18,112 +19,6 @@ CLASSES = {
     fastbn.BatchNorm3d: nn.BatchNorm3d,
 }
 training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-compilers = pytest.mark.parametrize(
-    "compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
-
-
-class Net(nn.Module):
-    """Convolution, batch norm, ReLU, pooling, batch norm on (N, C): both kinds of shape in one model."""
-
-    def __init__(self, two=nn.BatchNorm2d, one=nn.BatchNorm1d, **kwargs):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3)
-        self.bn2 = two(5, **kwargs)
-        self.bn1 = one(5, **kwargs)
-        self.fc = nn.Linear(5, 2)
-
-    def forward(self, x):
-        x = torch.relu(self.bn2(self.conv(x)))
-        return self.fc(self.bn1(x.mean((2, 3))))
-
-
-def nets(**kwargs):
-    ours, torchs = Net(fastbn.BatchNorm2d, fastbn.BatchNorm1d, **kwargs), Net(**kwargs)
-    ours.load_state_dict(torchs.state_dict())
-    return ours, torchs
-
-
-def images(batch=4, requires_grad=False):
-    return torch.randn(batch, 3, 6, 6).requires_grad_(requires_grad)
-
-
-def assert_same_step(ours, torchs, x):
-    """Output, gradients and buffers after one forward and backward of each."""
-    results = []
-    for model in (ours, torchs):
-        leaf = x.detach().clone().requires_grad_()
-        y = model(leaf)
-        y.square().sum().backward()
-        owner = getattr(model, "_orig_mod", model)
-        results.append([y, leaf.grad, {n: p.grad for n, p in owner.named_parameters()}, owner.state_dict()])
-        owner.zero_grad()
-    if isinstance(getattr(ours, "_orig_mod", ours), torch.fx.GraphModule):  # has only buffers in use
-        results[1][3] = {name: value for name, value in results[1][3].items() if name in results[0][3]}
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture
-def compile_model():
-    """torch.compile with fullgraph, from a clean slate."""
-    torch._dynamo.reset()
-    yield lambda model, compiler, **kwargs: torch.compile(model, backend=compiler, fullgraph=True, **kwargs)
-    torch._dynamo.reset()
-
-
-@training
-@compilers
-@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
-def test_compile_fullgraph(compile_model, compiler, training, kwargs):
-    """momentum=None breaks torch's own graph (pt#194504), ours not. Running statistics move as well."""
-    ours, torchs = (model.train(training) for model in nets(**kwargs))
-    compiled = compile_model(ours, compiler)
-    for _ in range(3):
-        assert_same_step(compiled, torchs, images())
-    if training and kwargs.get("track_running_stats", True):
-        assert ours.bn2.num_batches_tracked == 3
-
-
-@compilers
-def test_compile_dynamic_batch(compile_model, compiler):
-    """No more compilations than torch's own modules need when the batch size varies."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    batches, counts = [images(batch) for batch in (4, 7, 9, 16)], []
-    for model, twin in (nets(), nets()[::-1]):
-        torch._dynamo.reset()  # the first compilation of a code object takes more attempts than those after it
-        counter = CompileCounterWithBackend(compiler)
-        compiled = compile_model(model, counter, dynamic=True)
-        for x in batches:
-            assert_same_step(compiled, twin, x)
-        counts.append(counter.frame_count)
-    assert counts[0] <= counts[1]
-
-
-@compilers
-@training
-@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
-def test_compile_functional(compile_model, compiler, training, channels_last):
-    def ours(x, mean, var, weight, bias):
-        return batch_norm(x * 2, mean, var, weight, bias, training).relu()
-
-    x = images()
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    arguments = x, torch.zeros(3), torch.ones(3), torch.randn(3), torch.randn(3)
-    stats = [a.clone() for a in arguments]
-    expected = ours(*stats)
-    found = compile_model(ours, compiler)(*arguments)
-    torch.testing.assert_close(found, expected)
-    assert found.stride() == expected.stride()
-    torch.testing.assert_close(arguments[1:3], tuple(stats[1:3]))
-
-
-def test_compile_switches_between_train_and_eval(compile_model):
-    ours, torchs = nets()
-    compiled = compile_model(ours, "aot_eager")
-    for mode in (True, False, True):
-        ours.train(mode), torchs.train(mode)
-        assert_same_step(compiled, torchs, images())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -159,19 +54,6 @@ def test_fx_traces_a_module_alone(cls):
     traced = torch.fx.symbolic_trace(copy.deepcopy(bn))
     torch.testing.assert_close(traced(x), bn(x))
     torch.testing.assert_close(traced.state_dict(), bn.state_dict())
-
-
-@training
-@pytest.mark.parametrize("kwargs", [{}, {"momentum": None}], ids=str)
-def test_export(training, kwargs):
-    ours, torchs = (model.train(training) for model in nets(**kwargs))
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(copy.deepcopy(ours), (images(),), dynamic_shapes={"x": {0: batch}})
-    exported = program.module()
-    for size in (4, 6):
-        x = images(size)
-        torch.testing.assert_close(exported(x), torchs(x))
-    torch.testing.assert_close(dict(exported.named_buffers()), dict(torchs.named_buffers()))
 
 
 @training

@@ -1,0 +1,114 @@
+"""Batch norm that always uses its running statistics and never changes them, for fine-tuning: eval, whatever the mode.
+
+In: the state of a batch norm. Out: modules that compute y = (x - mean) / sqrt(var + eps) * weight + bias in one pass.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from . import modules
+from .autograd import batch_norm
+from .fuse import unfuse
+from .report import check_module, forget
+
+_STATE = ("weight", "bias", "running_mean", "running_var")
+
+
+class _FrozenBatchNorm(nn.Module):
+    """y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, in training as in eval.
+
+    Not a subclass of torch.nn's batch norms: tools that look for those reset or update statistics. State dicts are
+    those of torchvision.ops.FrozenBatchNorm2d, and load from and into torch.nn's batch norms: without
+    num_batches_tracked.
+
+    Args:
+        num_features: C of the input.
+        eps: added to running_var.
+        trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
+        device, dtype: of parameters and buffers.
+    """
+
+    def __init__(self, num_features, eps=1e-5, *, trainable=False, device=None, dtype=None):
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        ones, zeros = (f(num_features, device=device, dtype=dtype) for f in (torch.ones, torch.zeros))
+        for name, value in zip(_STATE, (ones, zeros, zeros.clone(), ones.clone()), strict=True):
+            if trainable and name in ("weight", "bias"):
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return f"{self.num_features}, eps={self.eps}, trainable={isinstance(self.weight, nn.Parameter)}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
+        state = self.weight, self.bias, self.running_mean, self.running_var
+        return batch_norm(input, *state, None, False, 0.0, self.eps)
+
+
+class FrozenBatchNorm1d(_FrozenBatchNorm):
+    __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C) or (N, C, L): y =", 1)
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm):
+    __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C, H, W): y =", 1)
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class FrozenBatchNorm3d(_FrozenBatchNorm):
+    __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C, D, H, W): y =", 1)
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+_FROZEN = {
+    nn.BatchNorm1d: FrozenBatchNorm1d, modules.BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d, modules.BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d, modules.BatchNorm3d: FrozenBatchNorm3d,
+}  # fmt: skip
+
+
+def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
+    """Turn every ``BatchNorm1d/2d/3d`` in ``module``, torch.nn's or fastbn's, into a FrozenBatchNorm, in place.
+
+    Modules stay the same objects, and so do their tensors. For good: num_batches_tracked is gone. Subclasses are left
+    alone, and what ``convert(fuse=True)`` fused is undone.
+
+    Args:
+        module: any module; it may be a batch norm itself.
+        trainable: keep weight and bias as parameters; otherwise they become buffers (remove them from optimizers).
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: a batch norm has no running statistics. Then nothing is changed.
+    """
+    check_module(module, "freeze")
+    found = {name: m for name, m in module.named_modules() if type(m) in _FROZEN}
+    for name, m in found.items():
+        if m.running_mean is None or m.running_var is None:
+            raise ValueError(f"fastbn.freeze: {name or type(m).__name__} has no running statistics to use")
+    unfuse(module)
+    forget(module)
+    for m in found.values():
+        _freeze(m, trainable)
+    return module
+
+
+def _freeze(m, trainable):
+    m.__class__ = _FROZEN[type(m)]
+    del m.num_batches_tracked
+    for name in ("momentum", "affine", "track_running_stats"):
+        del m.__dict__[name]
+    if not trainable:
+        for name in ("weight", "bias"):
+            value = m._parameters.pop(name)
+            m.register_buffer(name, None if value is None else value.detach())

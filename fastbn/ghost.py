@@ -1,0 +1,188 @@
+"""Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1): a batch in chunks, each with statistics of its own.
+
+In: (N, C, ...). Out: what a batch norm called on one chunk after the other makes of it, by one call of the kernels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from . import arguments, ops
+from .autograd import batch_norm, batch_norm_of_nothing, differentiable_backward, in_forward_mode
+from .modules import BatchNorm1d, BatchNorm2d, _state_of
+
+_forward = torch.ops.fastbn.ghost_forward.default
+_backward = torch.ops.fastbn.ghost_backward.default
+
+
+def chunk_sizes(samples, positions, virtual_batch_size):
+    """Number of chunks, and samples in the last: as ghost_chunks in ops.cpp cuts a batch of (samples, C, positions)."""
+    count = -(-samples // virtual_batch_size)
+    if count > 1 and (samples - (count - 1) * virtual_batch_size) * positions == 1:
+        count -= 1
+    return count, samples - (count - 1) * virtual_batch_size
+
+
+@torch.library.register_fake("fastbn::ghost_forward")
+def _forward_fake(input, weight, bias, virtual_batch_size, eps):
+    count, _ = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
+    output = torch.empty_like(input, memory_format=ops.output_format(input))
+    return output, input.new_empty((count, 2, input.size(1)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastbn::ghost_backward")
+def _backward_fake(grad_output, input, weight, moments, virtual_batch_size, eps, output_mask):
+    dtype = ops.param_dtype(input, weight)
+    dx = ops.grad_input_like(input) if output_mask[0] else input.new_empty(0)
+    return dx, *(input.new_empty(input.size(1) if m else 0, dtype=dtype) for m in output_mask[1:])
+
+
+def _setup(ctx, inputs, output):
+    input, weight, _, ctx.virtual_batch_size, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(input, weight, output[1])
+
+
+def _gradients(ctx, grad_output, _):
+    wanted = tuple(ctx.needs_input_grad[:3])
+    # to be differentiated again: by way of batch norms whose own derivatives are known
+    gradients = _chunk_by_chunk if torch.is_grad_enabled() else _backward
+    input, weight, moments = ctx.saved_tensors
+    grads = gradients(grad_output, input, weight, moments, ctx.virtual_batch_size, ctx.eps, wanted)
+    return *(g if m else None for g, m in zip(grads, wanted, strict=True)), None, None
+
+
+torch.library.register_autograd("fastbn::ghost_forward", _gradients, setup_context=_setup)
+
+
+def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps, wanted):
+    _, last = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
+    sizes = [virtual_batch_size] * (moments.size(0) - 1) + [last]
+    parts = [
+        differentiable_backward(dy, x, weight, m, eps, True, (*wanted, False))[:3]
+        for dy, x, m in zip(grad_output.split(sizes), input.split(sizes), moments, strict=True)
+    ]
+    dx, *of_parameters = zip(*parts, strict=True)
+    grads = [sum(d) if m else None for d, m in zip(of_parameters, wanted[1:], strict=True)]
+    return torch.cat(dx) if wanted[0] else None, *grads
+
+
+def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked):
+    """Running statistics after one update for each chunk, in their order: all of them in one sum.
+
+    r <- (1 - m) r + m b, for b = b_1 ... b_G, makes (1 - m)^G r + sum of m (1 - m)^(G - i) b_i.
+    sizes: values per channel in a chunk, and in the last one.
+    """
+    count, kind = moments.size(0), {"dtype": torch.float64, "device": moments.device}
+    if momentum is not None:
+        weights = momentum * (1 - momentum) ** torch.arange(count - 1, -1, -1, **kind)
+    elif num_batches_tracked is not None:  # the mean of all updates so far
+        weights = torch.ones(count, **kind) / num_batches_tracked
+    else:
+        weights = torch.zeros(count, **kind)
+    kept = 1 - weights.sum()
+    values = torch.full((count,), sizes[0], **kind)
+    values[-1] = sizes[1]
+    unbiased = weights * values / (values - 1)
+    running_mean.copy_(kept * running_mean.double() + weights @ moments[:, 0])
+    running_var.copy_(kept * running_var.double() + unbiased @ moments[:, 1])
+
+
+def ghost_batch_norm(
+    input, virtual_batch_size, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    """`fastbn.functional.batch_norm` of chunks of virtual_batch_size samples, each by its own statistics, in one call.
+
+    Chunks are those of ``input.split(virtual_batch_size)``: the last one has what is left. Only if that is one value a
+    channel, which has no variance, does it join the chunk before it. Running statistics and counter become those of a
+    batch norm that is called on one chunk after the other: they are updated once for each. In eval the running
+    statistics normalize, and chunks mean nothing.
+
+    Differentiable as often as batch norm is, from the second time on chunk by chunk; forward-mode AD is an error.
+
+    Args:
+        input: (N, C) or (N, C, ...), float32, float64, float16 or bfloat16.
+        virtual_batch_size: samples in a chunk; more than N makes one chunk.
+        others: as for `fastbn.functional.batch_norm`.
+
+    Returns:
+        A tensor of input's sizes and dtype.
+
+    Raises:
+        TypeError, ValueError: virtual_batch_size is no positive integer, or makes chunks of one value a channel; and
+            what `fastbn.functional.batch_norm` raises.
+    """
+    if momentum is None:
+        raise TypeError("ghost_batch_norm(): argument 'momentum' must be float, not NoneType")
+    check_virtual_batch_size(virtual_batch_size)
+    state = weight, bias, running_mean, running_var, None, training
+    return _ghost(input, virtual_batch_size, state, momentum, eps)
+
+
+def check_virtual_batch_size(size):
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"virtual_batch_size should be an int, not {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"virtual_batch_size should be positive, not {size}")
+
+
+def _ghost(input, virtual_batch_size, state, momentum, eps):
+    if has_torch_function_unary(input):
+        return handle_torch_function(_ghost, (input,), input, virtual_batch_size, state, momentum, eps)
+    weight, bias, running_mean, running_var, num_batches_tracked, training = state
+    if not training:
+        return batch_norm(input, *state, momentum, eps)
+    if not is_compiling() and in_forward_mode():  # the operator would have a tangent of zero
+        raise NotImplementedError("ghost batch norm has no derivative in forward mode (jvp)")
+    momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    arguments.check_together(input, weight, bias, running_mean, running_var, training)
+    if input.numel() == 0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return batch_norm_of_nothing(input, weight, bias)
+    positions = math.prod(input.shape[2:])
+    if virtual_batch_size * positions == 1:
+        raise ValueError(
+            f"virtual_batch_size 1 leaves one value per channel in a chunk of an input of sizes {(*input.shape,)}"
+        )
+    count, last = chunk_sizes(input.size(0), positions, virtual_batch_size)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(count)
+    weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
+    output, moments = _forward(input, weight, bias, virtual_batch_size, eps)
+    if running_mean is not None:
+        sizes = (virtual_batch_size * positions, last * positions)
+        _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked)
+    return output
+
+
+class _Ghost:
+    """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
+
+    def __init__(self, num_features, *args, virtual_batch_size, **kwargs):
+        check_virtual_batch_size(virtual_batch_size)
+        super().__init__(num_features, *args, **kwargs)
+        self.virtual_batch_size = virtual_batch_size
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor):
+            self._check_input_dim(input)
+        return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
+
+
+class GhostBatchNorm1d(_Ghost, BatchNorm1d):
+    """torch.nn.BatchNorm1d on chunks of virtual_batch_size samples of (N, C) or (N, C, L), each normalized by its own
+    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
+    parameters and state are torch's."""
+
+
+class GhostBatchNorm2d(_Ghost, BatchNorm2d):
+    """torch.nn.BatchNorm2d on chunks of virtual_batch_size samples of (N, C, H, W), each normalized by its own
+    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
+    parameters and state are torch's."""

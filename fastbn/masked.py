@@ -1,0 +1,97 @@
+"""Batch norm of padded sequences: statistics, outputs and gradients of the valid positions alone.
+
+In: (N, C, ...) and which positions are valid. Out: the same sizes, zero where they are not. The valid positions are
+gathered into a matrix (M, C), which the kernels normalize as any other, and scattered back: two copies of them.
+"""
+
+import torch
+from torch import Tensor
+
+from .autograd import batch_norm as _batch_norm
+from .modules import BatchNorm1d, _state_of
+
+
+def valid_positions(input, mask):
+    """mask as booleans (N, ...), True where valid, from those or from int64/int32 lengths (N,). Raises if it is none.
+
+    Lengths count positions of the last dimension of an input (N, C, L).
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask should be a tensor of booleans or of lengths, not {type(mask).__name__}")
+    if mask.device != input.device:
+        raise RuntimeError(f"mask is on device {mask.device}, but input is on device {input.device}")
+    positions = (input.size(0), *input.shape[2:])
+    if mask.dtype == torch.bool:
+        if tuple(mask.shape) != positions:
+            raise ValueError(f"mask should have sizes {positions}, input's without channels, not {(*mask.shape,)}")
+        return mask
+    if mask.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"mask should be bool, or lengths of int32 or int64, not {mask.dtype}")
+    if input.dim() != 3 or mask.shape != (input.size(0),):
+        raise ValueError(
+            f"lengths should have sizes ({input.size(0)},) beside an input (N, C, L), not {(*mask.shape,)} beside "
+            f"{(*input.shape,)}"
+        )
+    length = input.size(2)
+    if mask.numel() and not (mask.min() >= 0 and mask.max() <= length):
+        least, most = mask.min().item(), mask.max().item()
+        raise ValueError(f"lengths should be from 0 to {length}, but are from {least} to {most}")
+    return torch.arange(length, device=input.device) < mask.unsqueeze(1)
+
+
+def gather(input, valid):
+    """The valid positions of input, (M, C)."""
+    return input.movedim(1, -1)[valid]
+
+
+def scatter(rows, input, valid):
+    """The reverse: of the sizes and strides of input, zero elsewhere."""
+    output = torch.zeros_like(input).movedim(1, -1)
+    return output.index_put((valid,), rows).movedim(-1, 1)
+
+
+def masked_batch_norm(
+    input, mask, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    """`fastbn.functional.batch_norm` of the valid positions of a padded batch; the others are zero in the output.
+
+    What padding holds (NaN too) changes neither statistics, outputs, running statistics nor gradients, and its own
+    gradient is zero. Differentiable as often as batch norm is. torch.compile cannot know how many positions are valid:
+    its graph breaks there.
+
+    Args:
+        input: (N, C, L), or (N, C, ...) with a mask.
+        mask: bool (N, L) or (N, ...), True where valid; or int64 or int32 (N,), the lengths of sequences.
+        others: as for `fastbn.functional.batch_norm`.
+
+    Returns:
+        A tensor of input's sizes and dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a mask of other sizes, dtype or device, lengths beyond L, one valid
+            position in training; and what `fastbn.functional.batch_norm` raises. A batch without valid positions is no
+            error: the output is zero, and the running statistics stay.
+    """
+    return _masked(input, mask, (weight, bias, running_mean, running_var, None, training), momentum, eps)
+
+
+def _masked(input, mask, state, momentum, eps):
+    valid = valid_positions(input, mask)
+    return scatter(_batch_norm(gather(input, valid), *state, momentum, eps), input, valid)
+
+
+class MaskedBatchNorm1d(BatchNorm1d):
+    """torch.nn.BatchNorm1d on padded sequences, called as ``module(input, mask)``: input (N, C, L), mask bool (N, L) or
+    lengths (N,); see `fastbn.functional.masked_batch_norm`. Arguments, parameters and state are torch's."""
+
+    def _check_input_dim(self, input):
+        if input.dim() != 3:
+            raise ValueError(f"expected 3D input (got {input.dim()}D input)")
+
+    def valid(self, input: Tensor, mask: Tensor) -> Tensor:
+        """The values that are counted, (M, C)."""
+        return gather(input, valid_positions(input, mask))
+
+    def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        return _masked(input, mask, _state_of(self), self.momentum, self.eps)
