@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from report import LATEST_GPU, SHORT, Measured, Record, geometric_mean, make_console, select, show_environment
+from figures import Measured
+from records import LATEST_GPU, SHORT, Record, geometric_mean, select
+from report import make_console, show_environment
 from rich.console import Console
 from rich.table import Table
 from suite import GPU_PASSES
