@@ -15,6 +15,9 @@ from timing import noise
 # Two runs of the same code were farther apart than their noise in this part: caches and pages fall differently.
 FLOOR = 0.10
 
+# Kinds of records that have fastbn's time beside others'.
+COMPARED = ("case", "fused", "call")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -33,10 +36,10 @@ class Change:
 
 def changes(old: list[Record], new: list[Record]) -> list[Change]:
     """Of every measurement that both runs have."""
-    before = {key_of(r): r for r in old if "fastbn" in r.get("seconds", ())}
+    before = {key_of(r): r for r in old if r["kind"] in COMPARED}
     found = []
     for record in new:
-        if record["kind"] not in ("case", "fused", "call") or (earlier := before.get(key_of(record))) is None:
+        if record["kind"] not in COMPARED or (earlier := before.get(key_of(record))) is None:
             continue
         both = record["seconds"].keys() & earlier["seconds"].keys()
         if (against := next((v for v in ("torch", "copy") if v in both), None)) is None:

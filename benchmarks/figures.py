@@ -9,6 +9,7 @@ from records import (
     against_clone,
     against_fastest,
     against_plain,
+    compared,
     geometric_mean,
     name_of,
     noise,
@@ -55,7 +56,7 @@ def _fused(ending: str | None, ratio: Callable[[Record], float]) -> Callable[[li
     """ending None: all of them."""
 
     def measured(records: list[Record]) -> Measured:
-        chosen = select(records, kind="fused", **{"pass": "forward+backward"})
+        chosen = compared(select(records, kind="fused", **{"pass": "forward+backward"}))
         chosen = [r for r in chosen if ending in (None, r["ending"])]
         if not chosen:
             return None
@@ -74,7 +75,7 @@ def _fused_forward(records: list[Record]) -> Measured:
 
 
 def _slowest(records: list[Record]) -> Measured:
-    chosen = [r for suite in SINGLE for r in warm(records, kind="case", suite=suite)]
+    chosen = [r for suite in SINGLE for r in compared(warm(records, kind="case", suite=suite))]
     record = min(chosen, key=speedup, default=None)
     return record and (speedup(record), f"{record['pass']} {name_of(record)}, noise {noise(record):.0%}")
 

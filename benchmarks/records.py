@@ -41,11 +41,21 @@ def warm(records: list[Record], **fields: object) -> list[Record]:
     return [r for r in select(records, **fields) if r.get("inputs", "warm") == "warm"]
 
 
+def compared(records: list[Record]) -> list[Record]:
+    """Those in which torch takes part: it may have failed, too."""
+    return [r for r in records if "torch" in r["seconds"]]
+
+
 def resnet50(records: list[Record], batch: int | None = None) -> list[Record]:
     """ResNet-50's batch norms at a batch, by default at the smallest one measured."""
-    chosen = warm(records, kind="case", suite="resnet50")
-    batch = batch or min((r["shape"][0] for r in chosen), default=0)
+    chosen = compared(warm(records, kind="case", suite="resnet50"))
+    batch = batch or min(batches_of(records), default=0)
     return [r for r in chosen if r["shape"][0] == batch]
+
+
+def batches_of(records: list[Record]) -> list[int]:
+    """The batches at which ResNet-50's batch norms were measured."""
+    return sorted({r["shape"][0] for r in compared(warm(records, kind="case", suite="resnet50"))})
 
 
 def seconds(record: Record, variant: str) -> float:

@@ -16,6 +16,8 @@ from records import (
     against_clone,
     against_fastest,
     against_plain,
+    batches_of,
+    compared,
     geometric_mean,
     groups_of,
     load,
@@ -57,8 +59,8 @@ def header() -> str:
 def case_line(records: list[Record]) -> str:
     """Of each pass: fastbn's time, torch's time over it, and its part of the copy limit.
     At the end: the forward pass over the time of x.clone(), and the largest noise."""
-    measured = [r for r in records if r["kind"] in ("case", "fused")]
-    if not measured or "torch" not in measured[0]["seconds"]:
+    measured = compared([r for r in records if r["kind"] in ("case", "fused")])
+    if not measured:
         return ""
     first = measured[0]
     shape, megabytes = ",".join(map(str, first["shape"])), first["tensor_bytes"] / 1e6
@@ -80,8 +82,8 @@ def _fused_part(records: list[Record]) -> str:
         milliseconds = seconds(record, "fastbn") * 1e3
         what = f"{record['ending']} {record['pass']}"
         line += f" | {what:>25}{milliseconds:>9.3f} {against_fastest(record):>6.2f} {of_limit(record):>5.0%}"
-    (alone,) = select(records, **{"pass": "forward"})
-    return f"{line} | /plain {against_plain(alone):.2f} noise {max(map(noise, records)):.0%}"
+    plain = [f"/plain {against_plain(r):.2f} " for r in records if r["pass"] == "forward"]
+    return f"{line} | {''.join(plain)}noise {max(map(noise, records)):.0%}"
 
 
 # --- summaries ---
@@ -148,12 +150,13 @@ def absent(records: list[Record]) -> list[str]:
     """Who was not compared, or not in all cases, and why: a line each."""
     lines = [f"{name}: not there ({why})" for head in select(records, kind="environment")
              for name, why in head["missing"].items()]  # fmt: skip
-    counts: dict[tuple[str, str, str], int] = {}
+    errors: dict[tuple[str, str, str], list[str]] = {}
     for r in records:
         if r["kind"] in ("unsupported", "failed", "wrong") and "peer" in r:
-            key = r["peer"], r["kind"], r["error"]
-            counts[key] = counts.get(key, 0) + 1
-    return lines + [f"{peer}: {kind} in {n} cases ({why})" for (peer, kind, why), n in counts.items()]
+            # one line for all that is wrong, whose numbers differ in each case
+            why = r["error"] if r["kind"] == "unsupported" else ""
+            errors.setdefault((r["peer"], r["kind"], why), []).append(r["error"])
+    return lines + [f"{peer}: {kind} in {len(all_)} cases ({all_[0]})" for (peer, kind, _), all_ in errors.items()]
 
 
 def bandwidth_table(records: list[Record]) -> Table | None:
@@ -205,7 +208,7 @@ def accuracy_table(records: list[Record]) -> Table | None:
 
 
 def scaling_table(records: list[Record]) -> Table | None:
-    found = warm(records, kind="case", suite="scaling")
+    found = compared(warm(records, kind="case", suite="scaling"))
     if not found:
         return None
     table = _table("Time for each element, ns: fastbn / torch / copy of x", "elements", *(
@@ -244,7 +247,7 @@ def figures_table(records: list[Record]) -> Table:
 
 
 def show_summary(console: Console, records: list[Record]) -> None:
-    batches = sorted({r["shape"][0] for r in warm(records, kind="case", suite="resnet50")})
+    batches = batches_of(records)
     tables = [bandwidth_table, peers_table, scaling_table, model_table, accuracy_table]
     for table in (*(resnet50_table(records, batch) for batch in batches), *(make(records) for make in tables)):
         if table is not None:

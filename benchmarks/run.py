@@ -94,7 +94,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     pace.add_argument("--full", dest="pace", action="store_const", const="full", help="everything")
     parser.add_argument("--resume", action="store_true", help="go on with the output file of a run that was stopped")
     parser.add_argument("--compare", type=Path, metavar="OLD.jsonl",
-                        help="print what got slower than in this file beyond the noise, and exit with 1 then")  # fmt: skip
+                        help="print what got slower than in this file, beyond the noise, and fail then")  # fmt: skip
     parser.add_argument("--compile-only", nargs=2, type=int, metavar=("SHARE", "SHARES"),
                         help="on a GPU: only fill torch.compile's cache, with this share of the cases")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
@@ -151,7 +151,8 @@ def case_units(case: Case, here: list[str], arguments: argparse.Namespace, seed:
     large = case.suite in ("resnet50", "scaling") and not wanted
     usual = case.suite in ("resnet50", "fused", "shapes")
     seconds = pace.seconds * (1 if usual else SMALL_PART)
-    protocol = Protocol(seconds, FEW_ROUNDS if large and arguments.pace == "full" else pace.least_rounds)
+    least = FEW_ROUNDS if large and arguments.pace == "full" else pace.least_rounds
+    protocol = Protocol(seconds, least, base="torch")
     cost = 3 * seconds + case.nbytes * SECONDS_PER_BYTE * (2 + len(peers))
     yield Unit(str(case), partial(measure_case, case, peers, protocol, seed), cost, case_line)
     sets = sets_for(case.nbytes, cache_bytes())
@@ -189,7 +190,7 @@ def cpu_units(arguments: argparse.Namespace, here: list[str]) -> list[Unit]:
     # before the scaling suite and the large batches, which a limit of time may leave out
     first_large = next((i for i, u in enumerate(units) if u.name.startswith("scaling")), len(units))
     units[first_large:first_large] = others
-    return [*units, Unit("bandwidth at the end", partial(bandwidth_records, "end", bandwidth, rng))]
+    return [*units, Unit("bandwidth at the end", partial(bandwidth_records, "end", bandwidth, rng), always=True)]
 
 
 def main() -> int:

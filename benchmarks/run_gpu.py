@@ -135,7 +135,7 @@ def gpu_units(arguments: argparse.Namespace, peers: list[str], make_gpu: Callabl
     """The cases that decide most first, because time may end before they do."""
     gpu = make_gpu()
     rng = random.Random(arguments.seed)
-    units = [Unit("big copy", lambda: [copy_record(gpu, rng)])]
+    units = [Unit("big copy", lambda: [copy_record(gpu, rng)], always=True)]
     todo = list(gpu_cases([getattr(torch, name) for name in arguments.dtypes], arguments.layouts, arguments.batch))
 
     def measured(case: Case, seed: int) -> Iterator[Record]:

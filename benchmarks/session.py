@@ -28,6 +28,7 @@ class Unit:
     measure: Callable[[], Iterable[Record]]
     cost: float = 1.0  # about how many seconds, for the progress bar
     line: Callable[[list[Record]], str] | None = None  # its records as a line of the terminal
+    always: bool = False  # short, and wanted however little time is left
 
 
 class CannotResume(Exception):
@@ -87,13 +88,18 @@ class Session:
             if title and left:
                 self.console.print(f"{'':>9}{title}", soft_wrap=True)
             try:
+                out = []
                 for number, unit in enumerate(left, 1):
-                    if seconds and time.perf_counter() - start > seconds:
-                        self._left_out(left[number - 1 :], len(units), file)
-                        break
+                    if seconds and time.perf_counter() - start > seconds and not unit.always:
+                        out.append(unit.name)
+                        continue
                     progress.update(bar, description=unit.name)
                     self._measure(unit, f"{number:>3}/{len(left):<3}", file)
                     progress.advance(bar, unit.cost)
+                if out:
+                    optional = sum(not unit.always for unit in left)
+                    self.console.print(f"no time left for {len(out)} of {optional} cases")
+                    self._write([{"kind": "left out", "cases": out}], file)
             except KeyboardInterrupt:
                 self.interrupted = True
                 self.console.print("\ninterrupted: what follows is what was measured so far")
@@ -111,7 +117,7 @@ class Session:
                 records.append(record)
         except Exception as error:  # one failure must not hide the rest
             records.append({"kind": "failed", "unit": unit.name, "error": last_line(error)})
-        done = {"kind": "done", "unit": unit.name, "seconds": round(time.perf_counter() - start, 3)}
+        done = {"kind": "done", "unit": unit.name, "wall_s": round(time.perf_counter() - start, 3)}
         self._write([*records, done], file)
         for record in records:
             if record["kind"] in ("wrong", "failed", "skipped"):
@@ -119,7 +125,3 @@ class Session:
                 self.console.print(f"{number}  {unit.name}{who}: [red]{record['kind']}[/]: {record['error']}")
         if unit.line and (line := unit.line(records)):
             self.console.print(f"{number}  {line}", soft_wrap=True)
-
-    def _left_out(self, units: list[Unit], total: int, file) -> None:
-        self.console.print(f"no time left for {len(units)} of {total} cases")
-        self._write([{"kind": "left out", "cases": [unit.name for unit in units]}], file)

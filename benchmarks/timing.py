@@ -25,6 +25,8 @@ LONG_CALL = 50e-3
 # standard error is in those of a mean; and the quartiles' distance in standard deviations.
 WIDTH_99, OF_MEDIAN, QUARTILES = 2.576, 1.2533, 1.349
 
+HOPELESS, HOPELESS_ROUNDS = 2.0, 2
+
 Times = dict[str, dict[str, object]]
 
 
@@ -33,6 +35,8 @@ class Protocol:
     seconds: float  # to spend on a comparison, in equal parts for the variants
     least_rounds: int = 5
     most_rounds: int = 60
+    # Variants that take HOPELESS times as long as this one cannot be the fastest of the peers: they get two rounds.
+    base: str = ""
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
@@ -53,6 +57,7 @@ def measure(
     A variant that raises at its first call is left out and put into ``failed``, if there is one."""
     repeats: dict[str, int] = {}
     rounds: dict[str, int] = {}
+    estimates: dict[str, float] = {}
     for name, call in variants.items():
         try:
             estimate = sample(call, 1)  # warms up
@@ -65,9 +70,14 @@ def measure(
             estimate = sample(call, 1)
         if estimate < SHORTEST_SAMPLE:
             estimate = sample(call, 10)
+        estimates[name] = estimate
         repeats[name] = math.ceil(SHORTEST_SAMPLE / estimate)
         affordable = protocol.seconds / len(variants) / (repeats[name] * estimate)
         rounds[name] = int(max(protocol.least_rounds, min(protocol.most_rounds, affordable)))
+    if protocol.base in rounds:
+        for name in rounds:
+            if estimates[name] > HOPELESS * estimates[protocol.base]:
+                rounds[name] = HOPELESS_ROUNDS
     most = max(rounds.values(), default=0)
 
     samples: dict[str, list[float]] = {name: [] for name in rounds}
