@@ -17,6 +17,7 @@ BENCH_ARGUMENTS ?=
 # Of `make bench-full`: seconds after which it begins nothing more (the longest case takes one minute), and where it writes.
 BENCH_SECONDS ?= 1380
 SHOWN := benchmarks/results/cpu.jsonl
+PEERS ?= jax
 # The CUDA build on a machine that need not have a GPU: a torch with CUDA in an environment of its own (5 GB).
 CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV := .venv-cuda
@@ -61,7 +62,7 @@ help:
 	@echo "make bench      time fastbn against torch (under 5 minutes), then train a small network with both"
 	@echo "make bench-full everything, against everybody who is installed: up to 25 minutes; then make report"
 	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
-	@echo "make bench-peers  install peers that pip has (jax, timm) into $(VENV), for make bench-full"
+	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
 	@echo "make test       lint, include check, and the tests that are not slow"
 	@echo "make test-slow  the slow tests"
 	@echo "make asan       the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -144,9 +145,10 @@ report: venv
 	$(SAY) "README and pictures from $(SHOWN)"
 	$(PY) benchmarks/readme.py $(SHOWN)
 
-# Not needed for anything else: a peer that is not there is listed as missing. Torch must stay as it is.
+# Needed for nothing else: a peer that is not there is listed as missing. Torch stays as it is. timm wants a torchvision that
+# goes with this torch; where pip has one, PEERS="jax timm" adds it.
 bench-peers: venv
-	$(PY) -m pip install --quiet jax timm torchvision "torch==$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])')"
+	$(PY) -m pip install --quiet $(PEERS) "torch==$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])')"
 
 # A second build beside the installed one, found first through PYTHONPATH. Python itself knows nothing of the
 # sanitizers, so their libraries are loaded before it; libstdc++ too, or they miss its exceptions. Python's own

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from records import (
     Record,
     geometric_mean,
@@ -30,6 +30,8 @@ from suite import PASSES
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each type and layout, or peer.
 COLOURS = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#F0E442"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+# Of fastbn, torch, and the others.
+PEER_COLOURS = [COLOURS[i] for i in (0, 2, 4, 5, 3, 1, 6, 7)]
 STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
     "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
@@ -55,88 +57,90 @@ def caption(records: list[Record]) -> str:
     )
 
 
-def shape_names(records: list[Record]) -> list[str]:
-    shapes = dict.fromkeys(tuple(r["shape"][1:]) for r in records)
-    return [f"{c} × {h}²" for c, h, _ in shapes]
+def shape_names(shapes: list[tuple[int, ...]]) -> list[str]:
+    return [f"{shape[1]} × {shape[2]}²" for shape in shapes]
 
 
 def figure(records: list[Record], title: str, columns: int, height: float, **how: object) -> tuple[Figure, list[Axes]]:
     drawing, axes = plt.subplots(1, columns, figsize=(11, height), squeeze=False, **how)
     drawing.suptitle(title, fontsize=13, fontweight="bold")
-    drawing.supxlabel(caption(records), fontsize=8, color="#555555")
     return drawing, list(axes[0])
 
 
-def _per_shape(records: list[Record], axes: Axes, name: str, value: Callable[[Record], float]) -> None:
-    """A group of bars for each of ResNet-50's shapes, one bar for each type and layout."""
-    cases = select(resnet50(records), **{"pass": name})
+def _by_shape(
+    records: list[Record], title: str, draw_group: Callable[[Axes, list[float], list[Record], int, str], None]
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each pass; in it a column for each of ResNet-50's shapes, the largest first, and in that a place for
+    each type and layout, which ``draw_group`` fills, given the places, the records, and the group's number and name."""
+    cases = resnet50(records)
+    title = f"{title}: batch norms of ResNet-50, batch {cases[0]['shape'][0]}"
+    drawing, parts = figure(records, title, len(PASSES), 4.8, sharey=True)
     groups = groups_of(cases)
-    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in cases))
-    width = 0.8 / max(1, len(groups))
-    for index, (dtype, layout) in enumerate(groups):
-        rows = {tuple(r["shape"]): r for r in select(cases, dtype=dtype, layout=layout)}
-        at = [i - 0.4 + (index + 0.5) * width for i, shape in enumerate(shapes) if shape in rows]
-        heights = [value(rows[shape]) for shape in shapes if shape in rows]
-        axes.bar(at, heights, width, color=COLOURS[index], label=label_of(dtype, layout))
-    axes.set_xticks(range(len(shapes)), shape_names(cases), rotation=60, ha="right", rotation_mode="anchor")
-    axes.grid(axis="x", visible=False)
-    axes.set_title(name)
+    shapes = sorted({tuple(r["shape"]) for r in cases}, key=lambda s: (-s[1] * s[2] * s[3], s))
+    for axes, name in zip(parts, PASSES, strict=True):
+        for index, (dtype, layout) in enumerate(groups):
+            rows = select(cases, dtype=dtype, layout=layout, **{"pass": name})
+            places = [shapes.index(tuple(r["shape"])) - 0.4 + (index + 0.5) * 0.8 / len(groups) for r in rows]
+            draw_group(axes, places, rows, index, label_of(dtype, layout))
+        axes.set_xticks(range(len(shapes)), shape_names(shapes), rotation=60, ha="right", rotation_mode="anchor")
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlim(-0.6, len(shapes) - 0.4)
+        axes.grid(axis="x", visible=False)
+        for edge in range(1, len(shapes)):
+            axes.axvline(edge - 0.5, color="#eeeeee", linewidth=0.7, zorder=0)
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_title(name)
+    return drawing, parts
 
 
 def plot_speedup(records: list[Record]) -> Figure | None:
-    cases = resnet50(records)
-    if not cases:
+    if not resnet50(records):
         return None
-    batch = cases[0]["shape"][0]
-    title = f"Speed-up over eager PyTorch: batch norms of ResNet-50, batch {batch}"
-    drawing, parts = figure(records, title, len(PASSES), 4.6, sharey=True)
-    for axes, name in zip(parts, PASSES, strict=True):
-        _per_shape(records, axes, name, speedup)
-        axes.axhline(1, color="black", linewidth=1)
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(FuncFormatter(plain))
-        axes.set_xlabel("channels × height²")
-    parts[0].set_ylabel("time of torch / time of fastbn\n(higher is better; log scale)")
-    _legend_below(drawing, parts[0], 4)
+
+    def bars(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
+        axes.bar(places, [speedup(r) - 1 for r in rows], 0.2, bottom=1, color=COLOURS[index], label=label)
+
+    drawing, parts = _by_shape(records, "Speed-up over eager PyTorch", bars)
+    parts[0].set_yscale("log", base=2)
+    parts[0].yaxis.set_major_formatter(FuncFormatter(plain))
+    parts[0].set_ylabel("time of torch / time of fastbn\n(above 1 fastbn is faster; log scale)")
+    parts[1].set_xlabel("channels × height² of the shapes, the largest tensor first")
+    _legend_below(drawing, records, parts[0], 4)
     return drawing
 
 
-def _legend_below(drawing: Figure, axes: Axes, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside upper center", ncols=columns, bbox_to_anchor=(0.5, 0.94))
+def _legend_below(drawing: Figure, records: list[Record], axes: Axes, columns: int) -> None:
+    drawing.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=columns,
+        title=caption(records),
+        title_fontsize=8,
+    )
 
 
 def plot_limit(records: list[Record]) -> Figure | None:
     """The roofline of one-pass, memory-bound work: which part of a copy's speed is reached, moving the least bytes."""
-    cases = resnet50(records)
-    if not cases:
+    if not resnet50(records):
         return None
-    title = f"Part of the memory limit reached: batch norms of ResNet-50, batch {cases[0]['shape'][0]}"
-    drawing, parts = figure(records, title, len(PASSES), 4.6, sharey=True)
+
+    def dumbbells(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
+        ours, theirs = ([of_limit(r, variant) for r in rows] for variant in ("fastbn", "torch"))
+        axes.vlines(places, ours, theirs, color=COLOURS[index], linewidth=1, alpha=0.6)
+        how = {"marker": "o", "linestyle": "none", "color": COLOURS[index]}
+        axes.plot(places, ours, markersize=5, label=label, **how)
+        axes.plot(places, theirs, markersize=4, markerfacecolor="white", markeredgewidth=1, **how)
+
+    drawing, parts = _by_shape(records, "Part of the memory limit that is reached", dumbbells)
     for axes, name in zip(parts, PASSES, strict=True):
-        for index, (dtype, layout) in enumerate(groups_of(cases)):
-            rows = select(cases, dtype=dtype, layout=layout, **{"pass": name})
-            rows = sorted(rows, key=lambda r: r["tensor_bytes"])
-            megabytes = [r["tensor_bytes"] / 1e6 for r in rows]
-            style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5}
-            label = label_of(dtype, layout)
-            axes.plot(megabytes, [of_limit(r) for r in rows], linestyle="none", label=f"fastbn {label}", **style)
-            hollow = {**style, "markerfacecolor": "none", "alpha": 0.6}
-            axes.plot(
-                megabytes, [of_limit(r, "torch") for r in rows], linestyle="none", label=f"torch {label}", **hollow
-            )
-        axes.axhline(1, color="black", linewidth=1.2)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(plain))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(f"{name} (least traffic: {PASSES[name]} tensors)")
-        axes.set_xlabel("size of one tensor, MB (log scale)")
-    parts[0].set_ylabel("time of a copy of the least bytes / time")
+        axes.set_title(f"{name}: at least {PASSES[name]} tensors to move")
+    parts[0].set_ylabel("time of a copy of the least bytes / time\n(filled: fastbn; hollow: torch; higher is better)")
     parts[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     parts[0].set_ylim(bottom=0)
-    parts[0].annotate("a copy into memory that is there", (0.02, 1), xycoords=("axes fraction", "data"),
-                      va="bottom", fontsize=8)  # fmt: skip
-    _legend_below(drawing, parts[0], 4)
+    parts[0].annotate("limit: speed of a copy", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    parts[1].set_xlabel("channels × height² of the shapes, the largest tensor first")
+    _legend_below(drawing, records, parts[0], 4)
     return drawing
 
 
@@ -159,12 +163,12 @@ def plot_scaling(records: list[Record]) -> Figure | None:
             for name, line in zip(TRAINING, ("-", "--"), strict=True):
                 rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
                 times = [seconds(r, variant) / elements_of(r) * 1e9 for r in rows]
-                how = {"color": COLOURS[2 * index], "linestyle": line, "marker": MARKERS[index], "markersize": 4}
+                how = {"color": PEER_COLOURS[index], "linestyle": line, "marker": MARKERS[index], "markersize": 4}
                 axes.plot([elements_of(r) for r in rows], times, label=f"{variant}, {name}", **how)
         for name, line in zip(TRAINING, ("-", "--"), strict=True):
             rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
             times = [seconds(r, "copy") * least_tensors(r) / 2 / elements_of(r) * 1e9 for r in rows]
-            label = f"limit, {name}"
+            label = f"limit (copy of the least bytes), {name}"
             axes.plot([elements_of(r) for r in rows], times, color="#777777", linestyle=line, linewidth=1, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -175,12 +179,12 @@ def plot_scaling(records: list[Record]) -> Figure | None:
         if cache := head.get("cache_bytes"):
             place = cache / 2 / itemsize
             axes.axvline(place, color="#aaaaaa", linewidth=1, linestyle=":")
-            axes.annotate("x and y\nexceed the cache", (place, 0.98), xycoords=("data", "axes fraction"), va="top",
-                          fontsize=8, color="#555555", xytext=(3, 0), textcoords="offset points")  # fmt: skip
+            axes.annotate("from here on x and y\nexceed the cache", (place, 0.98), xycoords=("data", "axes fraction"),
+                          xytext=(-3, 0), textcoords="offset points", va="top", ha="right", fontsize=8)  # fmt: skip
         axes.set_title(label_of(dtype, layout))
         axes.set_xlabel("elements of x (log scale)")
     parts[0].set_ylabel("ns per element (lower is better; log scale)")
-    _legend_below(drawing, parts[0], 6)
+    _legend_below(drawing, records, parts[0], 3)
     return drawing
 
 
@@ -215,23 +219,22 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
     left.set_xlabel("mean of the input, in standard deviations")
     left.set_ylabel("largest error of y / largest |y|\n(against float64; lower is better)")
     left.set_title("Error of the output")
-    left.axhline(2**-24, color="#777777", linewidth=1, linestyle=":")
-    left.annotate("half a unit in the last place", (0.98, 2**-24), xycoords=("axes fraction", "data"), ha="right",
-                  va="top", fontsize=8, color="#555555")  # fmt: skip
+    left.axhline(2**-24, color="#777777", linewidth=1, linestyle=":", label="half a unit in the last place ($2^{-24}$)")
     left.legend()
     for index, peer in enumerate(peers):
         if peer in (points := accuracy_and_speed(records, "float32")):
             speed, error = points[peer]
-            right.plot(speed, error, marker=MARKERS[index], color=COLOURS[index], markersize=9, linestyle="none")
+            right.plot(speed, error, marker=MARKERS[index], color=PEER_COLOURS[index], markersize=9, linestyle="none")
             right.annotate(peer, (speed, error), xytext=(8, 4), textcoords="offset points", fontsize=9)
     right.set_xscale("log")
     right.set_yscale("log")
     right.xaxis.set_major_formatter(FuncFormatter(plain))
     right.xaxis.set_minor_formatter(FuncFormatter(plain))
     right.margins(0.25)
-    right.set_xlabel("speed over eager torch, forward + backward of ResNet-50's shapes\n(geometric mean; log scale)")
-    right.set_ylabel("error of y and dx, whichever is larger\n(geometric mean over means of 0 to 100 deviations)")
+    right.set_xlabel("speed-up over eager torch, forward + backward\n(geometric mean of ResNet-50's shapes; log scale)")
+    right.set_ylabel("larger error of y and dx\n(geometric mean over means from 0 to 100)")
     right.set_title("Error against speed (best: lower right)")
+    drawing.supxlabel(caption(records), fontsize=8)
     return drawing
 
 
