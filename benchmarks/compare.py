@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from timing import noise
 
-# Two runs of the same code were farther apart than their noise in this part: caches and pages fall differently.
+# What two runs of the same code may differ by beyond the noise that each sees in itself, because pages and caches fall
+# differently: assumed, not measured.
 FLOOR = 0.10
 
 # Kinds of records that have fastbn's time beside others'.

@@ -212,7 +212,12 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
         rows = sorted(select(found, peer=peer), key=lambda r: r["mean"])
         errors = [r["errors"]["y"] for r in rows]
         left.plot(
-            [r["mean"] for r in rows], errors, marker=MARKERS[index], color=COLOURS[index], markersize=5, label=peer
+            [r["mean"] for r in rows],
+            errors,
+            marker=MARKERS[index],
+            color=PEER_COLOURS[index],
+            markersize=5,
+            label=peer,
         )
     left.set_xscale("symlog", linthresh=1)
     left.set_yscale("log")

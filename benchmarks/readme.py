@@ -19,9 +19,12 @@ from records import (
     SHORT,
     SHOWN,
     Record,
+    backends_of_torch,
     batches_of,
+    compared,
     geometric_mean,
     groups_of,
+    key_of,
     load,
     network_mean,
     noise,
@@ -77,6 +80,22 @@ def network_section(records: list[Record]) -> list[str]:
         body.append([f"all {len(cases) // len(PASSES)} cases", *(" | ".join(means(cases, name)) for name in PASSES)])
         lines += [row(*head), row(*["---"] * (1 + 2 * len(PASSES))), *(row(*cells) for cells in body), ""]
     return lines
+
+
+def cold_section(records: list[Record]) -> list[str]:
+    """The cases that were measured with inputs that are in no cache, too."""
+    cold = compared(select(records, kind="case", suite="resnet50", inputs="cold"))
+    if not cold:
+        return []
+    warm_ones = {key_of({**r, "inputs": "cold"}): r for r in resnet50(records)}
+    body = []
+    for name in PASSES:
+        rows = [r for r in select(cold, **{"pass": name}) if key_of(r) in warm_ones]
+        cells = [
+            f"{geometric_mean(map(speedup, chosen)):.2f}" for chosen in ([warm_ones[key_of(r)] for r in rows], rows)
+        ]
+        body.append([f"{name}, {len(rows)} cases", *cells])
+    return table(["ResNet-50's tensors that fit into the cache: torch / fastbn", "warm", "cold"], *body)
 
 
 def peers_section(records: list[Record]) -> list[str]:
@@ -153,10 +172,17 @@ def section(records: list[Record], source: Path, pictures: dict[str, Path]) -> s
         lines += [
             f"Noise of a ratio at 99 % confidence: median {again[len(again) // 2]:.1%}, at most {again[-1]:.0%}. "
             f"The slowest case takes {1 / speedup(slowest):.2f} times as long as torch: {name}. "
+            f"Eager torch ran its kernels named {', '.join(backends_of_torch(cases))}. "
             f"In training, fastbn runs at {fresh:.2f} times the speed of `clone` and `add` into fresh memory.",
             "",
         ]  # fmt: skip
-    lines += [*network_section(records), *peers_section(records), *model_section(records), *figures_section(records)]
+    lines += [
+        *network_section(records),
+        *cold_section(records),
+        *peers_section(records),
+        *model_section(records),
+        *figures_section(records),
+    ]
     for name, path in pictures.items():
         lines += [f"![{CAPTIONS[name]}]({path.relative_to(ROOT).as_posix()})", ""]
     if gone := absent(records):

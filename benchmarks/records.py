@@ -58,6 +58,11 @@ def batches_of(records: list[Record]) -> list[int]:
     return sorted({r["shape"][0] for r in compared(warm(records, kind="case", suite="resnet50"))})
 
 
+def backends_of_torch(records: list[Record]) -> list[str]:
+    """Which of its kernels eager torch chose."""
+    return sorted({r["torch_backend"] for r in records if "torch_backend" in r})
+
+
 def seconds(record: Record, variant: str) -> float:
     return record["seconds"][variant]["median"]
 

@@ -16,6 +16,7 @@ from records import (
     against_clone,
     against_fastest,
     against_plain,
+    backends_of_torch,
     batches_of,
     compared,
     geometric_mean,
@@ -257,6 +258,8 @@ def show_summary(console: Console, records: list[Record]) -> None:
             "copy limit: part of the speed of a copy into memory that is there, moving the least bytes\n"
             "fresh limit: part of the speed of clone and add into fresh outputs, which page-fault\n"
         )
+    if backends := backends_of_torch(records):
+        console.print(f"eager torch ran these of its kernels: {', '.join(backends)}")
     for line in absent(records):
         console.print(f"not compared: {line}", soft_wrap=True)
     console.print(figures_table(records))

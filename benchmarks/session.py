@@ -14,7 +14,7 @@ from pathlib import Path
 from comparing import last_line
 from records import Record
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # What must be the same in the head of a file for a run to go on with it.
 SAME = ("csrc", "fastbn", "torch", "cpu", "threads", "pace", "seed", "gpu")
@@ -79,7 +79,7 @@ class Session:
         if len(left) < len(units):
             self.console.print(f"{len(units) - len(left)} of {len(units)} measurements are in the file already")
         start = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
                    TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
         with self.output.open("a") as file, Progress(
             *columns, console=self.console, disable=not self.console.is_terminal

@@ -203,13 +203,15 @@ def case(pass_="forward", shape=(32, 64, 56, 56), ours=1.0, suite="resnet50", dt
     for size in shape:
         nbytes *= size
     return {"kind": "case", "suite": suite, "shape": list(shape), "dtype": dtype, "layout": "contiguous", "count": 2,
-            "tensor_bytes": nbytes, "inputs": "warm", "pass": pass_, "seconds": seconds, **more}  # fmt: skip
+            "tensor_bytes": nbytes, "inputs": "warm", "pass": pass_, "torch_backend": "Native",
+             "seconds": seconds, **more}  # fmt: skip
 
 
 def some_records():
     passes = ("forward", "forward+backward", "eval")
     shapes = [(32, 64, 56, 56), (32, 512, 7, 7)]
     records = [HEAD, *(case(p, s, dtype=d) for s in shapes for d in ("float32", "bfloat16") for p in passes)]
+    records += [case(p, inputs="cold", ours=0.5) for p in passes]
     records += [case(p, (n, 64, 9, 9), suite="scaling", dtype=d) for n in (2, 20, 200) for d in ("float32", "bfloat16")
                 for p in passes]  # fmt: skip
     for name in ("forward", "forward+backward"):
@@ -307,6 +309,12 @@ def test_readme_as_written_has_no_complaints(written):
     readme, text, source, pictures = written
     assert readme.complaints(text, source, pictures) == []
     assert all(f"({path.relative_to(source.parent)})" in text for path in pictures.iterdir())
+
+
+def test_warm_and_cold_are_both_shown(written):
+    readme, *_ = written
+    lines = readme.cold_section(some_records())
+    assert "| forward, 1 cases | 2.00 | 4.00 |" in lines, lines
 
 
 def test_readme_edited_by_hand_is_seen(written):
