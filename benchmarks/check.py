@@ -9,7 +9,7 @@ from suite import Tensors
 
 # Of large cases, random channels of together this many elements are recomputed, or checking would take longer
 # than timing. Channels do not depend on each other, and the tests look at all of them.
-CHECKED = 1_500_000
+CHECKED = 750_000
 # So many elements are recomputed at a time, to stay in the cache.
 CHUNK = 300_000
 # On which side of ReLU's kink rounding puts a value is chance, and changes its gradient by all of dy: values nearer

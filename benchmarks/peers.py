@@ -155,7 +155,7 @@ class Compiled(nn.Module):
 
 
 # One compilation for all shapes of a kind: 3 to 7 s for each shape are more than the benchmark has. Where both were
-# measured, this one took 0.65 to 1.09 of the time of one that knows the shape.
+# measured, this one took 0.65 to 1.09 of the time of one that knows the shape; 1.27 in eval of (32,256,28,28) float32.
 _for_all_shapes: list[Callable] = []
 
 
