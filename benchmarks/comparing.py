@@ -40,8 +40,11 @@ def checked_runners(
     return runners, records
 
 
-def measure_case(case: Case, peers: list[str], protocol: Protocol, seed: int, sets: int = 1) -> Iterator[Record]:
-    """A record for each pass, and one for each peer that does not take part. ``sets`` of tensors are used in turns."""
+def measure_case(
+    case: Case, peers: list[str], protocol: Protocol, seed: int, sets: int = 1, fresh: bool = True
+) -> Iterator[Record]:
+    """A record for each pass, and one for each peer that does not take part. ``sets`` of tensors are used in turns;
+    ``fresh`` says whether clone and add are timed beside the copy."""
     rng = random.Random(seed)
     tensors = [make_tensors(case, seed + i) for i in range(sets)]
     runners, records = checked_runners(case, tensors, peers, Reference(tensors[0], case.ending))
@@ -59,7 +62,7 @@ def measure_case(case: Case, peers: list[str], protocol: Protocol, seed: int, se
         plain = ModuleRunner(PEERS["fastbn"], Case(case.suite, case.shape, case.dtype, case.layout), bare).calls()
     for name in case.passes:
         functions = {variant: by_pass[name] for variant, by_pass in by_variant.items() if name in by_pass}
-        functions |= {bound: bounds[bound] for bound in OF_PASS[name]}
+        functions |= {bound: bounds[bound] for bound in OF_PASS[name] if fresh or bound == "copy"}
         if plain and name == "forward":
             functions["fastbn plain"] = plain[name]
         failed: dict[str, Exception] = {}

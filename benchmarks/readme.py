@@ -36,6 +36,7 @@ from records import (
     select,
     speedup,
     warm,
+    with_fresh,
 )  # fmt: skip
 from report import absent
 from suite import PASSES
@@ -167,15 +168,19 @@ def section(records: list[Record], source: Path, pictures: dict[str, Path]) -> s
         "",
     ]  # fmt: skip
     if cases:
-        fresh = geometric_mean(map(of_fresh_limit, [r for r in cases if r["pass"] != "eval"]))
+        training = [r for r in with_fresh(cases) if r["pass"] != "eval"]
         name = f"{tuple(slowest['shape'])} {SHORT[slowest['dtype']]} {SHORT[slowest['layout']]} {slowest['pass']}"
         lines += [
             f"Noise of a ratio at 99 % confidence: median {again[len(again) // 2]:.1%}, at most {again[-1]:.0%}. "
             f"The slowest case takes {1 / speedup(slowest):.2f} times as long as torch: {name}. "
-            f"Eager torch ran its kernels named {', '.join(backends_of_torch(cases))}. "
-            f"In training, fastbn runs at {fresh:.2f} times the speed of `clone` and `add` into fresh memory.",
-            "",
+            f"Eager torch ran its kernels named {', '.join(backends_of_torch(cases))}. ",
         ]  # fmt: skip
+        if training:
+            speed = geometric_mean(map(of_fresh_limit, training))
+            lines[-1] += (
+                f"In training, fastbn runs at {speed:.2f} times the speed of `clone` and `add` into fresh memory."
+            )
+        lines.append("")
     lines += [
         *network_section(records),
         *cold_section(records),

@@ -99,6 +99,11 @@ def of_fresh_limit(record: Record) -> float:
     return fresh / seconds(record, "fastbn")
 
 
+def with_fresh(records: list[Record]) -> list[Record]:
+    """Those in which clone and add were timed, too."""
+    return [r for r in records if "clone" in r["seconds"]]
+
+
 def against_clone(record: Record) -> float:
     return seconds(record, "fastbn") / seconds(record, "clone")
 

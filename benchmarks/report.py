@@ -33,6 +33,7 @@ from records import (
     select,
     speedup,
     warm,
+    with_fresh,
 )  # fmt: skip
 from rich.console import Console
 from rich.table import Table
@@ -72,7 +73,8 @@ def case_line(records: list[Record]) -> str:
         milliseconds = seconds(record, "fastbn") * 1e3
         line += f" |{milliseconds:>19.3f} {speedup(record):>6.2f} {of_limit(record):>5.0%}"
     cold = " cold" if first["inputs"] == "cold" else ""
-    return f"{line} |{against_clone(first):>7.2f} {max(map(noise, measured)):>5.0%}{cold}"
+    clone = f"{against_clone(first):.2f}" if with_fresh([first]) else ""
+    return f"{line} |{clone:>7} {max(map(noise, measured)):>5.0%}{cold}"
 
 
 def _fused_part(records: list[Record]) -> str:
@@ -113,7 +115,8 @@ def resnet50_table(records: list[Record], batch: int) -> Table:
                 cells += [""] * 3
                 continue
             cells += [f"{mean(of_pass, speedup):.2f}"]
-            cells += [f"{mean(of_pass, of_limit):.0%}", f"{mean(of_pass, of_fresh_limit):.0%}"]
+            fresh = with_fresh(of_pass)
+            cells += [f"{mean(of_pass, of_limit):.0%}", f"{mean(fresh, of_fresh_limit):.0%}" if fresh else ""]
         table.add_row(title, *cells)
 
     def plain(chosen: list[Record], ratio: Callable[[Record], float]) -> float:

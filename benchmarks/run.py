@@ -50,15 +50,15 @@ class Pace:
 
 PACES = {
     "quick": Pace(0.15, 4, (32,), 10**7, (("ResNet-50", 8, 96),), 3.0),
-    "full": Pace(0.6, 5, (32, 128, 256), 0, (("ResNet-50", 16, 128), ("MobileNetV2", 16, 128)), 30.0),
+    "full": Pace(0.4, 5, (32, 128, 256), 0, (("ResNet-50", 16, 128), ("MobileNetV2", 16, 128)), 30.0),
 }
 # Small cases are many and steady: they get this part of the time.
 SMALL_PART = 0.3
-# At batches above this one, and in the scaling suite, rounds take seconds: they are few, and against torch alone.
+# At batches above this one, and in the scaling suite, rounds take seconds: few, and against torch and copies alone.
 USUAL_BATCH, FEW_ROUNDS = 32, 3
 # Making a case's tensors and checking them takes about this many seconds for a byte of one tensor.
 SECONDS_PER_BYTE = 5e-8
-# In a quick run, fused cases are of these.
+# Fused cases are of these, unless peers are named.
 USUAL = (("float32", "contiguous"), ("bfloat16", "channels_last"))
 # Of the memory that is available, a case may take this part.
 MEMORY_PART = 0.85
@@ -132,7 +132,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     for suite in [s for s in SUITES if s in arguments.suites]:
         batches = arguments.batch if suite == "resnet50" else arguments.batch[:1]
         chosen += [case for batch in batches for case in cases(suite, dtypes, arguments.layouts, batch, largest)]
-    if arguments.pace != "full":
+    if not arguments.peers:  # half of the fused cases, because torch.compile makes them long
         chosen = [c for c in chosen if c.suite != "fused" or (c.fields()["dtype"], c.layout) in USUAL]
     # the large ones last: a run that ends early has the others
     return sorted(chosen, key=lambda c: c.suite == "resnet50" and c.shape[0] > USUAL_BATCH)
@@ -154,7 +154,7 @@ def case_units(case: Case, here: list[str], arguments: argparse.Namespace, seed:
     least = FEW_ROUNDS if large and arguments.pace == "full" else pace.least_rounds
     protocol = Protocol(seconds, least, base="torch")
     cost = 3 * seconds + case.nbytes * SECONDS_PER_BYTE * (2 + len(peers))
-    yield Unit(str(case), partial(measure_case, case, peers, protocol, seed), cost, case_line)
+    yield Unit(str(case), partial(measure_case, case, peers, protocol, seed, fresh=not large), cost, case_line)
     sets = sets_for(case.nbytes, cache_bytes())
     if sets > 2 and (arguments.pace == "full" and case.suite in ("resnet50", "small") or case.suite == "shapes"):
         few = Protocol(seconds / 2, FEW_ROUNDS)

@@ -34,7 +34,7 @@ Times = dict[str, dict[str, object]]
 class Protocol:
     seconds: float  # to spend on a comparison, in equal parts for the variants
     least_rounds: int = 5
-    most_rounds: int = 60
+    most_rounds: int = 40
     # Variants that take HOPELESS times as long as this one cannot be the fastest of the peers: they get two rounds.
     base: str = ""
 

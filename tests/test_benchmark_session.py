@@ -285,6 +285,11 @@ def test_the_tables(bench, console):
         assert words in text, words
     assert "2.00   50%" in case_line([case(), case("forward+backward"), case("eval")])
     assert case_line([{"kind": "unsupported"}]) == ""
+    large = case()
+    del large["seconds"]["clone"], large["seconds"]["add"]
+    assert "2.00   50%" in case_line([large])
+    show_summary(console, [*found, *({**large, "shape": [256, 64, 56, 56], "pass": p} for p in ("forward", "eval"))])
+    assert "batch 256" in console.file.getvalue()
 
 
 @pytest.fixture
