@@ -113,11 +113,16 @@ def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
+def is_large(case: Case) -> bool:
+    """Whether rounds are few, and without clone and add."""
+    return case.suite == "scaling" or (case.suite == "resnet50" and case.shape[0] > USUAL_BATCH)
+
+
 def peers_for(case: Case, arguments: argparse.Namespace) -> list[str]:
     """Whom to compare a case with, besides torch: who was asked for, or what the time allows."""
     if arguments.peers:
         return arguments.peers
-    if case.suite == "scaling" or (case.suite == "resnet50" and case.shape[0] > USUAL_BATCH):
+    if is_large(case):
         return []
     if arguments.pace == "full":
         return OTHERS
@@ -135,7 +140,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     if not arguments.peers:  # half of the fused cases, because torch.compile makes them long
         chosen = [c for c in chosen if c.suite != "fused" or (c.fields()["dtype"], c.layout) in USUAL]
     # the large ones last: a run that ends early has the others
-    return sorted(chosen, key=lambda c: c.suite == "resnet50" and c.shape[0] > USUAL_BATCH)
+    return sorted(chosen, key=lambda c: c.suite == "resnet50" and is_large(c))
 
 
 def case_units(case: Case, here: list[str], arguments: argparse.Namespace, seed: int) -> Iterable[Unit]:
@@ -148,10 +153,10 @@ def case_units(case: Case, here: list[str], arguments: argparse.Namespace, seed:
         yield Unit(str(case), lambda: [{"kind": "skipped", **case.fields(), "error": error}], 0.1)
         return
     pace = PACES[arguments.pace]
-    large = case.suite in ("resnet50", "scaling") and not wanted
     usual = case.suite in ("resnet50", "fused", "shapes")
     seconds = pace.seconds * (1 if usual else SMALL_PART)
-    least = FEW_ROUNDS if large and arguments.pace == "full" else pace.least_rounds
+    large = is_large(case)
+    least = FEW_ROUNDS if large else pace.least_rounds
     protocol = Protocol(seconds, least, base="torch")
     cost = 3 * seconds + case.nbytes * SECONDS_PER_BYTE * (2 + len(peers))
     yield Unit(str(case), partial(measure_case, case, peers, protocol, seed, fresh=not large), cost, case_line)
@@ -200,6 +205,9 @@ def main() -> int:
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         console.print("[red]torch sees no GPU[/]")
+        return 1
+    if arguments.compare and not arguments.compare.exists():
+        console.print(f"[red]--compare: there is no {arguments.compare}[/]")
         return 1
     old = load(arguments.compare) if arguments.compare else None  # before the run writes over it
     if arguments.compile_only:

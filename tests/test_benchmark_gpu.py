@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 pytestmark = pytest.mark.cpu
 
@@ -59,6 +58,7 @@ def run_gpu(monkeypatch, threads):
 
 def measure(run_gpu, **changed):
     """The records, as a file of results has them, and what was printed."""
+    from rich.console import Console
     from session import Session
 
     chosen = {"dtypes": ["bfloat16", "float32"], "layouts": ["contiguous", "channels_last"], "batch": [2, 3]}
@@ -134,6 +134,7 @@ def test_a_wrong_result_is_not_timed(run_gpu, monkeypatch):
 
 def test_the_tables(run_gpu):
     import report_gpu
+    from rich.console import Console
 
     records, _ = measure(run_gpu, batch=[3])
     console = Console(width=200, record=True, file=io.StringIO())

@@ -173,7 +173,10 @@ def test_a_quick_run_has_what_other_work_relies_on(bench):
     """The 48 cases of ResNet-50, fused ones and costs are in every quick run, once each."""
     import run
 
-    names = [u.name for u in run.cpu_units(run.parse_arguments([]), ["fastbn", "torch"])]
+    units = run.cpu_units(run.parse_arguments([]), ["fastbn", "torch"])
+    names = [u.name for u in units]
+    fresh = {u.measure.keywords["fresh"] for u in units if u.name.startswith(("resnet50", "fused"))}
+    assert fresh == {True}, "clone and add are figures to reach"
     assert len(set(names)) == len(names)
     assert sum(name.startswith("resnet50 [32, ") for name in names) == 48
     assert sum(name.startswith("fused [32, ") for name in names) == 48
