@@ -54,7 +54,7 @@ def measure_case(
     # set up again rather than used twice, so that this sees what another module object changes
     runners["fastbn again"] = PEERS["fastbn"].runner(PEERS["fastbn"], case, tensors)
     by_variant = {name: runner.calls() for name, runner in runners.items()}
-    bounds = limits(tensors[0])
+    bounds = limits(tensors)
     about = {"inputs": "cold" if sets > 1 else "warm", "torch_backend": backend_of_torch(tensors[0])}
     plain = None
     if case.ending:  # fastbn's batch norm with nothing behind it: what fusing is to add nothing to

@@ -6,6 +6,7 @@ clone   a copy into a fresh tensor: pays for page faults where the allocator ret
 add     of two tensors into a fresh one: three tensors moved, as in the backward pass
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,20 @@ CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE = 64 << 20
 
 
-def limits(tensors: Tensors) -> dict[str, Callable[[], object]]:
-    x, dy = tensors.x.detach(), tensors.dy
-    destination = torch.zeros_like(x)
-    return {
-        "copy": lambda: destination.copy_(x),
-        "clone": lambda: x.clone(),
-        "add": lambda: torch.add(x, dy),
-    }
+def limits(sets: list[Tensors]) -> dict[str, Callable[[], object]]:
+    """On several sets, in turns: inputs and the copy's targets are as cold as those of the batch norms."""
+    turns = [(t.x.detach(), t.dy, torch.zeros_like(t.x, requires_grad=False)) for t in sets]
+    copy, clone, add = (itertools.cycle(turns) for _ in range(3))
+
+    def copied() -> torch.Tensor:
+        x, _, destination = next(copy)
+        return destination.copy_(x)
+
+    def added() -> torch.Tensor:
+        x, dy, _ = next(add)
+        return torch.add(x, dy)
+
+    return {"copy": copied, "clone": lambda: next(clone)[0].clone(), "add": added}
 
 
 # The limits that each pass is shown against.

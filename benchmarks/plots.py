@@ -1,6 +1,10 @@
-"""Records of a run flow in, pictures flow out: matplotlib, the same bytes for the same records and version."""
+"""Records of a run flow in, pictures flow out: matplotlib, the same bytes for the same records and version.
+
+Usage: plots.py results/latest.jsonl FOLDER [svg or png]    (make report draws those of README)
+"""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from records import (
     geometric_mean,
     groups_of,
     least_tensors,
+    load,
     of_limit,
     peers_of,
     resnet50,
@@ -266,3 +271,10 @@ def draw(records: list[Record], folder: Path, suffix: str = "svg") -> Iterable[P
             drawing.savefig(path, metadata=metadata, dpi=110)
             plt.close(drawing)
         yield path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    for picture in draw(load(Path(sys.argv[1])), Path(sys.argv[2]), *sys.argv[3:]):
+        print(picture)

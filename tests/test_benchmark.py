@@ -209,6 +209,19 @@ def test_jax_computes_what_torch_does(bench):
                 assert all("jax" in r["seconds"] for r in measured(case, ["fastbn", "torch", "jax"]))
 
 
+def test_copies_of_cold_inputs_take_turns(bench):
+    from limits import limits
+
+    sets = [bench.make_tensors(small_case(bench), seed) for seed in range(3)]
+    functions = limits(sets)
+    copies = [functions["copy"]() for _ in range(6)]
+    assert len({id(c) for c in copies}) == 3
+    for i, t in enumerate(sets):
+        assert torch.equal(copies[i], t.x)
+    for i, t in enumerate(sets):
+        assert torch.equal(functions["clone"](), t.x) and torch.equal(functions["add"](), t.x + t.dy), i
+
+
 def test_cold_inputs_are_used_in_turn(bench):
     from peers import PEERS, ModuleRunner
 
