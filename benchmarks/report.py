@@ -154,6 +154,7 @@ def absent(records: list[Record]) -> list[str]:
     """Who was not compared, or not in all cases, and why: a line each."""
     lines = [f"{name}: not there ({why})" for head in select(records, kind="environment")
              for name, why in head["missing"].items()]  # fmt: skip
+    lines += [f"{name}: not asked for" for head in select(records, kind="environment") for name in head["not_asked"]]
     errors: dict[tuple[str, str, str], list[str]] = {}
     for r in records:
         if r["kind"] in ("unsupported", "failed", "wrong") and "peer" in r:

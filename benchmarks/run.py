@@ -213,7 +213,8 @@ def main() -> int:
     if arguments.compile_only:
         compile_all(arguments, *arguments.compile_only)
         return 0
-    everybody = arguments.peers or (["torch.compile"] if on_gpu else OTHERS)
+    # on a GPU, whose minutes are lent, torch.compile alone unless there is time
+    everybody = arguments.peers or (["torch.compile"] if on_gpu and arguments.pace != "full" else OTHERS)
     here, missing = available(list(dict.fromkeys(["fastbn", "torch", *everybody])))
     if "fastbn" in missing:
         console.print(f"[red]fastbn cannot be imported:[/] {missing['fastbn']}")
@@ -223,7 +224,7 @@ def main() -> int:
 
     start = time.perf_counter()
     head: Record = {**environment(), **(gpu() if on_gpu else {}), "pace": arguments.pace, "seed": arguments.seed,
-                    "missing": missing}  # fmt: skip
+                    "missing": missing, "not_asked": [p for p in OTHERS if p not in everybody]}  # fmt: skip
     show_environment(console, head)
     try:
         session = Session(console, arguments.output, head, arguments.resume)

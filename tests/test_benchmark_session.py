@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 HEAD = {
     "kind": "environment", "csrc": "ab" * 32, "fastbn": "0", "torch": "2", "cpu": "x", "threads": 1, "cores": 2,
-    "pace": "quick", "seed": 0, "missing": {"jax": "no"}, "capability": "avx2",
+    "pace": "quick", "seed": 0, "missing": {"jax": "no"}, "not_asked": ["apex groupbn"], "capability": "avx2",
     "date": "2026-01-01T00:00:00", "cache_bytes": 1 << 25,
     "build": {"compiler": "g++ 1"},
 }  # fmt: skip
@@ -284,7 +284,7 @@ def test_the_tables(bench, console):
     show_summary(console, found)
     text = console.file.getvalue()
     for words in ("batch 32", "Figures to reach", "Training step", "Bandwidth", "Time for each element", "fused relu",
-                  "timm: unsupported in 1 cases (no)", "jax: not there (no)"):  # fmt: skip
+                  "timm: unsupported in 1 cases (no)", "jax: not there (no)", "groupbn: not asked for"):  # fmt: skip
         assert words in text, words
     assert "2.00   50%" in case_line([case(), case("forward+backward"), case("eval")])
     assert case_line([{"kind": "unsupported"}]) == ""
