@@ -308,8 +308,8 @@ def written(bench, tmp_path, monkeypatch):
     pictures = tmp_path / "pictures"
     assert {p.stem for p in plots.draw(readme.load(source), pictures)} == set(plots.PLOTS)
     section = readme.section(readme.load(source), source, readme.pictures_there(pictures))
-    text = readme.replaced(f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n", section)
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    text = readme.replaced(f"before\n\n{readme.BEGIN}\noutdated\n{readme.END}\n\nafter\n", section)
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "outdated" not in text
     return readme, text, source, pictures
 
 
