@@ -60,7 +60,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make bench      time fastbn against torch (under 5 minutes), then train a small network with both"
-	@echo "make bench-full everything, against everybody who is installed: up to 25 minutes; then make report"
+	@echo "make bench-full all of the benchmark, against all peers that are there: up to 25 minutes; then make report"
 	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
 	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
 	@echo "make test       lint, include check, and the tests that are not slow"

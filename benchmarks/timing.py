@@ -25,7 +25,7 @@ LONG_CALL = 50e-3
 # standard error is in those of a mean; and the quartiles' distance in standard deviations.
 WIDTH_99, OF_MEDIAN, QUARTILES = 2.576, 1.2533, 1.349
 
-HOPELESS, HOPELESS_ROUNDS = 2.0, 2
+HOPELESS, HOPELESS_ROUNDS = 2.0, 1
 
 Times = dict[str, dict[str, object]]
 
@@ -35,7 +35,7 @@ class Protocol:
     seconds: float  # to spend on a comparison, in equal parts for the variants
     least_rounds: int = 5
     most_rounds: int = 40
-    # Variants that take HOPELESS times as long as this one cannot be the fastest of the peers: they get two rounds.
+    # Variants that take HOPELESS times as long as this one cannot be the fastest of the peers: they get one round.
     base: str = ""
 
 
@@ -101,8 +101,10 @@ def summary(samples: list[float]) -> dict[str, object]:
 
 def error(time: dict[str, object]) -> float:
     """How far the median may be from the one of infinitely many rounds, as a part of it, at 99 % confidence."""
+    if len(time["samples"]) < 2:
+        return math.inf
     deviation = (time["high"] - time["low"]) / QUARTILES
-    return WIDTH_99 * OF_MEDIAN * deviation / math.sqrt(len(time.get("samples", [0]))) / time["median"]
+    return WIDTH_99 * OF_MEDIAN * deviation / math.sqrt(len(time["samples"])) / time["median"]
 
 
 def noise(times: Times, over: str, under: str, again: str = "fastbn again", first: str = "fastbn") -> float:

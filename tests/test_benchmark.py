@@ -154,13 +154,13 @@ def test_the_protocol(bench):
     assert set(pairs) == {"ab", "ba"}, "in turns, in random order"
 
 
-def test_who_cannot_be_the_fastest_is_timed_twice(bench):
+def test_who_cannot_be_the_fastest_is_timed_once(bench):
     from timing import Protocol, measure
 
     clock = Clock({"ours": 0.001, "torch": 0.002, "other": 0.003, "hopeless": 0.005})
     protocol = Protocol(1.0, most_rounds=9, base="torch")
     times = measure({n: (lambda n=n: n) for n in clock.seconds}, protocol, random.Random(1), clock.sample)
-    assert {n: len(t["samples"]) for n, t in times.items()} == {"ours": 9, "torch": 9, "other": 9, "hopeless": 2}
+    assert {n: len(t["samples"]) for n, t in times.items()} == {"ours": 9, "torch": 9, "other": 9, "hopeless": 1}
 
 
 def test_noise_of_made_up_times(bench):
