@@ -163,7 +163,8 @@ def section(records: list[Record], source: Path, pictures: dict[str, Path]) -> s
     lines = [
         f"On {head['threads']} of {head['cores']} cores of {head['cpu']} ({head['capability']}), "
         f"torch {head['torch']}, {head['build']['compiler']}, {head['date'][:10]}, kernels `{head['csrc'][:12]}` "
-        f"([{where}]({where})). \"Of limit\" is the time of a copy of the least bytes over fastbn's, "
+        f"({head['pace']} run, {len(select(records, kind='done'))} measurements: [{where}]({where})). "
+        "\"Of limit\" is the time of a copy of the least bytes over fastbn's, "
         "summed over the network.",
         "",
     ]  # fmt: skip
