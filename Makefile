@@ -7,13 +7,17 @@ PYTHON ?= python3
 # What pip installs where $(PYTHON) has no torch of its own; options of pip may follow the name.
 TORCH ?= torch==2.13.0
 VENV := .venv
-PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich onnx onnxscript
+PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich matplotlib onnx onnxscript
 # Formatters are pinned, because another version formats differently. These three go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
 TOOLS := ninja ruff==0.17.6 clang-format==23.1.5
 # Which tests `make asan` runs, and whatever else pytest takes.
 ASAN_TESTS ?= -m sanitize
 BENCH_ARGUMENTS ?=
+# Of `make bench-full`: seconds after which it begins nothing more (the longest case takes one minute), and where it writes.
+BENCH_SECONDS ?= 1380
+SHOWN := benchmarks/results/cpu.jsonl
+PEERS ?= jax
 # The CUDA build on a machine that need not have a GPU: a torch with CUDA in an environment of its own (5 GB).
 CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV := .venv-cuda
@@ -49,13 +53,16 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench asan simt simt-build simt-quick cuda-venv cuda-build \
+.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers report asan simt simt-build simt-quick cuda-venv cuda-build \
     gpu sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
-	@echo "make bench      time fastbn against torch (about 5 minutes), then train a small network with both"
+	@echo "make bench      time fastbn against torch (under 5 minutes), then train a small network with both"
+	@echo "make bench-full all of the benchmark, against all peers that are there: up to 25 minutes; then make report"
+	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
+	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
 	@echo "make test       lint, include check, and the tests that are not slow"
 	@echo "make test-slow  the slow tests"
 	@echo "make asan       the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -128,6 +135,20 @@ bench: build
 	$(PY) benchmarks/run.py $(BENCH_ARGUMENTS)
 	$(SAY) "training a small network"
 	$(PY) benchmarks/digits.py
+
+# What README shows. A run that was stopped goes on with BENCH_ARGUMENTS=--resume.
+bench-full: build
+	$(SAY) "benchmark of everything: up to 25 minutes"
+	$(PY) benchmarks/run.py --full --seconds $(BENCH_SECONDS) --output $(SHOWN) $(BENCH_ARGUMENTS)
+
+report: venv
+	$(SAY) "README and pictures from $(SHOWN)"
+	$(PY) benchmarks/readme.py $(SHOWN)
+
+# Needed for nothing else: a peer that is not there is listed as missing. Torch stays as it is. timm wants a torchvision that
+# goes with this torch; where pip has one, PEERS="jax timm" adds it.
+bench-peers: venv
+	$(PY) -m pip install --quiet $(PEERS) "torch==$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])')"
 
 # A second build beside the installed one, found first through PYTHONPATH. Python itself knows nothing of the
 # sanitizers, so their libraries are loaded before it; libstdc++ too, or they miss its exceptions. Python's own

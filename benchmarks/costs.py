@@ -99,14 +99,14 @@ def _extra_memory(peer: str, dtype: str, layout: str) -> float:
     small = make_tensors(Case("memory", (2, MEMORY_SHAPE[1], 2, 2), case.dtype, layout), seed=0)
     module(small.x).backward(small.dy)  # code, threads and parameter gradients are there from now on
 
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     y = module(tensors.x)
     y.backward(tensors.dy)
-    return (_resident("VmHWM") - before - 2 * case.nbytes) / (4 * case.nbytes)
+    return (resident("VmHWM") - before - 2 * case.nbytes) / (4 * case.nbytes)
 
 
-def _resident(field: str) -> int:
-    """Bytes, from a line such as ``VmHWM: 1234 kB``: VmRSS is now, VmHWM the most so far."""
+def resident(field: str) -> int:
+    """Bytes of this process, from a line such as ``VmHWM: 1234 kB``: VmRSS is now, VmHWM the most so far."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from limits import cache_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +26,32 @@ def huge_pages() -> str:
         return Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split("[")[1].split("]")[0]
     except (OSError, IndexError):
         return "unknown"
+
+
+def available_memory() -> int:
+    """Bytes that could be allocated now without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    except (OSError, StopIteration):  # another system than Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def clock() -> dict[str, object]:
+    """Of the processor, as the system shows it: MHz, and who chooses them. A virtual machine shows little."""
+    folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    found: dict[str, object] = {}
+    for name in ("scaling_governor", "scaling_cur_freq", "cpuinfo_max_freq"):
+        try:
+            found[name] = (folder / name).read_text().strip()
+        except OSError:
+            found[name] = "unknown"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found["MHz"] = [round(float(line.split(":")[1])) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        found["MHz"] = "unknown"
+    return found
 
 
 def sources_hash() -> str:
@@ -78,6 +105,9 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "huge_pages": huge_pages(),
+        "cache_bytes": cache_bytes(),
+        "memory_bytes": available_memory(),
+        "clock": clock(),
         # other work on the machine at the start: a figure far from 0 makes the rest doubtful
         "load": round(os.getloadavg()[0], 2),
     }

@@ -1,28 +1,44 @@
-"""Records of a run flow in, tables flow out; nothing here measures.
+"""Records of a run flow in, text flows out: a line for each case while the run goes on, and tables at its end.
 
 Usage: report.py [results/latest.jsonl]
 """
 
-import json
-import math
-import statistics
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
+from figures import FIGURES
+from records import (
+    LATEST,
+    OURS,
+    SHORT,
+    Record,
+    against_clone,
+    against_fastest,
+    against_plain,
+    backends_of_torch,
+    batches_of,
+    compared,
+    geometric_mean,
+    groups_of,
+    load,
+    name_of,
+    network_mean,
+    noise,
+    of_fresh_limit,
+    of_limit,
+    peers_of,
+    resnet50,
+    seconds,
+    select,
+    speedup,
+    warm,
+    with_fresh,
+)  # fmt: skip
 from rich.console import Console
 from rich.table import Table
 from suite import PASSES
 
-Record = dict
-LATEST = Path(__file__).with_name("results") / "latest.jsonl"
-LATEST_GPU = LATEST.with_name("gpu-benchmark.jsonl")
-SHORT = {
-    "float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16",
-    "contiguous": "contig", "channels_last": "ch_last",
-}  # fmt: skip
-BIG = 10e6
 # Average load at the start of a run above which its times mean little.
 BUSY = 0.5
 
@@ -31,59 +47,6 @@ def make_console() -> Console:
     """In a log file there is no width to fit into."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=140)
-
-
-def seconds(record: Record, variant: str) -> float:
-    return record["seconds"][variant]["median"]
-
-
-def speedup(record: Record, peer: str = "torch") -> float:
-    return seconds(record, peer) / seconds(record, "fastbn")
-
-
-def noise(record: Record) -> float:
-    """How far the two measurements of the same thing are apart."""
-    return abs(math.log(seconds(record, "fastbn again") / seconds(record, "fastbn")))
-
-
-def of_limit(record: Record) -> float:
-    """Time of the least traffic at the speed of a copy (two tensors moved), as a part of fastbn's time."""
-    tensors = record.get("tensors") or PASSES[record["pass"]]
-    return seconds(record, "copy") * tensors / 2 / seconds(record, "fastbn")
-
-
-def of_fresh_limit(record: Record) -> float:
-    """The same at the speed of torch's clone and add, which page-fault as fastbn's outputs do."""
-    fresh = seconds(record, "clone") + (seconds(record, "add") if record["pass"] == "forward+backward" else 0)
-    return fresh / seconds(record, "fastbn")
-
-
-def against_clone(record: Record) -> float:
-    return seconds(record, "fastbn") / seconds(record, "clone")
-
-
-def against_fastest(record: Record) -> float:
-    """Time of the fastest peer over fastbn's."""
-    peers = (v for v in record["seconds"] if v.startswith("torch"))
-    return min(seconds(record, peer) for peer in peers) / seconds(record, "fastbn")
-
-
-def against_plain(record: Record) -> float:
-    """Time of the fused forward pass over that of fastbn's batch norm alone."""
-    return seconds(record, "fastbn") / seconds(record, "fastbn plain")
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
-
-
-def name_of(record: Record) -> str:
-    return f"{tuple(record['shape'])} {SHORT[record['dtype']]} {SHORT[record['layout']]}"
-
-
-def select(records: list[Record], **fields: object) -> list[Record]:
-    return [r for r in records if all(r.get(name) == value for name, value in fields.items())]
 
 
 # --- one line for each case, while the run goes on ---
@@ -98,171 +61,176 @@ def header() -> str:
 def case_line(records: list[Record]) -> str:
     """Of each pass: fastbn's time, torch's time over it, and its part of the copy limit.
     At the end: the forward pass over the time of x.clone(), and the largest noise."""
-    first = records[0]
+    measured = compared([r for r in records if r["kind"] in ("case", "fused")])
+    if not measured:
+        return ""
+    first = measured[0]
     shape, megabytes = ",".join(map(str, first["shape"])), first["tensor_bytes"] / 1e6
     line = f"{shape:<16} {SHORT[first['dtype']]:<5}{SHORT[first['layout']]:<8}{megabytes:>6.1f}"
-    for record in records:
+    if first["kind"] == "fused":
+        return line + _fused_part(measured)
+    for record in measured:
         milliseconds = seconds(record, "fastbn") * 1e3
         line += f" |{milliseconds:>19.3f} {speedup(record):>6.2f} {of_limit(record):>5.0%}"
-    return f"{line} |{against_clone(first):>7.2f} {max(map(noise, records)):>5.0%}"
+    cold = " cold" if first["inputs"] == "cold" else ""
+    clone = f"{against_clone(first):.2f}" if with_fresh([first]) else ""
+    return f"{line} |{clone:>7} {max(map(noise, measured)):>5.0%}{cold}"
 
 
-def fused_line(records: list[Record]) -> str:
-    """Of each ending: fastbn's time of forward and backward, the faster peer's over it, and its part of the copy
-    limit. At the end the forward pass of BN + ReLU over that of BN alone."""
-    first = records[0]
-    shape, megabytes = ",".join(map(str, first["shape"])), first["tensor_bytes"] / 1e6
-    line = f"{shape:<16} {SHORT[first['dtype']]:<5}{SHORT[first['layout']]:<8}{megabytes:>6.1f}"
-    for record in select(records, **{"pass": "forward+backward"}):
+def _fused_part(records: list[Record]) -> str:
+    """fastbn's time of forward and backward, the faster peer's over it, and its part of the copy limit. At the end the
+    forward pass over that of BN alone."""
+    line = ""
+    for record in records:
         milliseconds = seconds(record, "fastbn") * 1e3
-        line += (
-            f" | {record['ending']:>8}{milliseconds:>10.3f} {against_fastest(record):>6.2f} {of_limit(record):>5.0%}"
-        )
-    (alone,) = select(records, ending="relu", **{"pass": "forward"})
-    return f"{line} | /plain {against_plain(alone):.2f} noise {max(map(noise, records)):.0%}"
+        what = f"{record['ending']} {record['pass']}"
+        line += f" | {what:>25}{milliseconds:>9.3f} {against_fastest(record):>6.2f} {of_limit(record):>5.0%}"
+    plain = [f"/plain {against_plain(r):.2f} " for r in records if r["pass"] == "forward"]
+    return f"{line} | {''.join(plain)}noise {max(map(noise, records)):.0%}"
 
 
 # --- summaries ---
 
 
-def resnet50_table(records: list[Record]) -> Table | None:
-    cases = select(records, kind="case", suite="resnet50")
-    if not cases:
-        return None
-    table = Table(
-        title="ResNet-50's batch norms: geometric means over the shapes, and sums over the network",
-        title_justify="left",
-    )
-    table.add_column("cases")
-    peers = [v for v in cases[0]["seconds"] if v not in ("fastbn", "fastbn again", "copy", "clone", "add")]
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    return table
+
+
+def resnet50_table(records: list[Record], batch: int) -> Table:
+    cases = resnet50(records, batch)
+    columns = []
     for name in PASSES:
-        for peer in peers:
-            table.add_column(f"{name}\n{peer}/fastbn", justify="right")
-        table.add_column("copy\nlimit", justify="right")
-        table.add_column("fresh\nlimit", justify="right")
+        columns += [f"{name}\ntorch/fastbn", "copy\nlimit", "fresh\nlimit"]
+    title = f"ResNet-50's batch norms at batch {batch}: geometric means over the shapes, and sums over the network"
+    table = _table(title, "cases", *columns)
 
     def add(title: str, chosen: list[Record], mean: Callable[[list[Record], Callable], float]) -> None:
         cells = []
         for name in PASSES:
             of_pass = select(chosen, **{"pass": name})
-            cells += [f"{mean(of_pass, lambda r, p=peer: speedup(r, p)):.2f}" for peer in peers]
-            cells += [f"{mean(of_pass, of_limit):.0%}", f"{mean(of_pass, of_fresh_limit):.0%}"]
+            if not of_pass:
+                cells += [""] * 3
+                continue
+            cells += [f"{mean(of_pass, speedup):.2f}"]
+            fresh = with_fresh(of_pass)
+            cells += [f"{mean(of_pass, of_limit):.0%}", f"{mean(fresh, of_fresh_limit):.0%}" if fresh else ""]
         table.add_row(title, *cells)
 
     def plain(chosen: list[Record], ratio: Callable[[Record], float]) -> float:
         return geometric_mean(map(ratio, chosen))
 
-    def by_time(chosen: list[Record], ratio: Callable[[Record], float]) -> float:
-        weights = [r["count"] * seconds(r, "fastbn") for r in chosen]
-        return sum(w * ratio(r) for w, r in zip(weights, chosen, strict=True)) / sum(weights)
-
-    groups = list(dict.fromkeys((r["dtype"], r["layout"]) for r in cases))
-    for dtype, layout in groups:
+    for dtype, layout in groups_of(cases):
         add(f"{SHORT[dtype]} {SHORT[layout]}", select(cases, dtype=dtype, layout=layout), plain)
     add("all", cases, plain)
     table.add_section()
-    for dtype, layout in groups:
-        add(f"network, {SHORT[dtype]} {SHORT[layout]}", select(cases, dtype=dtype, layout=layout), by_time)
+    for dtype, layout in groups_of(cases):
+        add(f"network, {SHORT[dtype]} {SHORT[layout]}", select(cases, dtype=dtype, layout=layout), network_mean)
     return table
 
 
-# A figure's value and a word on where it comes from, or None where it was not measured.
-Measured = tuple[float, str] | None
-
-
-@dataclass(frozen=True)
-class Figure:
-    name: str
-    at_least: bool  # otherwise at most
-    target: float
-    style: str  # how its numbers are written
-    measure: Callable[[list[Record]], Measured]
-
-    def reached(self, value: float) -> bool:
-        return value >= self.target if self.at_least else value <= self.target
-
-
-def _mean_speedup(pass_: str) -> Callable[[list[Record]], Measured]:
-    def measured(records: list[Record]) -> Measured:
-        chosen = select(records, kind="case", suite="resnet50", **{"pass": pass_})
-        if not chosen:
-            return None
-        noises = statistics.median(map(noise, chosen))
-        return geometric_mean(map(speedup, chosen)), f"{len(chosen)} cases, median noise {noises:.1%}"
-
-    return measured
-
-
-def _fused(ending: str | None, ratio: Callable[[Record], float]) -> Callable[[list[Record]], Measured]:
-    """ending None: all of them."""
-
-    def measured(records: list[Record]) -> Measured:
-        chosen = select(records, kind="fused", **{"pass": "forward+backward"})
-        chosen = [r for r in chosen if ending in (None, r["ending"])]
-        if not chosen:
-            return None
-        worst = min(chosen, key=ratio)
-        detail = f"{len(chosen)} cases, least {ratio(worst):.2f} {name_of(worst)}"
-        return geometric_mean(map(ratio, chosen)), detail
-
-    return measured
-
-
-def _fused_forward(records: list[Record]) -> Measured:
-    chosen = select(records, kind="fused", ending="relu", **{"pass": "forward"})
-    worst = max(chosen, key=against_plain, default=None)
-    mean = chosen and geometric_mean(map(against_plain, chosen))
-    return worst and (mean, f"mean of {len(chosen)}, most {against_plain(worst):.2f} {name_of(worst)}")
-
-
-def _slowest(records: list[Record]) -> Measured:
-    record = min(select(records, kind="case"), key=speedup, default=None)
-    return record and (speedup(record), f"{record['pass']} {name_of(record)}, noise {noise(record):.0%}")
-
-
-def _worst_against_clone(records: list[Record]) -> Measured:
-    chosen = [r for r in select(records, kind="case", **{"pass": "forward"}) if r["tensor_bytes"] > BIG]
-    worst = max(chosen, key=against_clone, default=None)
-    mean = chosen and geometric_mean(map(against_clone, chosen))
-    return worst and (against_clone(worst), f"{name_of(worst)}; geometric mean {mean:.2f}")
-
-
-def _call(pass_: str) -> Callable[[list[Record]], Measured]:
-    def measured(records: list[Record]) -> Measured:
-        for record in select(records, kind="call", **{"pass": pass_}):
-            ours, theirs = (seconds(record, peer) * 1e6 for peer in ("fastbn", "torch"))
-            return ours / theirs, f"{ours:.2f} against {theirs:.2f} us, noise {noise(record):.0%}"
+def peers_table(records: list[Record]) -> Table | None:
+    """Everybody's time over fastbn's: geometric means over the cases that a peer took part in."""
+    chosen = [r for r in records if r["kind"] in ("case", "fused") and r["suite"] != "scaling"]
+    others = peers_of(chosen)
+    if not others:
         return None
+    table = _table("Time over fastbn's, geometric means (cases)", "cases", *others)
+    kinds = dict.fromkeys((r["suite"], r.get("ending", ""), r.get("inputs", "warm"), r["pass"]) for r in chosen)
+    for suite, ending, inputs, name in kinds:
+        rows = [r for r in select(chosen, suite=suite, **{"pass": name})
+                if r.get("ending", "") == ending and r.get("inputs", "warm") == inputs]  # fmt: skip
+        cells = []
+        for peer in others:
+            ratios = [speedup(r, peer) for r in rows if peer in r["seconds"]]
+            cells.append(f"{geometric_mean(ratios):.2f} ({len(ratios)})" if ratios else "")
+        table.add_row(" ".join(filter(None, (suite, ending, name, inputs if inputs == "cold" else ""))), *cells)
+    return table
 
-    return measured
+
+def absent(records: list[Record]) -> list[str]:
+    """Who was not compared, or not in all cases, and why: a line each."""
+    lines = [f"{name}: not there ({why})" for head in select(records, kind="environment")
+             for name, why in head["missing"].items()]  # fmt: skip
+    lines += [f"{name}: not asked for" for head in select(records, kind="environment") for name in head["not_asked"]]
+    errors: dict[tuple[str, str, str], list[str]] = {}
+    for r in records:
+        if r["kind"] in ("unsupported", "failed", "wrong") and "peer" in r:
+            # one line for all that is wrong, whose numbers differ in each case
+            why = r["error"] if r["kind"] == "unsupported" else ""
+            errors.setdefault((r["peer"], r["kind"], why), []).append(r["error"])
+    return lines + [f"{peer}: {kind} in {len(all_)} cases ({all_[0]})" for (peer, kind, _), all_ in errors.items()]
 
 
-def _import(records: list[Record]) -> Measured:
-    return next(((r["seconds"], "in a fresh process") for r in select(records, kind="import")), None)
+def bandwidth_table(records: list[Record]) -> Table | None:
+    found = select(records, kind="bandwidth")
+    if not found:
+        return None
+    ends = list(dict.fromkeys(r["when"] for r in found))
+    names = list(found[0]["rates"])
+    table = _table("Bandwidth, GB/s", "MB a tensor", *(f"{name}\n{when}" for when in ends for name in names))
+    for size in dict.fromkeys(r["bytes"] for r in found):
+        rows = [next(iter(select(found, when=when, bytes=size)), None) for when in ends]
+        cells = [f"{row['rates'][name] / 1e9:.1f}" if row else "" for row in rows for name in names]
+        table.add_row(f"{size / 1e6:.1f}", *cells)
+    return table
 
 
-def _memory(records: list[Record]) -> Measured:
-    ours, theirs = ([r["extra"] for r in select(records, kind="memory", peer=peer)] for peer in ("fastbn", "torch"))
-    return (max(ours), f"worst of {len(ours)} cases; torch {max(theirs):.2%}") if ours and theirs else None
+def model_table(records: list[Record]) -> Table | None:
+    found = select(records, kind="model")
+    if not found:
+        return None
+    table = _table("Training step of a whole network, float32", "network", "variant", "images/s", "ms a step",
+                   "torch/", "peak memory, MB")  # fmt: skip
+    for r in found:
+        images, _, side, _ = r["shape"]
+        for variant, peak in r["peak_bytes"].items():
+            time, of_torch = seconds(r, variant), seconds(r, "torch")
+            cells = (
+                f"{images / time:.1f}",
+                f"{time * 1e3:.0f}",
+                f"{of_torch / time:.3f}",
+                f"{peak / 1e6:.0f}",
+            )
+            table.add_row(f"{r['model']}, {images} images of {side} x {side}", variant, *cells)
+    return table
 
 
-# What fastbn is held to, on two threads.
-FIGURES = [
-    Figure("training forward: torch / fastbn, mean", True, 2.8, ".2f", _mean_speedup("forward")),
-    Figure("forward+backward: torch / fastbn, mean", True, 2.7, ".2f", _mean_speedup("forward+backward")),
-    Figure("eval: torch / fastbn, mean", True, 1.35, ".2f", _mean_speedup("eval")),
-    Figure("slowest single case: torch / fastbn", True, 0.95, ".2f", _slowest),
-    Figure("training forward over 10 MB: fastbn / clone", False, 1.3, ".2f", _worst_against_clone),
-    Figure("BN + ReLU, forward+backward: torch / fastbn, mean", True, 3.5, ".2f", _fused("relu", speedup)),
-    Figure("BN + add + ReLU, the same", True, 3.5, ".2f", _fused("add+relu", speedup)),
-    Figure("both: the faster of torch and torch.compile / fastbn", True, 2.5, ".2f", _fused(None, against_fastest)),
-    Figure("BN + ReLU, forward: fastbn fused / fastbn BN alone", False, 1.05, ".2f", _fused_forward),
-    Figure("call on (2,4,2,2), forward: fastbn / torch", False, 0.7, ".2f", _call("forward")),
-    Figure("call on (2,4,2,2), backward: fastbn / torch", False, 0.8, ".2f", _call("backward")),
-    Figure("call on (2,4,2,2), eval: fastbn / torch", False, 0.8, ".2f", _call("eval")),
-    Figure("import fastbn after torch, seconds", False, 0.15, ".3f", _import),
-    Figure("memory beyond x, y, dy, dx", False, 0.02, ".2%", _memory),
-]
+def accuracy_table(records: list[Record]) -> Table | None:
+    found = select(records, kind="accuracy")
+    if not found:
+        return None
+    peers = list(dict.fromkeys(r["peer"] for r in found))
+    title = "Largest error against float64, over the largest value: of y / of dx"
+    table = _table(title, "type", "mean", "std", *peers)
+    for dtype, mean, std in dict.fromkeys((r["dtype"], r["mean"], r["std"]) for r in found):
+        rows = {r["peer"]: r["errors"] for r in select(found, dtype=dtype, mean=mean, std=std)}
+        cells = [f"{rows[p]['y']:.1e} / {rows[p]['dx']:.1e}" if p in rows else "" for p in peers]
+        table.add_row(SHORT[dtype], f"{mean:g}", f"{std:g}", *cells)
+    return table
+
+
+def scaling_table(records: list[Record]) -> Table | None:
+    found = compared(warm(records, kind="case", suite="scaling"))
+    if not found:
+        return None
+    table = _table("Time for each element, ns: fastbn / torch / copy of x", "elements", *(
+        f"{SHORT[dtype]} {name}" for dtype, _ in groups_of(found) for name in PASSES))  # fmt: skip
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in found):
+        elements, cells = 1, []
+        for size in shape:
+            elements *= size
+        for dtype, _ in groups_of(found):
+            for name in PASSES:
+                row = next(
+                    (r for r in select(found, dtype=dtype, **{"pass": name}) if tuple(r["shape"]) == shape), None
+                )
+                variants = ("fastbn", "torch", "copy")
+                cells.append(" / ".join(f"{seconds(row, v) / elements * 1e9:.3f}" for v in variants) if row else "")
+        table.add_row(f"{elements:.1e}", *cells)
+    return table
 
 
 def figures_table(records: list[Record]) -> Table:
@@ -284,16 +252,32 @@ def figures_table(records: list[Record]) -> Table:
 
 
 def show_summary(console: Console, records: list[Record]) -> None:
-    if (table := resnet50_table(records)) is not None:
-        console.print("\n", table)
+    batches = batches_of(records)
+    tables = [bandwidth_table, peers_table, scaling_table, model_table, accuracy_table]
+    for table in (*(resnet50_table(records, batch) for batch in batches), *(make(records) for make in tables)):
+        if table is not None:
+            console.print("\n", table)
+    if batches:
         console.print(
             "copy limit: part of the speed of a copy into memory that is there, moving the least bytes\n"
             "fresh limit: part of the speed of clone and add into fresh outputs, which page-fault\n"
         )
+    if backends := backends_of_torch(records):
+        console.print(f"eager torch ran these of its kernels: {', '.join(backends)}")
+    for line in absent(records):
+        console.print(f"not compared: {line}", soft_wrap=True)
     console.print(figures_table(records))
+
+
+def show_wrong(console: Console, records: list[Record]) -> None:
     if wrong := select(records, kind="wrong"):
-        console.print(f"[red]{len(wrong)} cases are wrong and were not timed, the first:[/]")
-        console.print(f"{name_of(wrong[0])}: {wrong[0]['error']}")
+        console.print(f"[red]{len(wrong)} results are wrong and were not timed, the first:[/]")
+        what = name_of(wrong[0]) if "layout" in wrong[0] else wrong[0]["model"]
+        console.print(f"{wrong[0]['peer']}, {what}: {wrong[0]['error']}", soft_wrap=True)
+    for record in select(records, kind="failed"):
+        who = record.get("peer", "")
+        if not who or who in OURS:
+            console.print(f"[red]failed:[/] {record.get('unit', who)}: {record['error']}", soft_wrap=True)
 
 
 def show_environment(console: Console, record: Record) -> None:
@@ -308,18 +292,20 @@ def show_environment(console: Console, record: Record) -> None:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = load(Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST)
     console = make_console()
     for record in select(records, kind="environment"):
         show_environment(console, record)
     console.print(header(), soft_wrap=True)
-    by_case: dict[str, list[Record]] = {}
-    for record in select(records, kind="case"):
-        by_case.setdefault(name_of(record), []).append(record)
+    by_case: dict[tuple, list[Record]] = {}
+    for record in records:
+        if record["kind"] in ("case", "fused"):
+            key = name_of(record), record["suite"], record.get("ending"), record["inputs"]
+            by_case.setdefault(key, []).append(record)
     for group in by_case.values():
         console.print(case_line(group), soft_wrap=True)
     show_summary(console, records)
+    show_wrong(console, records)
 
 
 if __name__ == "__main__":

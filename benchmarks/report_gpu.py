@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from report import LATEST_GPU, SHORT, Measured, Record, geometric_mean, make_console, select, show_environment
+from figures import Measured
+from records import LATEST_GPU, SHORT, Record, geometric_mean, select
+from report import absent, make_console, model_table, show_environment
 from rich.console import Console
 from rich.table import Table
 from suite import GPU_PASSES
@@ -203,10 +205,13 @@ def show_gpu_summary(console: Console, records: list[Record]) -> None:
             "of limit: time of the least bytes at the speed of that copy / time, of the network's 53 batch norms\n"
             "of copies: time of copies of as many bytes, in graphs too / time; others: their time / fastbn's, means\n"
         )
+    if (table := model_table(records)) is not None:
+        console.print(table)
     console.print(figures_table(records))
-    for kind in ("wrong", "skipped"):
-        for record in select(records, kind=kind):
-            console.print(f"[red]{kind}:[/] {tuple(record['shape'])} {record['dtype']} {record['error']}")
+    for line in absent(records):
+        console.print(f"not compared: {line}", soft_wrap=True)
+    for record in select(records, kind="skipped"):
+        console.print(f"[red]skipped:[/] {tuple(record['shape'])} {record['dtype']} {record['error']}")
     for record in select(records, kind="left out"):
         console.print(f"[red]{len(record['cases'])} cases were left out for want of time[/]")
 

@@ -7,40 +7,47 @@ and the same for everybody.
 import argparse
 import dataclasses
 import random
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from check import Mismatch, verify
+from check import Reference
+from comparing import checked_runners, last_line
 from costs import variants
 from gpu_timing import Batch, Gpu, sets_for
-from peers import PEERS, Peer
-from report_gpu import case_line, header
+from models import measure_model
+from networks import NETWORKS
+from peers import PEERS, ModuleRunner, Peer, backend_of_torch, parameters_of
+from records import OURS, Record
+from report_gpu import case_line
+from session import Unit
 from suite import GPU_PASSES, Case, Tensors, gpu_cases, make_tensors
-from timing import Protocol, measure
+from timing import Protocol, Times, measure
 
 # For a comparison, in graphs and eager; few, because the batches in them are long.
-SECONDS = {"quick": 0.02, "normal": 0.06, "full": 0.6}
+SECONDS = {"quick": 0.06, "full": 0.6}
 # torch.compile takes part where compiling it fits into the time: seconds a shape, type and layout.
+COMPILED = ("torch.compile", "torch.compile cooperative")
 COMPILED_TYPES = (torch.bfloat16,)
 BIG_COPY = 1 << 30
 
 
 def passes(sets: list[Tensors], peer: Peer) -> dict[str, Batch]:
-    module, frozen = peer(sets[0].module), peer(sets[0].module).eval().requires_grad_(False)
+    module = peer(sets[0].module)
+    parameters = parameters_of(module)
     values = [t.x.detach() for t in sets]
     done: list[tuple[torch.Tensor, Tensors]] = []
 
     def backward() -> list[object]:
         if not done:  # the forward passes, once and not in a capture
             done.extend((module(t.x), t) for t in sets)
-        return [torch.autograd.grad(y, (t.x, module.weight, module.bias), t.dy, retain_graph=True) for y, t in done]
+        return [torch.autograd.grad(y, (t.x, *parameters), t.dy, retain_graph=True) for y, t in done]
 
-    return {
-        "forward": lambda: [module(t.x) for t in sets],
-        "backward": backward,
-        "eval": lambda: [frozen(x) for x in values],
-    }
+    batches: dict[str, Batch] = {"forward": lambda: [module(t.x) for t in sets], "backward": backward}
+    if not getattr(module, "trains_only", False):
+        frozen = peer(sets[0].module).eval().requires_grad_(False)
+        batches["eval"] = lambda: [frozen(x) for x in values]
+    return batches
 
 
 def copies(sets: list[Tensors], tensors: int) -> Batch:
@@ -50,51 +57,68 @@ def copies(sets: list[Tensors], tensors: int) -> Batch:
     return lambda: [destination.copy_(source) for source, destination in pairs]
 
 
-def copy_record(gpu: Gpu, rng: random.Random) -> dict[str, object]:
+def copy_record(gpu: Gpu, rng: random.Random) -> Record:
     """The bandwidth that everything is held against: of a copy so large that its launch counts for nothing."""
     source, destination = (torch.empty(BIG_COPY // 4, device=gpu.device).normal_() for _ in range(2))
     times = measure({"copy": lambda: destination.copy_(source)}, Protocol(0.3), rng, gpu.sample)
     return {"kind": "big copy", "bytes": 2 * BIG_COPY, "seconds": times}
 
 
-def backend_of_torch(tensors: Tensors) -> str:
-    """Which of its kernels torch chooses: Native or Cudnn."""
-    m = tensors.module
-    try:
-        chosen = torch._C._select_batch_norm_backend(
-            tensors.x, m.weight, m.bias, m.running_mean, m.running_var, True, m.eps
-        )
-    except (AttributeError, TypeError) as error:
-        return f"unknown ({error})"
-    return chosen.name
+def per_call(times: Times, calls: int) -> Times:
+    """Times of batches as times of one of their calls."""
+
+    def divided(value: object) -> object:
+        return [float(f"{v / calls:.4g}") for v in value] if isinstance(value, list) else value / calls
+
+    return {name: {key: divided(value) for key, value in time.items()} for name, time in times.items()}
 
 
-def per_call(times: dict[str, dict[str, float]], calls: int) -> dict[str, dict[str, float]]:
-    return {name: {key: value / calls for key, value in time.items()} for name, time in times.items()}
-
-
-def measure_case(gpu: Gpu, case: Case, peers: list[str], seconds: float, seed: int) -> Iterator[dict[str, object]]:
-    """A record for each pass; or one that says that a result is wrong, or that memory did not suffice."""
+def measure_case(gpu: Gpu, case: Case, peers: list[str], seconds: float, seed: int) -> Iterator[Record]:
+    """A record for each pass, and one for each peer that does not take part; or one that says that memory was short."""
     rng = random.Random(seed)
     count = sets_for(case.nbytes, gpu.cache_bytes())
-    sets = [make_tensors(case, seed + i, gpu.device) for i in range(count)]
-    for tensors in sets:
-        tensors.module.num_batches_tracked = None
-    names = [name for name in peers if name != "torch.compile" or case.dtype in COMPILED_TYPES]
-    chosen = variants(names)
-    try:  # fastbn alone: torch.compile would compile once more for it
-        verify(sets[0], PEERS["fastbn"])
-    except Mismatch as error:
-        yield {"kind": "wrong", **case.fields(), "error": f"fastbn: {error}"}
-        return
+    try:
+        sets = [make_tensors(case, seed + i, gpu.device) for i in range(count)]
+        for tensors in sets:
+            tensors.module.num_batches_tracked = None
+        # torch.compile is not checked here: it would compile once more for it
+        unchecked = [name for name in peers if name in COMPILED]
+        checked = [name for name in peers if name not in unchecked]
+        runners, records = checked_runners(case, sets, checked, Reference(sets[0]), "cuda")
+        yield from records
+        if "fastbn" not in runners:
+            return
+        names = [name for name in runners if PEERS[name].runner is ModuleRunner]
+        names += [name for name in unchecked if case.dtype in COMPILED_TYPES]
+        alone = {name: runner.calls() for name, runner in runners.items() if name not in names}
+        yield from time_passes(gpu, case, sets, variants(names), alone, seconds, rng)
+    except torch.OutOfMemoryError as error:
+        yield {"kind": "skipped", **case.fields(), "error": str(error).splitlines()[0]}
+
+
+def time_passes(
+    gpu: Gpu, case: Case, sets: list[Tensors], chosen: dict[str, Peer], alone: dict, seconds: float, rng: random.Random
+) -> Iterator[Record]:
+    """``alone`` are calls that no CUDA graph can hold: only eager times of theirs can be had, of forward and eval."""
+    count = len(sets)
     batches = {name: passes(sets, peer) for name, peer in chosen.items()}
     for name, tensors in GPU_PASSES.items():
-        eager = {variant: batch[name] for variant, batch in batches.items()}
-        replays: dict[str, Callable[[], object]] = {v: gpu.captured(batch) for v, batch in eager.items()}
-        replays["copy"] = gpu.captured(copies(sets, tensors))
+        eager = {variant: batch[name] for variant, batch in batches.items() if name in batch}
+        replays: dict[str, Callable[[], object]] = {"copy": gpu.captured(copies(sets, tensors))}
+        for variant, batch in list(eager.items()):
+            try:
+                replays[variant] = gpu.captured(batch)
+            except Exception as error:
+                if variant in OURS:
+                    raise
+                yield {"kind": "failed", **case.fields(), "peer": variant, "pass": name, "error": last_line(error)}
+                del eager[variant], batches[variant]
         protocol = Protocol(seconds, most_rounds=40)
         graph = measure(replays, protocol, rng, gpu.sample)
         del replays
+        for other, calls in alone.items():
+            if name in calls:
+                eager[other] = lambda call=calls[name]: [call() for _ in range(count)]
         whole = measure(eager, dataclasses.replace(protocol, least_rounds=3, seconds=seconds / 2), rng, gpu.wall_sample)
         yield {
             "kind": "gpu", **case.fields(), "pass": name, "sets": count, "torch_backend": backend_of_torch(sets[0]),
@@ -102,34 +126,30 @@ def measure_case(gpu: Gpu, case: Case, peers: list[str], seconds: float, seed: i
         }  # fmt: skip
 
 
-def measure_all(
-    arguments: argparse.Namespace, peers: list[str], console, progress, make_gpu: Callable[[], Gpu] = Gpu
-) -> Iterator[dict[str, object]]:
-    """Records as they are measured, the cases that decide most first; those that time did not allow are named."""
-    start = time.perf_counter()
+def line_of(records: list[Record]) -> str:
+    measured = [record for record in records if record["kind"] == "gpu"]
+    return case_line(measured) if measured else ""
+
+
+def gpu_units(arguments: argparse.Namespace, peers: list[str], make_gpu: Callable[[], Gpu] = Gpu) -> list[Unit]:
+    """The cases that decide most first, because time may end before they do."""
     gpu = make_gpu()
-    yield copy_record(gpu, random.Random(arguments.seed))
+    rng = random.Random(arguments.seed)
+    units = [Unit("big copy", lambda: [copy_record(gpu, rng)], always=True)]
     todo = list(gpu_cases([getattr(torch, name) for name in arguments.dtypes], arguments.layouts, arguments.batch))
-    bar = progress.add_task("measuring", total=len(todo))
-    console.print(f"{'':>9}{header()}", soft_wrap=True)
-    for number, case in enumerate(todo, 1):
-        if arguments.seconds and time.perf_counter() - start > arguments.seconds:
-            console.print(f"no time left for {len(todo) - number + 1} of {len(todo)} cases")
-            yield {"kind": "left out", "cases": [str(case) for case in todo[number - 1 :]]}
-            return
-        progress.update(bar, description=str(case))
-        try:
-            records = list(measure_case(gpu, case, peers, SECONDS[arguments.pace], arguments.seed + 1000 * number))
-        except torch.OutOfMemoryError as error:
-            records = [{"kind": "skipped", **case.fields(), "error": str(error).splitlines()[0]}]
-        yield from records
-        for record in records:
-            if record["kind"] != "gpu":
-                console.print(f"{case}: [red]{record['kind']}[/]: {record['error']}")
-        if measured := [record for record in records if record["kind"] == "gpu"]:
-            console.print(f"{number:>3}/{len(todo):<3}  {case_line(measured)}", soft_wrap=True)
-        progress.advance(bar)
+
+    def measured(case: Case, seed: int) -> Iterator[Record]:
+        yield from measure_case(gpu, case, peers, SECONDS[arguments.pace], seed)
         gpu.release()
+
+    if "resnet50" in arguments.suites:
+        for number, case in enumerate(todo, 1):
+            units.append(Unit(str(case), partial(measured, case, arguments.seed + 1000 * number), line=line_of))
+    if "model" in arguments.suites:
+        for name in NETWORKS:
+            work = partial(measure_model, name, 64, 224, Protocol(10.0, most_rounds=20), rng, "cuda")
+            units.append(Unit(f"model {name}", work, 30))
+    return units
 
 
 def compile_all(arguments: argparse.Namespace, share: int, shares: int) -> None:

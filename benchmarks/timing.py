@@ -3,7 +3,8 @@
 Times of one function alone say little on a shared machine, where the clock and the neighbours change by the
 second. So the variants of a comparison are called in turns, in a new random order each round, and what is
 compared is medians of the same rounds. One variant takes part twice under two names: the difference between
-these two is the noise of the comparison.
+these two is the noise of the comparison. A variant that is slow sits out some rounds, evenly spread, so that it
+does not take the time of the others.
 
 A call's outputs are dropped before the clock stops, because a training loop pays for freeing them, too.
 """
@@ -18,13 +19,24 @@ from dataclasses import dataclass
 
 # A sample shorter than this is repeated within the clock, so that reading the clock (0.1 us) does not count.
 SHORTEST_SAMPLE = 200e-6
+# A first call longer than this serves as the estimate, too: it decides how many rounds there are, and no more.
+LONG_CALL = 50e-3
+# Half the width of an interval that holds 99 % of a normal distribution, in standard deviations; what a median's
+# standard error is in those of a mean; and the quartiles' distance in standard deviations.
+WIDTH_99, OF_MEDIAN, QUARTILES = 2.576, 1.2533, 1.349
+
+HOPELESS, HOPELESS_ROUNDS = 2.0, 1
+
+Times = dict[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    seconds: float  # to spend on a comparison
-    least_rounds: int = 7
-    most_rounds: int = 60
+    seconds: float  # to spend on a comparison, in equal parts for the variants
+    least_rounds: int = 5
+    most_rounds: int = 40
+    # Variants that take HOPELESS times as long as this one cannot be the fastest of the peers: they get one round.
+    base: str = ""
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
@@ -39,30 +51,64 @@ def measure(
     protocol: Protocol,
     rng: random.Random,
     sample: Callable[[Callable[[], object], int], float] = _sample,
-) -> dict[str, dict[str, float]]:
-    """Seconds per call of each variant: median, and quartiles ``low`` and ``high``."""
-    repeats, round_time = {}, 0.0
+    failed: dict[str, Exception] | None = None,
+) -> Times:
+    """Seconds per call of each variant: median, quartiles ``low`` and ``high``, and every round's ``samples``.
+    A variant that raises at its first call is left out and put into ``failed``, if there is one."""
+    repeats: dict[str, int] = {}
+    rounds: dict[str, int] = {}
+    estimates: dict[str, float] = {}
     for name, call in variants.items():
-        sample(call, 1)  # warm up
-        estimate = sample(call, 1)
+        try:
+            estimate = sample(call, 1)  # warms up
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+            continue
+        if estimate < LONG_CALL:
+            estimate = sample(call, 1)
         if estimate < SHORTEST_SAMPLE:
             estimate = sample(call, 10)
+        estimates[name] = estimate
         repeats[name] = math.ceil(SHORTEST_SAMPLE / estimate)
-        round_time += repeats[name] * estimate
-    rounds = int(max(protocol.least_rounds, min(protocol.most_rounds, protocol.seconds / round_time)))
+        affordable = protocol.seconds / len(variants) / (repeats[name] * estimate)
+        rounds[name] = int(max(protocol.least_rounds, min(protocol.most_rounds, affordable)))
+    if protocol.base in rounds:
+        for name in rounds:
+            if estimates[name] > HOPELESS * estimates[protocol.base]:
+                rounds[name] = HOPELESS_ROUNDS
+    most = max(rounds.values(), default=0)
 
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[float]] = {name: [] for name in rounds}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name in rng.sample(list(variants), len(variants)):
+        for turn in range(most):
+            # of `most` turns a variant takes as many as it has rounds
+            due = [name for name, n in rounds.items() if (turn + 1) * n // most > turn * n // most]
+            for name in rng.sample(due, len(due)):
                 samples[name].append(sample(variants[name], repeats[name]))
     finally:
         gc.enable()
+    return {name: summary(values) for name, values in samples.items()}
 
-    times = {}
-    for name, values in samples.items():
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        times[name] = {"median": median, "low": low, "high": high}
-    return times
+
+def summary(samples: list[float]) -> dict[str, object]:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return {"median": median, "low": low, "high": high, "samples": [float(f"{value:.4g}") for value in samples]}
+
+
+def error(time: dict[str, object]) -> float:
+    """How far the median may be from the one of infinitely many rounds, as a part of it, at 99 % confidence."""
+    if len(time["samples"]) < 2:
+        return math.inf
+    deviation = (time["high"] - time["low"]) / QUARTILES
+    return WIDTH_99 * OF_MEDIAN * deviation / math.sqrt(len(time["samples"])) / time["median"]
+
+
+def noise(times: Times, over: str, under: str, again: str = "fastbn again", first: str = "fastbn") -> float:
+    """What the ratio of two variants may be wrong by, as a part of it: the errors of both medians, and the difference
+    between the two measurements of the same thing, which also sees what rounds have in common."""
+    repeated = math.log(times[again]["median"] / times[first]["median"]) if again in times else 0.0
+    return math.sqrt(error(times[over]) ** 2 + error(times[under]) ** 2 + repeated**2)

@@ -3,11 +3,12 @@ capturing them. Out: records of every pass, and the tables made of them."""
 
 import argparse
 import copy
+import dataclasses
 import io
 import json
+import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,18 +52,24 @@ def run_gpu(monkeypatch, threads):
 
     monkeypatch.setattr(suite, "RESNET50", SHAPES)
     monkeypatch.setattr(run_gpu, "BIG_COPY", 4096)
+    monkeypatch.setattr(run_gpu, "SECONDS", {"quick": 0.002})
     return run_gpu
 
 
 def measure(run_gpu, **changed):
     """The records, as a file of results has them, and what was printed."""
+    from rich.console import Console
+    from session import Session
+
     chosen = {"dtypes": ["bfloat16", "float32"], "layouts": ["contiguous", "channels_last"], "batch": [2, 3]}
-    arguments = argparse.Namespace(**{**chosen, "seconds": 0, "seed": 0, "pace": "quick", **changed})
-    printed = []
-    console = SimpleNamespace(print=lambda text, **_: printed.append(text))
-    progress = SimpleNamespace(add_task=lambda *_, **__: 0, update=lambda *_, **__: 0, advance=lambda *_: 0)
-    records = run_gpu.measure_all(arguments, ["fastbn", "torch"], console, progress, StandIn)
-    return [json.loads(json.dumps(record)) for record in records], printed
+    arguments = argparse.Namespace(**{**chosen, "suites": ["resnet50"], "seed": 0, "pace": "quick", **changed})
+    console = Console(file=io.StringIO(), width=400, highlight=False)
+    units = run_gpu.gpu_units(arguments, ["fastbn", "torch"], StandIn)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.jsonl"
+        Session(console, path, {"kind": "environment"}).run(units, changed.get("seconds", 0))
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [r for r in records if r["kind"] not in ("environment", "done")], console.file.getvalue().splitlines()
 
 
 def test_every_pass_of_every_case(run_gpu):
@@ -77,7 +84,7 @@ def test_every_pass_of_every_case(run_gpu):
         assert set(r["eager"]) == {"fastbn", "fastbn again", "torch"}
         assert all(0 < t["low"] <= t["median"] <= t["high"] for t in (*r["graph"].values(), *r["eager"].values()))
         assert r["sets"] * 2 * r["tensor_bytes"] >= 3 * 4096, "more than the cache holds"
-    assert len(printed) == 1 + len(cases) / 3
+    assert len(printed) == len(cases) / 3
 
 
 def test_a_time_is_of_one_call(run_gpu, monkeypatch):
@@ -114,15 +121,15 @@ def test_a_wrong_result_is_not_timed(run_gpu, monkeypatch):
         def forward(self, x):
             return super().forward(x) * 1.01
 
-    def wrong(module):
+    def wrong(module, ending):
         wrong = copy.deepcopy(module)
         wrong.__class__ = Wrong
         return wrong
 
-    monkeypatch.setitem(run_gpu.PEERS, "fastbn", wrong)
+    monkeypatch.setitem(run_gpu.PEERS, "fastbn", dataclasses.replace(run_gpu.PEERS["fastbn"], make=wrong))
     records, printed = measure(run_gpu, dtypes=["float32"], layouts=["contiguous"], batch=[2])
     assert [r["kind"] for r in records] == ["big copy", "wrong", "wrong"]
-    assert "wrong" in printed[1]
+    assert "wrong" in printed[0]
 
 
 def test_the_tables(run_gpu):

@@ -34,7 +34,8 @@ struct PairOfSums {
   using L = Lanes<T, E>;
   // Enough accumulators to hide the latency of an addition, few enough to stay in registers.
   static constexpr int unroll = L::vectors >= 4 ? 1 : 2;
-  // Elements that are summed before the sums are added to those in double; sums of doubles too, as two levels round less.
+  // Elements that are summed before the sums are added to those in double; sums of doubles too, as two levels round
+  // less.
   static constexpr int64_t stretch = int64_t(float_terms) * unroll * Pack<T>::size;
 
   Terms terms;

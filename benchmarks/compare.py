@@ -1,0 +1,73 @@
+"""The guard against regressions: an older and a newer run flow in, what got slower beyond the noise flows out.
+
+Two runs differ by the hour's clock and neighbours more than by the code. So what is compared is fastbn's time over
+torch's, both of one run; where a run has no torch, fastbn's time over that of a copy.
+"""
+
+import math
+from dataclasses import dataclass
+
+from records import Record, key_of, name_of, seconds, warm
+from rich.console import Console
+from rich.table import Table
+from timing import noise
+
+# What two runs of the same code may differ by beyond the noise that each sees in itself, because pages and caches fall
+# differently: assumed, not measured.
+FLOOR = 0.10
+
+# Kinds of records that have fastbn's time beside others'.
+COMPARED = ("case", "fused", "call")
+
+
+@dataclass(frozen=True)
+class Change:
+    record: Record
+    ratio: float  # the newer time over the older one, each held against the same thing of its run
+    allowed: float  # what it may differ from 1 by
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio > 1 + self.allowed
+
+    @property
+    def faster(self) -> bool:
+        return self.ratio < 1 / (1 + self.allowed)
+
+
+def changes(old: list[Record], new: list[Record]) -> list[Change]:
+    """Of every measurement that both runs have."""
+    before = {key_of(r): r for r in old if r["kind"] in COMPARED}
+    found = []
+    for record in new:
+        if record["kind"] not in COMPARED or (earlier := before.get(key_of(record))) is None:
+            continue
+        both = record["seconds"].keys() & earlier["seconds"].keys()
+        if (against := next((v for v in ("torch", "copy") if v in both), None)) is None:
+            continue
+        ratios = [seconds(r, "fastbn") / seconds(r, against) for r in (earlier, record)]
+        noises = [noise(r["seconds"], against, "fastbn") for r in (earlier, record)]
+        found.append(Change(record, ratios[1] / ratios[0], FLOOR + math.hypot(*noises)))
+    return found
+
+
+def compare(console: Console, old: list[Record], new: list[Record]) -> bool:
+    """Print what changed. Whether anything got slower beyond the noise."""
+    found = changes(old, new)
+    slower = sorted((c for c in found if c.slower), key=lambda c: -c.ratio)
+    faster = [c for c in found if c.faster]
+    console.print(f"\n{len(found)} measurements are in both runs: {len(slower)} slower and {len(faster)} faster beyond "
+                  f"the noise, {len(found) - len(slower) - len(faster)} the same")  # fmt: skip
+    if slower:
+        table = Table(title="Slower than before, held against torch in each run", title_justify="left")
+        for title in ("suite", "case", "pass", "time / before", "noise"):
+            table.add_column(title, justify="right" if "/" in title or title == "noise" else "left")
+        for c in slower:
+            r = c.record
+            what = f"{name_of(r)} {r.get('ending', '')} {'cold' if r.get('inputs') == 'cold' else ''}".strip()
+            table.add_row(r["suite"], what, r["pass"], f"{c.ratio:.2f}", f"{c.allowed:.0%}")
+        console.print(table)
+    lost = {key_of(r) for r in warm(old, kind="case")} - {key_of(r) for r in new}
+    if lost:
+        console.print(f"{len(lost)} of the older run's cases were not measured this time")
+    return bool(slower)

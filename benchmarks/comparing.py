@@ -1,0 +1,74 @@
+"""A case flows in, a record of each pass flows out: its peers set up, checked against float64, and timed in turns."""
+
+import random
+from collections.abc import Iterator
+
+from check import Mismatch, Reference
+from limits import OF_PASS, limits
+from peers import PEERS, ModuleRunner, backend_of_torch
+from suite import Case, Tensors, make_tensors
+from timing import Protocol, measure
+
+Record = dict[str, object]
+
+
+def last_line(error: BaseException) -> str:
+    """An exception in one line; compilers' messages are pages long."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:300]}"
+
+
+def checked_runners(
+    case: Case, sets: list[Tensors], peers: list[str], reference: Reference, device: str = "cpu"
+) -> tuple[dict[str, object], list[Record]]:
+    """The peers that can do the case and do it right, set up; and a record for each of the others, which says why."""
+    runners, records = {}, []
+    for name in peers:
+        peer, about = PEERS[name], {**case.fields(), "peer": name}
+        if reason := peer.refuses(case, device):
+            records.append({"kind": "unsupported", **about, "error": reason})
+            continue
+        try:
+            runner = peer.runner(peer, case, sets)
+            reference.check(runner.outputs(), peer.slack, runner.strided)
+        except Mismatch as error:
+            records.append({"kind": "wrong", **about, "error": str(error)})
+        except Exception as error:  # whatever a peer raises must not stop the others
+            records.append({"kind": "failed", **about, "error": last_line(error)})
+        else:
+            runners[name] = runner
+    return runners, records
+
+
+def measure_case(
+    case: Case, peers: list[str], protocol: Protocol, seed: int, sets: int = 1, fresh: bool = True
+) -> Iterator[Record]:
+    """A record for each pass, and one for each peer that does not take part. ``sets`` of tensors are used in turns;
+    ``fresh`` says whether clone and add are timed beside the copy."""
+    rng = random.Random(seed)
+    tensors = [make_tensors(case, seed + i) for i in range(sets)]
+    runners, records = checked_runners(case, tensors, peers, Reference(tensors[0], case.ending))
+    yield from records
+    if "fastbn" not in runners:
+        return
+    # set up again rather than used twice, so that this sees what another module object changes
+    runners["fastbn again"] = PEERS["fastbn"].runner(PEERS["fastbn"], case, tensors)
+    by_variant = {name: runner.calls() for name, runner in runners.items()}
+    bounds = limits(tensors)
+    about = {"inputs": "cold" if sets > 1 else "warm", "torch_backend": backend_of_torch(tensors[0])}
+    plain = None
+    if case.ending:  # fastbn's batch norm with nothing behind it: what fusing is to add nothing to
+        bare = [Tensors(t.x, t.dy, t.module) for t in tensors]
+        plain = ModuleRunner(PEERS["fastbn"], Case(case.suite, case.shape, case.dtype, case.layout), bare).calls()
+    for name in case.passes:
+        functions = {variant: by_pass[name] for variant, by_pass in by_variant.items() if name in by_pass}
+        functions |= {bound: bounds[bound] for bound in OF_PASS[name] if fresh or bound == "copy"}
+        if plain and name == "forward":
+            functions["fastbn plain"] = plain[name]
+        failed: dict[str, Exception] = {}
+        times = measure(functions, protocol, rng, failed=failed)
+        for variant, error in failed.items():
+            yield {"kind": "failed", **case.fields(), "peer": variant, "pass": name, "error": last_line(error)}
+        if "fastbn" not in times:
+            continue
+        yield {"kind": "fused" if case.ending else "case", **case.fields(), **about, "pass": name, "seconds": times}

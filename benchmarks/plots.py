@@ -1,0 +1,280 @@
+"""Records of a run flow in, pictures flow out: matplotlib, the same bytes for the same records and version.
+
+Usage: plots.py results/latest.jsonl FOLDER [svg or png]    (make report draws those of README)
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from records import (
+    Record,
+    geometric_mean,
+    groups_of,
+    least_tensors,
+    load,
+    of_limit,
+    peers_of,
+    resnet50,
+    seconds,
+    select,
+    speedup,
+    warm,
+)  # fmt: skip
+from suite import PASSES
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; one for each type and layout, or peer.
+COLOURS = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#F0E442"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+# Of fastbn, torch, and the others.
+PEER_COLOURS = [COLOURS[i] for i in (0, 2, 4, 5, 3, 1, 6, 7)]
+STYLE = {
+    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
+    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+    "grid.linewidth": 0.7, "axes.axisbelow": True, "svg.hashsalt": "fastbn", "figure.constrained_layout.use": True,
+}  # fmt: skip
+TRAINING = ("forward", "forward+backward")
+
+
+def plain(value: float, _: object = None) -> str:
+    return f"{value:g}"
+
+
+def label_of(dtype: str, layout: str) -> str:
+    return f"{dtype}, {layout}"
+
+
+def caption(records: list[Record]) -> str:
+    (head,) = select(records, kind="environment")
+    return (
+        f"{head['threads']} threads of {head['cpu']} ({head['capability']}), torch {head['torch']}, "
+        f"csrc {head['csrc'][:8]}, {head['date'][:10]}"
+    )
+
+
+def shape_names(shapes: list[tuple[int, ...]]) -> list[str]:
+    return [f"{shape[1]} × {shape[2]}²" for shape in shapes]
+
+
+def figure(records: list[Record], title: str, columns: int, height: float, **how: object) -> tuple[Figure, list[Axes]]:
+    drawing, axes = plt.subplots(1, columns, figsize=(11, height), squeeze=False, **how)
+    drawing.suptitle(title, fontsize=13, fontweight="bold")
+    return drawing, list(axes[0])
+
+
+def _by_shape(
+    records: list[Record], title: str, draw_group: Callable[[Axes, list[float], list[Record], int, str], None]
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each pass; in it a column for each of ResNet-50's shapes, the largest first, and in that a place for
+    each type and layout, which ``draw_group`` fills, given the places, the records, and the group's number and name."""
+    cases = resnet50(records)
+    title = f"{title}: batch norms of ResNet-50, batch {cases[0]['shape'][0]}"
+    drawing, parts = figure(records, title, len(PASSES), 4.8, sharey=True)
+    groups = groups_of(cases)
+    shapes = sorted({tuple(r["shape"]) for r in cases}, key=lambda s: (-s[1] * s[2] * s[3], s))
+    for axes, name in zip(parts, PASSES, strict=True):
+        for index, (dtype, layout) in enumerate(groups):
+            rows = select(cases, dtype=dtype, layout=layout, **{"pass": name})
+            places = [shapes.index(tuple(r["shape"])) - 0.4 + (index + 0.5) * 0.8 / len(groups) for r in rows]
+            draw_group(axes, places, rows, index, label_of(dtype, layout))
+        axes.set_xticks(range(len(shapes)), shape_names(shapes), rotation=60, ha="right", rotation_mode="anchor")
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlim(-0.6, len(shapes) - 0.4)
+        axes.grid(axis="x", visible=False)
+        for edge in range(1, len(shapes)):
+            axes.axvline(edge - 0.5, color="#eeeeee", linewidth=0.7, zorder=0)
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_title(name)
+    return drawing, parts
+
+
+def plot_speedup(records: list[Record]) -> Figure | None:
+    if not resnet50(records):
+        return None
+
+    def bars(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
+        axes.bar(places, [speedup(r) - 1 for r in rows], 0.2, bottom=1, color=COLOURS[index], label=label)
+
+    drawing, parts = _by_shape(records, "Speed-up over eager PyTorch", bars)
+    parts[0].set_yscale("log", base=2)
+    parts[0].yaxis.set_major_formatter(FuncFormatter(plain))
+    parts[0].set_ylabel("time of torch / time of fastbn\n(above 1 fastbn is faster; log scale)")
+    parts[1].set_xlabel("channels × height² of the shapes, the largest tensor first")
+    _legend_below(drawing, records, parts[0], 4)
+    return drawing
+
+
+def _legend_below(drawing: Figure, records: list[Record], axes: Axes, columns: int) -> None:
+    drawing.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=columns,
+        title=caption(records),
+        title_fontsize=8,
+    )
+
+
+def plot_limit(records: list[Record]) -> Figure | None:
+    """The roofline of one-pass, memory-bound work: which part of a copy's speed is reached, moving the least bytes."""
+    if not resnet50(records):
+        return None
+
+    def dumbbells(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
+        ours, theirs = ([of_limit(r, variant) for r in rows] for variant in ("fastbn", "torch"))
+        axes.vlines(places, ours, theirs, color=COLOURS[index], linewidth=1, alpha=0.6)
+        how = {"marker": "o", "linestyle": "none", "color": COLOURS[index]}
+        axes.plot(places, ours, markersize=5, label=label, **how)
+        axes.plot(places, theirs, markersize=4, markerfacecolor="white", markeredgewidth=1, **how)
+
+    drawing, parts = _by_shape(records, "Part of the memory limit that is reached", dumbbells)
+    for axes, name in zip(parts, PASSES, strict=True):
+        axes.set_title(f"{name}: at least {PASSES[name]} tensors to move")
+    parts[0].set_ylabel("time of a copy of the least bytes / time\n(filled: fastbn; hollow: torch; higher is better)")
+    parts[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    parts[0].set_ylim(bottom=0)
+    parts[0].annotate("limit: speed of a copy", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                      textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    parts[1].set_xlabel("channels × height² of the shapes, the largest tensor first")
+    _legend_below(drawing, records, parts[0], 4)
+    return drawing
+
+
+def elements_of(record: Record) -> int:
+    elements = 1
+    for size in record["shape"]:
+        elements *= size
+    return elements
+
+
+def plot_scaling(records: list[Record]) -> Figure | None:
+    cases = warm(records, kind="case", suite="scaling")
+    if not cases:
+        return None
+    groups = groups_of(cases)
+    drawing, parts = figure(records, "Time for each element, 64 channels", len(groups), 4.6, sharey=True)
+    (head,) = select(records, kind="environment")
+    for axes, (dtype, layout) in zip(parts, groups, strict=True):
+        for index, variant in enumerate(("fastbn", "torch")):
+            for name, line in zip(TRAINING, ("-", "--"), strict=True):
+                rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
+                times = [seconds(r, variant) / elements_of(r) * 1e9 for r in rows]
+                how = {"color": PEER_COLOURS[index], "linestyle": line, "marker": MARKERS[index], "markersize": 4}
+                axes.plot([elements_of(r) for r in rows], times, label=f"{variant}, {name}", **how)
+        for name, line in zip(TRAINING, ("-", "--"), strict=True):
+            rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
+            times = [seconds(r, "copy") * least_tensors(r) / 2 / elements_of(r) * 1e9 for r in rows]
+            label = f"limit (copy of the least bytes), {name}"
+            axes.plot([elements_of(r) for r in rows], times, color="#777777", linestyle=line, linewidth=1, label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(plain))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter(FuncFormatter(plain))
+        itemsize = cases[0]["tensor_bytes"] // elements_of(cases[0]) if dtype == cases[0]["dtype"] else 2
+        if cache := head.get("cache_bytes"):
+            place = cache / 2 / itemsize
+            axes.axvline(place, color="#aaaaaa", linewidth=1, linestyle=":")
+            axes.annotate("from here on x and y\nexceed the cache", (place, 0.98), xycoords=("data", "axes fraction"),
+                          xytext=(-3, 0), textcoords="offset points", va="top", ha="right", fontsize=8)  # fmt: skip
+        axes.set_title(label_of(dtype, layout))
+        axes.set_xlabel("elements of x (log scale)")
+    parts[0].set_ylabel("ns per element (lower is better; log scale)")
+    _legend_below(drawing, records, parts[0], 3)
+    return drawing
+
+
+def accuracy_and_speed(records: list[Record], dtype: str) -> dict[str, tuple[float, float]]:
+    """Of each peer: its speed-up over eager torch in forward + backward, and its error, where both are known."""
+    cases = [r for r in resnet50(records) if r["dtype"] == dtype and r["pass"] == "forward+backward"]
+    points = {}
+    for peer in ["fastbn", *peers_of(cases)]:
+        ratios = [seconds(r, "torch") / seconds(r, peer) for r in cases if peer in r["seconds"]]
+        errors = [max(r["errors"]["y"], r["errors"]["dx"]) for r in
+                  select(records, kind="accuracy", dtype=dtype, peer=peer, std=1.0) if r["mean"] <= 100]  # fmt: skip
+        if ratios and errors:
+            points[peer] = geometric_mean(ratios), geometric_mean(errors)
+    return points
+
+
+def plot_accuracy(records: list[Record]) -> Figure | None:
+    """Left: error over the mean of the input. Right: error against speed, one point for each peer."""
+    found = select(records, kind="accuracy", dtype="float32", std=1.0)
+    if not found:
+        return None
+    drawing, (left, right) = figure(records, "Accuracy and speed, float32", 2, 4.6)
+    peers = list(dict.fromkeys(r["peer"] for r in found))
+    for index, peer in enumerate(peers):
+        rows = sorted(select(found, peer=peer), key=lambda r: r["mean"])
+        errors = [r["errors"]["y"] for r in rows]
+        left.plot(
+            [r["mean"] for r in rows],
+            errors,
+            marker=MARKERS[index],
+            color=PEER_COLOURS[index],
+            markersize=5,
+            label=peer,
+        )
+    left.set_xscale("symlog", linthresh=1)
+    left.set_yscale("log")
+    left.set_xlabel("mean of the input, in standard deviations")
+    left.set_ylabel("largest error of y / largest |y|\n(against float64; lower is better)")
+    left.set_title("Error of the output")
+    left.axhline(2**-24, color="#777777", linewidth=1, linestyle=":", label="half a unit in the last place ($2^{-24}$)")
+    left.legend()
+    for index, peer in enumerate(peers):
+        if peer in (points := accuracy_and_speed(records, "float32")):
+            speed, error = points[peer]
+            right.plot(speed, error, marker=MARKERS[index], color=PEER_COLOURS[index], markersize=9, linestyle="none")
+            right.annotate(peer, (speed, error), xytext=(8, 4), textcoords="offset points", fontsize=9)
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.xaxis.set_major_formatter(FuncFormatter(plain))
+    right.xaxis.set_minor_formatter(FuncFormatter(plain))
+    right.margins(0.25)
+    right.set_xlabel("speed-up over eager torch, forward + backward\n(geometric mean of ResNet-50's shapes; log scale)")
+    right.set_ylabel("larger error of y and dx\n(geometric mean over means from 0 to 100)")
+    right.set_title("Error against speed (best: lower right)")
+    drawing.supxlabel(caption(records), fontsize=8)
+    return drawing
+
+
+PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
+    "speedup": plot_speedup,
+    "limit": plot_limit,
+    "scaling": plot_scaling,
+    "accuracy": plot_accuracy,
+}
+
+
+def draw(records: list[Record], folder: Path, suffix: str = "svg") -> Iterable[Path]:
+    """Write a picture for each plot that the records have something for; names of the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = hashlib.sha256(repr(records).encode()).hexdigest()
+    for name, plot in PLOTS.items():
+        with plt.rc_context(STYLE):
+            drawing = plot(records)
+            if drawing is None:
+                continue
+            path = folder / f"{name}.{suffix}"
+            # no date, so that the same records make the same file
+            metadata = {"Date": None, "Description": f"from records {source}"} if suffix == "svg" else {}
+            drawing.savefig(path, metadata=metadata, dpi=110)
+            plt.close(drawing)
+        yield path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    for picture in draw(load(Path(sys.argv[1])), Path(sys.argv[2]), *sys.argv[3:]):
+        print(picture)
