@@ -11,6 +11,7 @@ from .explain import CudaPlan, Plan, explain
 from .fold import fold
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .report import Report, report
+from .sync import SyncBatchNorm, SyncBatchNormAct
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "CudaPlan",
     "Plan",
     "Report",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "convert",
     "explain",
     "fold",

@@ -1,4 +1,5 @@
-"""In: tensors from autograd.py. Out: the extension, and its operators fastbn::forward, backward, update_running_stats.
+"""In: tensors from autograd.py and sync.py. Out: the extension, and its operators fastbn::forward, backward,
+update_running_stats; stats, finish, grad_stats and grad_apply for a batch that is spread over ranks.
 
 Eager calls go to `_C` directly. What traces operators (torch.compile, torch.export, fake tensors, functorch) goes
 through torch.library, to the same functions of ops.cpp.
@@ -34,6 +35,10 @@ DEVICES = ("meta", "cpu") if SIMULATED else ("meta", *_BACKENDS)
 forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default
 update_running_stats = torch.ops.fastbn.update_running_stats.default
+stats = torch.ops.fastbn.stats.default
+finish = torch.ops.fastbn.finish.default
+grad_stats = torch.ops.fastbn.grad_stats.default
+grad_apply = torch.ops.fastbn.grad_apply.default
 
 
 def output_format(input):
@@ -60,18 +65,48 @@ def _backward_fake(
     nothing = input.new_empty(0)
     dtype = param_dtype(input, weight)
     param = [input.new_empty(input.size(1), dtype=dtype) if m else nothing for m in output_mask[1:3]]
+    grad_input, grad_residual = _gradients_like(input)
+    return grad_input if output_mask[0] else nothing, *param, grad_residual if output_mask[3] else nothing
+
+
+def _gradients_like(input):
+    """Of input and residual."""
     own_format = output_format(input)
     memory_format = own_format
     if memory_format == torch.contiguous_format:
         memory_format = torch._prims_common.suggest_memory_format(input)
-    grad_input = torch.empty_like(input, memory_format=memory_format) if output_mask[0] else nothing
-    grad_residual = torch.empty_like(input, memory_format=own_format) if output_mask[3] else nothing
-    return grad_input, *param, grad_residual
+    return torch.empty_like(input, memory_format=memory_format), torch.empty_like(input, memory_format=own_format)
 
 
 @torch.library.register_fake("fastbn::update_running_stats")
 def _update_running_stats_fake(moments, count, momentum, running_mean, running_var, num_batches_tracked):
     pass
+
+
+@torch.library.register_fake("fastbn::stats")
+def _stats_fake(input):
+    return input.new_empty((3, input.size(1)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastbn::finish")
+def _finish_fake(packets, momentum, running_mean, running_var, num_batches_tracked):
+    return packets.new_empty(packets.shape[1:])
+
+
+@torch.library.register_fake("fastbn::grad_stats")
+def _grad_stats_fake(
+    grad_output, input, weight, packet, eps, activation="identity", activation_param=None, bias=None, residual=None
+):
+    return packet.new_empty((2, input.size(1)))
+
+
+@torch.library.register_fake("fastbn::grad_apply")
+def _grad_apply_fake(
+    grad_output, input, weight, packet, total, eps, wants_residual, activation="identity", activation_param=None,
+    bias=None, residual=None,
+):  # fmt: skip
+    grad_input, grad_residual = _gradients_like(input)
+    return grad_input, grad_residual if wants_residual else input.new_empty(0)
 
 
 def param_dtype(input, weight):
