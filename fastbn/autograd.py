@@ -69,14 +69,15 @@ def composed_backward(
     normalized = (input.double() - _per_channel(mean, input)) * rstd
     grad_bias = dz.sum(axes)
     grad_weight = (dz * normalized).sum(axes)
-    grad_input = dz
-    if training:
-        by_weight, by_bias, count = grad_weight, grad_bias, input.numel() // input.size(1)
-        if ranks is not None:
-            (by_weight, by_bias), count = ranks.sum(torch.stack([grad_weight, grad_bias])), ranks.count
-        grad_input = dz - (_per_channel(by_bias, input) + normalized * _per_channel(by_weight, input)) / count
+    grad_input, sums = dz, torch.stack([grad_weight, grad_bias])
     if weight is not None:
-        grad_input = grad_input * _per_channel(weight.double(), input)
+        grad_input, sums = grad_input * _per_channel(weight.double(), input), sums * weight.double()
+    if training:
+        count = input.numel() // input.size(1)
+        if ranks is not None:
+            sums, count = ranks.sum(sums), ranks.count
+        dot, sum_ = (_per_channel(s, input) for s in sums)
+        grad_input = grad_input - (sum_ + normalized * dot) / count
     dtype = ops.param_dtype(input, weight)
     return (grad_input * rstd).to(input.dtype), grad_weight.to(dtype), grad_bias.to(dtype), dz.to(input.dtype)
 

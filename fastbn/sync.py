@@ -28,15 +28,20 @@ from .modules import (
 )
 
 
+# Under the name that this torch does not warn of.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
 def _gathered(packet, group):
     """The packets of all ranks, in their order: (ranks, 3, C)."""
     size = dist.get_world_size(group)
     if is_compiling():  # the form of it that a graph can hold
         packets = torch.ops._c10d_functional.all_gather_into_tensor(packet, size, group.group_name)
-        return torch.ops._c10d_functional.wait_tensor(packets).view(size, *packet.shape)
-    packets = packet.new_empty((size, *packet.shape))
-    dist.all_gather_into_tensor(packets, packet, group)
-    return packets
+        packets = torch.ops._c10d_functional.wait_tensor(packets)
+    else:
+        packets = packet.new_empty((size * packet.size(0), packet.size(1)))
+        _all_gather(packets, packet, group)
+    return packets.view(size, *packet.shape)
 
 
 def _summed(t, group):
