@@ -27,7 +27,6 @@ from .modules import (
     _state_of,
 )
 
-
 # Under the name that this torch does not warn of.
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
@@ -46,10 +45,10 @@ def _gathered(packet, group):
 
 def _summed(t, group):
     """The sum of t over all ranks; t itself stays."""
+    if t.is_cpu:  # a third of the time that all_reduce takes in Gloo, which goes around twice
+        return _gathered(t, group).sum(0)
     if is_compiling():
-        return torch.ops._c10d_functional.wait_tensor(
-            torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name)
-        )
+        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name))
     t = t.clone()
     dist.all_reduce(t, group=group)
     return t
@@ -163,9 +162,7 @@ def sync_batch_norm(
         raise ValueError(f"SyncBatchNorm number of input channels should be non-zero, but input is {input.shape}")
     packets = _gathered(ops.stats(input.detach()), group)
     packet = ops.finish(packets, momentum, running_mean, running_var, num_batches_tracked)
-    return SyncBatchNormFunction.apply(
-        input, weight, bias, packet, eps, activation, activation_param, residual, group
-    )
+    return SyncBatchNormFunction.apply(input, weight, bias, packet, eps, activation, activation_param, residual, group)
 
 
 def _group_of(module):

@@ -159,9 +159,7 @@ BY_NAME = {layout.__name__: i for i, layout in enumerate(LAYOUTS)}
 def test_training(pool, size, case):
     counts, shape, layout, dtype, ending = case
     for param_dtype in {dtype, torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype}:
-        pool(size).run(
-            check_training, counts[:size], POSITIONS[shape], BY_NAME[layout], dtype, param_dtype, ending
-        )
+        pool(size).run(check_training, counts[:size], POSITIONS[shape], BY_NAME[layout], dtype, param_dtype, ending)
 
 
 def test_without_parameters(pool):
@@ -236,7 +234,9 @@ def check_parameters_only():
         module = module_for(activation, None, torch.float64)
         x, r = torch.randn(3, C, 2, dtype=torch.float64), torch.randn(3, C, 2, dtype=torch.float64, requires_grad=True)
         residual = () if activation is None else (r,)
-        right = torch.autograd.grad(module(x.requires_grad_(), *residual).sin().sum(), [*module.parameters(), *residual])
+        right = torch.autograd.grad(
+            module(x.requires_grad_(), *residual).sin().sum(), [*module.parameters(), *residual]
+        )
         found = torch.autograd.grad(module(x.detach(), *residual).sin().sum(), [*module.parameters(), *residual])
         for a, b in zip(found, right, strict=True):
             torch.testing.assert_close(a, b)

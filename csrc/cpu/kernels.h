@@ -56,7 +56,8 @@ struct Pass {
     const int64_t pieces = plan.items * plan.segments;
     if (plan.segments == 1) {
       parallel_for(plan.items, bytes, [&](int64_t item) {
-        const Piece p = piece(item, 0);
+        // Alone, the second pass goes backwards too: what was read or written last is in the cache.
+        const Piece p = piece(reduce ? item : plan.items - 1 - item, 0);
         if (reduce) first(p);
         finish(p);
         second(p);

@@ -37,7 +37,9 @@ __global__ void __launch_bounds__(threads_a_block, Gradient::plain ? 3 : 2)
   }
   if (c < share.channels) {
     const int64_t channel = share.first_channel + c;
-    set_input_gradient(args, channel, sums != nullptr ? sums[channel] : total_sums(args, channel), scratch, c);
+    const bool own = sums != nullptr;
+    const double count = own ? double(args.problem.shape.per_channel()) : args.counts[channel];
+    set_input_gradient(args, channel, own ? sums[channel] : total_sums(args, channel), count, scratch, c);
   }
   __syncthreads();
   A z[4][Walk::slots];  // mean, x_scale, scale, shift
