@@ -4,6 +4,7 @@ Per pass one collective, on one small buffer: the moments of every rank are gath
 of weight and bias summed in the backward pass. The passes over memory before and after it are those of batch norm.
 """
 
+import copy
 import warnings
 from typing import NamedTuple
 
@@ -45,8 +46,6 @@ def _gathered(packet, group):
 
 def _summed(t, group):
     """The sum of t over all ranks; t itself stays."""
-    if t.is_cpu:  # a third of the time that all_reduce takes in Gloo, which goes around twice
-        return _gathered(t, group).sum(0)
     if is_compiling():
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name))
     t = t.clone()
@@ -185,7 +184,21 @@ def _forward(module, input, *ending):
     return sync_batch_norm(input, weight, bias, mean, var, counter, module.momentum, module.eps, group, *ending)
 
 
-class SyncBatchNorm(_FastBatchNorm, _BatchNorm):
+class _Synchronized:
+    """What both modules have beside a `process_group`."""
+
+    def _check_input_dim(self, input):
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # of processes there are no copies
+        made = memo[id(self)] = self.__class__.__new__(self.__class__)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+
+class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
     """Batch norm over the batch of all ranks of a process group, as torch.nn.SyncBatchNorm, on CPUs too.
 
     On input (N, C, ...) of any rank; N may differ from rank to rank and be 0. In eval, and in training without
@@ -209,10 +222,6 @@ class SyncBatchNorm(_FastBatchNorm, _BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
         )
         self.process_group = process_group
-
-    def _check_input_dim(self, input):
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def forward(self, input: Tensor) -> Tensor:
         return _forward(self, input)
@@ -245,7 +254,7 @@ class SyncBatchNorm(_FastBatchNorm, _BatchNorm):
         return module
 
 
-class SyncBatchNormAct(_BatchNormAct):
+class SyncBatchNormAct(_Synchronized, _BatchNormAct):
     """y = act(bn(x) + residual) as `fastbn.BatchNormAct2d`, over the batch of all ranks as `fastbn.SyncBatchNorm`.
 
     Args:
@@ -255,8 +264,6 @@ class SyncBatchNormAct(_BatchNormAct):
     def __init__(self, num_features, *args, process_group=None, **kwargs):
         super().__init__(num_features, *args, **kwargs)
         self.process_group = process_group
-
-    _check_input_dim = SyncBatchNorm._check_input_dim
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return _forward(self, input, self.activation, self.activation_param, residual)

@@ -263,6 +263,9 @@ def check_subgroups():
     with Collectives() as seen:
         torch.testing.assert_close(alone(x), torch.nn.BatchNorm1d(C)(x))
     assert not seen.names
+    again = copy.deepcopy(torch.nn.Sequential(module, module))
+    assert again[0] is again[1] is not module and again[0].process_group is module.process_group
+    assert_near(again[0](x), right.detach(), "output")
 
 
 def test_process_groups(pool):
