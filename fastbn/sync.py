@@ -46,9 +46,7 @@ def _gathered(packet, group):
 
 def _summed(t, group):
     """The sum of t over all ranks; t itself stays."""
-    if (
-        t.is_cpu
-    ):  # of 2 and 4 Gloo ranks on two cores mostly 0.4 to 0.9 of the time of all_reduce, which has more rounds
+    if t.is_cpu:  # between 2 Gloo ranks 0.4 to 0.6 ms, where all_reduce took 0.9 to 1.7
         return _gathered(t, group).sum(0)
     if is_compiling():
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name))
