@@ -25,9 +25,15 @@ EVEN, UNEVEN, EMPTY, ONE_EACH = (3, 3, 3, 3), (1, 4, 2, 7), (4, 0, 3, 0), (1, 1,
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool(request):
     made = {}
-    yield lambda size, **options: made.setdefault((size, *options.items()), Ranks(size, **options))
+
+    def ranks_of(size, backend="gloo", **options):
+        if (backend == "nccl") != (request.config.getoption("--backend") == "cuda"):
+            pytest.skip("Gloo ranks are for CPU tensors, and NCCL's for GPUs")
+        return made.setdefault((size, *options.items()), Ranks(size, backend, **options))
+
+    yield ranks_of
     for ranks in made.values():
         ranks.close()
 
