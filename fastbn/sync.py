@@ -39,7 +39,7 @@ def _gathered(packet, group):
         packets = torch.ops._c10d_functional.all_gather_into_tensor(packet, size, group.group_name)
         packets = torch.ops._c10d_functional.wait_tensor(packets)
     else:
-        packets = packet.new_empty((size * packet.size(0), packet.size(1)))
+        packets = packet.new_empty((size * packet.size(0), *packet.shape[1:]))
         _all_gather(packets, packet, group)
     return packets.view(size, *packet.shape)
 
