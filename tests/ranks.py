@@ -31,7 +31,7 @@ class Ranks:
         results, errors = [], []
         for rank, pipe in enumerate(self._pipes):
             try:
-                ok, result = pipe.recv() if pipe.poll(2 * self.timeout) else (False, "no answer in time")
+                ok, result = pipe.recv() if pipe.poll(2 * self.timeout + 60) else (False, "no answer in time")
             except EOFError:
                 ok, result = False, f"ended with status {self._processes[rank].exitcode}"
             results.append(result)
