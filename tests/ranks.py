@@ -33,6 +33,7 @@ class Ranks:
             try:
                 ok, result = pipe.recv() if pipe.poll(2 * self.timeout + 60) else (False, "no answer in time")
             except EOFError:
+                self._processes[rank].join(5)  # its pipe ends before it does
                 ok, result = False, f"ended with status {self._processes[rank].exitcode}"
             results.append(result)
             if not ok:
