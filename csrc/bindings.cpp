@@ -291,12 +291,37 @@ std::tuple<Tensor, Tensor, Tensor> ghost_backward_op(const Tensor& grad_output, 
   return {filled(dx), filled(dw), filled(db)};
 }
 
+Tensor finish_op(const Tensor& packets, std::optional<double> momentum, const OptionalTensor& running_mean,
+                 const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
+  return finish(packets, {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+Tensor grad_stats_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& packet,
+                     double eps, std::string activation, std::optional<double> param, const OptionalTensor& bias,
+                     const OptionalTensor& residual) {
+  return grad_stats(grad_output, input, weight, bias, packet, eps, checked_ending(activation, param, residual));
+}
+
+std::tuple<Tensor, Tensor> grad_apply_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                         const Tensor& packet, const Tensor& total, double eps, bool wants_residual,
+                                         std::string activation, std::optional<double> param,
+                                         const OptionalTensor& bias, const OptionalTensor& residual) {
+  auto [dx, dr] = grad_apply(grad_output, input, weight, bias, packet, total, eps, wants_residual,
+                             checked_ending(activation, param, residual));
+  if (!dr.defined()) dr = input.new_empty({0});
+  return {dx, dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr};
+}
+
 void implement(torch::Library& m) {
   m.impl("ghost_forward", &ghost_forward);
   m.impl("ghost_backward", &ghost_backward_op);
   m.impl("forward", &forward_op);
   m.impl("backward", &backward_op);
   m.impl("update_running_stats", &update_running_stats_op);
+  m.impl("stats", &stats);
+  m.impl("finish", &finish_op);
+  m.impl("grad_stats", &grad_stats_op);
+  m.impl("grad_apply", &grad_apply_op);
 }
 
 }  // namespace
@@ -318,6 +343,17 @@ TORCH_LIBRARY(fastbn, m) {
   m.def(
       "ghost_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, int virtual_batch_size, "
       "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("stats(Tensor input) -> Tensor");
+  m.def(
+      "finish(Tensor packets, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor? num_batches_tracked) -> Tensor");
+  m.def(
+      "grad_stats(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, float eps, "
+      "str activation='identity', float? activation_param=None, Tensor? bias=None, Tensor? residual=None) -> Tensor");
+  m.def(
+      "grad_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, Tensor total, float eps, "
+      "bool wants_residual, str activation='identity', float? activation_param=None, Tensor? bias=None, "
+      "Tensor? residual=None) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastbn, CPU, m) { implement(m); }
@@ -370,6 +406,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("moments"), py::arg("count"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
       py::arg("num_batches_tracked"), py::call_guard<py::gil_scoped_release>());
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("stats", &stats, py::arg("input"), without_gil);
+  m.def("finish", &finish_op, py::arg("packets"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("num_batches_tracked"), without_gil);
+  m.def("grad_stats", &grad_stats_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("packet"),
+        py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
+        py::arg("bias") = py::none(), py::arg("residual") = py::none(), without_gil);
+  m.def("grad_apply", &grad_apply_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("packet"),
+        py::arg("total"), py::arg("eps"), py::arg("wants_residual"), py::arg("activation") = "identity",
+        py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none(),
+        without_gil);
   m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
   m.def("plan", &plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"));
   m.def("cuda_plan", &cuda_plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"),

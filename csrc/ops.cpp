@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/stack.h>
 
 #include "context.h"
 #include "core/backend.h"
@@ -110,6 +111,11 @@ Folded fold(const Tensor& input) {
 at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
   return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
 }
+
+// A batch that is spread over ranks: gradients of weight and bias in all of them, and how many values a channel has.
+struct Spread {
+  const double *total, *counts;
+};
 
 // The residual as kernels read it, in the order of x.
 const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep) {
@@ -411,9 +417,13 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
   return {output, saved};
 }
 
-Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite) {
+namespace {
+
+// param_dtype: of the gradients of weight and bias; theirs if there is none.
+Gradients run_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Saved& saved, double eps, bool training,
+                       std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite, const Spread& spread,
+                       std::optional<at::ScalarType> param_dtype) {
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);
@@ -428,14 +438,14 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   check_beside(saved.moments, "moments", input);
   check_moments(saved.moments, channels);
 
-  const auto param_dtype = present(weight)                ? weight->scalar_type()
-                           : is_half(input.scalar_type()) ? at::kFloat
-                                                          : input.scalar_type();
+  const auto own_dtype = present(weight)                ? weight->scalar_type()
+                         : is_half(input.scalar_type()) ? at::kFloat
+                                                        : input.scalar_type();
   Context context(input);
   Gradients grads;
   auto& [dx, dw, db, dz] = grads;
-  if (wanted[1]) dw = context.empty({channels}, param_dtype);
-  if (wanted[2]) db = context.empty({channels}, param_dtype);
+  if (wanted[1]) dw = context.empty({channels}, param_dtype.value_or(own_dtype));
+  if (wanted[2]) db = context.empty({channels}, param_dtype.value_or(own_dtype));
   if (input.numel() == 0) {
     if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
     if (wanted[1]) dw.zero_();
@@ -467,8 +477,9 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   const auto output = [](const Tensor& t) {
     return t.defined() ? Output{t.data_ptr(), dtype_of(t)} : Output{nullptr, DType::f32};
   };
-  // Without a gradient of the input there are only sums to make, as in eval.
-  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && makes_dx));
+  // Without a gradient of the input there are only sums to make, as in eval; with sums from elsewhere, only that.
+  const bool both = makes_dx && spread.total == nullptr;
+  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && both));
   Backward args{};
   args.problem = x.problem;
   args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before dy is looked at, which may be the same
@@ -480,6 +491,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   args.epilogue = {ending.activation, ending.param, plain ? nullptr : data_of(ending.residual, x, kept_residual)};
   args.mask = saved.mask.defined() ? saved.mask.const_data_ptr() : nullptr;
   args.moments = moments.const_data_ptr<double>();
+  args.total = spread.total, args.counts = spread.counts;
   args.grad_weight = output(dw);
   args.grad_bias = output(db);
   args.training = training;
@@ -490,6 +502,38 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   return grads;
 }
 
+}  // namespace
+
+Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias, const Saved& saved, double eps, bool training,
+                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite) {
+  return run_backward(grad_output, input, weight, bias, saved, eps, training, wanted, ending, may_overwrite, {},
+                      std::nullopt);
+}
+
+namespace {
+
+// Both are there, beside moments or packets of C channels.
+void check_running(const Statistics& statistics, int64_t channels, const Tensor& beside, const char* beside_name) {
+  for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
+    check_dense(**t, name);
+    TORCH_CHECK((*t)->device() == beside.device(), "fastbn: ", name, " is on device ", (*t)->device(), ", but ",
+                beside_name, " is on device ", beside.device());
+    TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
+  }
+}
+
+// [3, C], or [K, 3, C].
+void check_packet(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
+  check_dense(t, name);
+  check_device(t);
+  TORCH_CHECK(t.scalar_type() == at::kDouble, name, " should be float64, not ", t.scalar_type());
+  TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes), name, " should have sizes ", at::IntArrayRef(sizes), ", not ",
+              t.sizes());
+}
+
+}  // namespace
+
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics) {
   TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
                     "running_mean and running_var must either both be None or neither be None");
@@ -499,12 +543,7 @@ void update_running_stats(const Tensor& moments, int64_t count, const Statistics
   TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
   const int64_t channels = moments.size(1);
   check_moments(moments, channels);
-  for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
-    check_dense(**t, name);
-    TORCH_CHECK((*t)->device() == moments.device(), "fastbn: ", name, " is on device ", (*t)->device(),
-                ", but moments is on device ", moments.device());
-    TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
-  }
+  check_running(statistics, channels, moments, "moments");
   TORCH_CHECK_VALUE(count >= 0, "count should be the number of values in a channel, not ", count);
   if (count == 0 || channels == 0) return;
 
@@ -668,6 +707,81 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
   if (dw.defined()) dw = dw.sum(0).to(param_dtype);
   if (db.defined()) db = db.sum(0).to(param_dtype);
   return {dx, dw, db};
+}
+
+Tensor stats(const Tensor& input) {
+  check_input(input);
+  const int64_t channels = channels_of(input);
+  dtype_of(input);
+  Context context(input);
+  Tensor packet = context.empty({3, channels}, at::kDouble);
+  if (input.numel() == 0) return packet.zero_();
+  const Folded x = fold(input);
+  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, false));
+  Forward args{};
+  args.problem = x.problem;
+  args.input = x.tensor.const_data_ptr();
+  args.moments = packet.data_ptr<double>();
+  args.training = true;
+  args.eps = 1;  // of an output that is not made
+  args.workspace = scratch.data();
+  launch(context, args);
+  packet.select(0, 2).fill_(double(x.problem.shape.per_channel()));
+  return packet;
+}
+
+Tensor finish(const Tensor& packets, const Statistics& statistics) {
+  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
+                    "running_mean and running_var must either both be None or neither be None");
+  TORCH_CHECK(packets.dim() == 3, "packets should have sizes [K, 3, C], not ", packets.sizes());
+  const int64_t ranks = packets.size(0), channels = packets.size(2);
+  check_packet(packets, "packets", {ranks, 3, channels});
+  if (present(statistics.mean)) check_running(statistics, channels, packets, "packets");
+
+  Context context(packets);
+  const Tensor given = packets.contiguous();
+  const double* const from = given.const_data_ptr<double>();
+  Tensor packet = context.empty({3, channels}, at::kDouble);
+  if (channels == 0) return packet;
+  double* const to = packet.data_ptr<double>();
+  RunningArgument running(statistics, context);
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) {
+    cuda::finish(from, ranks, channels, to, running.get(), context.stream());
+    running.store();
+    return packet;
+  }
+#endif
+  double count = 0;
+  for (int64_t k = 0; k < ranks; ++k) count += from[(k * 3 + 2) * channels];
+  TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got 1 in all ranks together");
+  for (int64_t c = 0; c < channels; ++c) finish(from, ranks, channels, c, to, running.get());
+  running.store();
+  return packet;
+}
+
+Tensor grad_stats(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                  const OptionalTensor& bias, const Tensor& packet, double eps, const Ending& ending) {
+  check_packet(packet, "packet", {3, channels_of(input)});
+  const Saved saved{packet.narrow(0, 0, 2), Tensor()};
+  const auto [dx, dw, db, dz] = run_backward(grad_output, input, weight, bias, saved, eps, true,
+                                             {false, true, true, false}, ending, false, {}, at::kDouble);
+  return at::stack({dw, db});
+}
+
+std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const Tensor& packet, const Tensor& total, double eps,
+                                      bool wants_residual, const Ending& ending) {
+  const int64_t channels = channels_of(input);
+  check_packet(packet, "packet", {3, channels});
+  check_packet(total, "total", {2, channels});
+  check_beside(total, "total", input);
+  const Tensor kept = packet.contiguous(), sums = total.contiguous();
+  const Spread spread{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels};
+  const Saved saved{kept.narrow(0, 0, 2), Tensor()};
+  const auto [dx, dw, db, dz] = run_backward(grad_output, input, weight, bias, saved, eps, true,
+                                             {true, false, false, wants_residual}, ending, false, spread, std::nullopt);
+  return {dx, dz};
 }
 
 }  // namespace fastbn

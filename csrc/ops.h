@@ -91,4 +91,22 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
 // mean and var brought up to date with moments of count values a channel; the variance unbiased.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);
 
+// ---- a batch that is spread over ranks: what each does between the two collectives of a pass -----------------------
+
+// float64 [3, C]: mean, biased variance and count of the values of each channel; zeros for an input without elements.
+Tensor stats(const Tensor& input);
+
+// The same of all packets [K, 3, C] together, merged in their order; mean and var brought up to date with it.
+Tensor finish(const Tensor& packets, const Statistics& statistics);
+
+// float64 [2, C]: the gradients of weight and bias, of which the packet of all ranks makes those of the input.
+Tensor grad_stats(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                  const OptionalTensor& bias, const Tensor& packet, double eps, const Ending& ending);
+
+// Gradients of input and residual (undefined if not wanted) from the packet that `finish` made, and from what
+// `grad_stats` made, summed over all ranks.
+std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const Tensor& packet, const Tensor& total, double eps,
+                                      bool wants_residual, const Ending& ending);
+
 }  // namespace fastbn

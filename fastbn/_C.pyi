@@ -67,6 +67,46 @@ def update_running_stats(
 ) -> None:
     """Blend the moments of count values a channel into the running statistics, in place; the variance unbiased."""
 
+def stats(input: Tensor) -> Tensor:
+    """A packet: float64 (3, C), mean, biased variance and count of the values of each channel."""
+
+def finish(
+    packets: Tensor,
+    momentum: float | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The packet of all packets (K, 3, C) together, merged in their order; the running statistics updated with it."""
+
+def grad_stats(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    packet: Tensor,
+    eps: float,
+    activation: str = "identity",
+    activation_param: float | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Float64 (2, C): the gradients of weight and bias, given the packet that `finish` made."""
+
+def grad_apply(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    packet: Tensor,
+    total: Tensor,
+    eps: float,
+    wants_residual: bool,
+    activation: str = "identity",
+    activation_param: float | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and residual (without elements if not wanted); total: the sum over ranks of `grad_stats`."""
+
 def set_differentiable_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """What the autograd node calls, with the arguments of backward, when its own pass is differentiated or watched."""
 

@@ -16,6 +16,7 @@ from .masked import MaskedBatchNorm1d
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .report import Report, report
 from .stats import update_bn
+from .sync import SyncBatchNorm, SyncBatchNormAct
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "MaskedBatchNorm1d",
     "Plan",
     "Report",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "convert",
     "explain",
     "fold",

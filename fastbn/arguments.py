@@ -11,12 +11,15 @@ import torch
 from . import ops
 
 
-def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps):
-    """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps."""
+def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps, whole=True):
+    """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps.
+
+    whole: input is the whole batch, and no rank has more of it.
+    """
     _require(isinstance(input, torch.Tensor), "input", 1, "Tensor", input)
     if training:
         count = input.shape[0] * math.prod(input.shape[2:])
-        if count == 1:
+        if count == 1 and whole:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         if eps <= 0.0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")

@@ -17,11 +17,15 @@ def _per_channel(t, like):
     return t.reshape(1, -1, *[1] * (like.dim() - 2))
 
 
-def _moments_of(input):
+def _moments_of(input, ranks=None):
     """Mean and biased variance of the batch, differentiable."""
     axes = [i for i in range(input.dim()) if i != 1]
     wide = input.double()
-    return torch.stack([wide.mean(axes), wide.var(axes, correction=0)])
+    if ranks is None:
+        return torch.stack([wide.mean(axes), wide.var(axes, correction=0)])
+    mean = ranks.sum(wide.sum(axes)) / ranks.count
+    centred = wide - _per_channel(mean, input)
+    return torch.stack([mean, ranks.sum((centred * centred).sum(axes)) / ranks.count])
 
 
 def _normalized(input, weight, bias, mean, var, eps):
@@ -44,11 +48,15 @@ def composed_forward(input, weight, bias, moments, eps, activation="identity", a
 
 
 def composed_backward(
-    grad_output, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None
-):
-    """Gradients of input, weight, bias and residual in torch operations (Ioffe & Szegedy 2015, section 3)."""
+    grad_output, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None,
+    ranks=None,
+):  # fmt: skip
+    """Gradients of input, weight, bias and residual in torch operations (Ioffe & Szegedy 2015, section 3).
+
+    ranks: of a batch that is spread over them, with a method `sum` over all of them and the `count` of values there.
+    """
     training = moments is None
-    mean, var = _moments_of(input) if training else moments
+    mean, var = _moments_of(input, ranks) if training else moments
     axes = [i for i in range(input.dim()) if i != 1]
     rstd = _per_channel(torch.rsqrt(var + eps), input)
     dz = grad_output.double()
@@ -61,12 +69,15 @@ def composed_backward(
     normalized = (input.double() - _per_channel(mean, input)) * rstd
     grad_bias = dz.sum(axes)
     grad_weight = (dz * normalized).sum(axes)
-    grad_input = dz
+    grad_input, sums = dz, torch.stack([grad_weight, grad_bias])
+    if weight is not None:
+        grad_input, sums = grad_input * _per_channel(weight.double(), input), sums * weight.double()
     if training:
         count = input.numel() // input.size(1)
-        grad_input = dz - (_per_channel(grad_bias, input) + normalized * _per_channel(grad_weight, input)) / count
-    if weight is not None:
-        grad_input = grad_input * _per_channel(weight.double(), input)
+        if ranks is not None:
+            sums, count = ranks.sum(sums), ranks.count
+        dot, sum_ = (_per_channel(s, input) for s in sums)
+        grad_input = grad_input - (sum_ + normalized * dot) / count
     dtype = ops.param_dtype(input, weight)
     return (grad_input * rstd).to(input.dtype), grad_weight.to(dtype), grad_bias.to(dtype), dz.to(input.dtype)
 

@@ -9,16 +9,18 @@ from .fuse import described, unfuse
 from .fuse import fuse as _fuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormAct
 from .report import Report, check_module, forget, keep
+from .sync import SyncBatchNorm
 
 _TO_FASTBN = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
-_TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTBN.items()}
+_TO_FASTBN_SYNC = {torch.nn.SyncBatchNorm: SyncBatchNorm}
+_TO_TORCH = {ours: theirs for theirs, ours in (_TO_FASTBN | _TO_FASTBN_SYNC).items()}
 
 
-def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
+def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) -> torch.nn.Module:
     """Turn every ``torch.nn.BatchNorm1d/2d/3d`` in ``module`` into fastbn's, in place.
 
     Parameters and buffers stay the same objects (optimizers keep working), and so do hooks, training mode,
@@ -26,8 +28,10 @@ def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
     again changes nothing. To keep the original, convert ``copy.deepcopy(module)``.
 
     Only the exact classes are swapped. Subclasses of them may override anything, so they are left alone:
-    other people's, ``SyncBatchNorm``, a lazy batch norm that has not seen its first batch, and a batch norm
+    other people's, a lazy batch norm that has not seen its first batch, and a batch norm
     with a parametrization (torch gives each of these a class of its own; convert first, then parametrize).
+    ``torch.nn.SyncBatchNorm`` stays too, unless ``sync`` is true: then it becomes ``fastbn.SyncBatchNorm``, with the
+    same process group. What is not synchronized becomes so by ``fastbn.SyncBatchNorm.convert_sync_batchnorm``.
 
     With ``fuse`` true, batch norms also take in the activations and residual adds that follow them: batch norm ->
     activation, -> add -> activation, and -> add, written with modules, functions, methods or operators, within one
@@ -42,6 +46,7 @@ def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
     Args:
         module: any module; it may be a batch norm itself.
         fuse: also fuse the activations and residual adds that follow.
+        sync: also swap ``torch.nn.SyncBatchNorm``.
 
     Returns:
         ``module``.
@@ -50,7 +55,7 @@ def convert(module: torch.nn.Module, *, fuse: bool = False) -> torch.nn.Module:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
     check_module(module, "convert")
-    _reclass(module, _TO_FASTBN)
+    _reclass(module, _TO_FASTBN | _TO_FASTBN_SYNC if sync else _TO_FASTBN)
     if fuse:
         keep(module, _report(module, *_fuse(module)))
     return module

@@ -1,4 +1,5 @@
-"""In: tensors from autograd.py. Out: the extension, and its operators fastbn::forward, backward, update_running_stats.
+"""In: tensors from autograd.py and sync.py. Out: the extension, and its operators fastbn::forward, backward,
+update_running_stats; stats, finish, grad_stats and grad_apply for a batch that is spread over ranks.
 
 Eager calls go to `_C` directly. What traces operators (torch.compile, torch.export, fake tensors, functorch) goes
 through torch.library, to the same functions of ops.cpp.
@@ -34,6 +35,10 @@ DEVICES = ("meta", "cpu") if SIMULATED else ("meta", *_BACKENDS)
 forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default
 update_running_stats = torch.ops.fastbn.update_running_stats.default
+stats = torch.ops.fastbn.stats.default
+finish = torch.ops.fastbn.finish.default
+grad_stats = torch.ops.fastbn.grad_stats.default
+grad_apply = torch.ops.fastbn.grad_apply.default
 
 
 def output_format(input):
@@ -76,6 +81,32 @@ def grad_input_like(input):
     if memory_format == torch.contiguous_format:
         memory_format = torch._prims_common.suggest_memory_format(input)
     return torch.empty_like(input, memory_format=memory_format)
+
+
+@torch.library.register_fake("fastbn::stats")
+def _stats_fake(input):
+    return input.new_empty((3, input.size(1)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastbn::finish")
+def _finish_fake(packets, momentum, running_mean, running_var, num_batches_tracked):
+    return packets.new_empty(packets.shape[1:])
+
+
+@torch.library.register_fake("fastbn::grad_stats")
+def _grad_stats_fake(
+    grad_output, input, weight, packet, eps, activation="identity", activation_param=None, bias=None, residual=None
+):
+    return packet.new_empty((2, input.size(1)))
+
+
+@torch.library.register_fake("fastbn::grad_apply")
+def _grad_apply_fake(
+    grad_output, input, weight, packet, total, eps, wants_residual, activation="identity", activation_param=None,
+    bias=None, residual=None,
+):  # fmt: skip
+    residual_gradient = torch.empty_like(input, memory_format=output_format(input))
+    return grad_input_like(input), residual_gradient if wants_residual else input.new_empty(0)
 
 
 def param_dtype(input, weight):

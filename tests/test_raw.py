@@ -52,6 +52,17 @@ def moments():
     ]  # fmt: skip
 
 
+def packets():
+    """Of two ranks, then of one."""
+    good = torch.tensor([[0.1, -0.2, 0.3], [1.0, 0.5, 2.0], [20, 20, 20]], dtype=torch.float64)
+    return [
+        torch.stack([good, good]), good, good.t().contiguous().t(), torch.stack([good, good * 0])[1:], -good, good[:2],
+        good[:, :2], good[:, :0], good.float(), good.half(), good.long(), good.flatten(), good[None, None],
+        torch.stack([good] * 3)[::2], good[None][:0], good.to("meta"), good.to_sparse(), good * float("nan"), None,
+        torch.tensor(1.0), torch.zeros(1, 1, 1).double().expand(2, 3, 2**40), "packets", 1.0, [good],
+    ]  # fmt: skip
+
+
 def choices():
     """For each function, the values to try for each of its parameters; the first ones are good."""
     counter = [
@@ -78,6 +89,10 @@ def choices():
         "backward": [x, x, p, moments()[1:] + [None], eps, flags, masks, activations, params, p, residuals],
         "update_running_stats": [moments()[1:], counts, momentum, p[1:], p[1:], counter],
         "batch_norm": [x, p, p, p, p, counter, flags, momentum, eps, activations, params, residuals],
+        "stats": [x],
+        "finish": [packets(), momentum, p, p, counter],
+        "grad_stats": [x, x, p, packets()[1:], eps, activations, params, p, residuals],
+        "grad_apply": [x, x, p, packets()[1:], moments()[1:], eps, flags, activations, params, p, residuals],
     }
 
 
@@ -107,6 +122,12 @@ def assert_right(name, arguments, result):
     """Where a call to forward is accepted, its numbers are those of the formula in float64."""
     from fastbn import activations
 
+    if name == "stats":
+        x = arguments[0].detach().double().transpose(0, 1).flatten(1)
+        assert result.dtype == torch.float64 and result.shape == (3, len(x)) and (result[2] == x.shape[1]).all()
+        if x.numel() and torch.isfinite(x).all():
+            torch.testing.assert_close(result[0], x.mean(1), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(result[1], x.var(1, correction=0), rtol=1e-5, atol=1e-8)
     if name != "forward":
         return
     x, weight, bias, given, eps, activation, param, residual = arguments
@@ -166,13 +187,14 @@ def refused(name, tally):
     return tally["raised"] + tally["deferred"]
 
 
-FUNCTIONS = ("forward", "backward", "update_running_stats", "batch_norm")
+FUNCTIONS = ("forward", "backward", "update_running_stats", "batch_norm", "stats", "finish", "grad_stats", "grad_apply")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_one_bad_argument(name):
     tally = run_child(name, "single", 0, 0)
-    assert tally["returned"] >= 5 and refused(name, tally) >= 20, tally
+    least = 15 if name == "stats" else 20  # it has but one argument
+    assert tally["returned"] >= 5 and refused(name, tally) >= least, tally
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -211,6 +233,23 @@ def test_mis_sized_moments_are_refused(moments_shape):
         lambda: _C.forward(x, None, None, wrong, 1e-5),
         lambda: _C.backward(x, x, None, wrong, 1e-5, True, (True,) * 4),
         lambda: _C.update_running_stats(wrong, 40, 0.1, *stats, None),
+        lambda: _C.grad_apply(x, x, None, torch.ones(3, 3).double(), wrong, 1e-5, False),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            call()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("sizes", [(3, 4), (3, 2), (2, 3), (4, 3), (9,), (3, 3, 1), (1, 3, 3, 1), (3, 0)], ids=str)
+def test_mis_sized_packets_are_refused(sizes):
+    from fastbn import _C
+
+    x, wrong = torch.randn(GOOD), torch.ones(sizes, dtype=torch.float64)
+    for call in (
+        lambda: _C.finish(wrong, 0.1, torch.zeros(3), torch.ones(3), None),
+        lambda: _C.finish(wrong[None], 0.1, torch.zeros(3), torch.ones(3), None),
+        lambda: _C.grad_stats(x, x, None, wrong, 1e-5),
+        lambda: _C.grad_apply(x, x, None, wrong, torch.ones(2, 3).double(), 1e-5, False),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             call()
@@ -242,6 +281,15 @@ def test_raw_functions_are_right():
     torch.testing.assert_close(var, 0.9 + 0.1 * x.var((0, 2, 3)))
     _C.update_running_stats(found, 40, None, mean, var, torch.tensor(1))
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    packets = torch.stack([_C.stats(x[:1]), _C.stats(x[:0]), _C.stats(x[1:])])
+    packet = _C.finish(packets, 1.0, mean, var, None)
+    torch.testing.assert_close(packet, torch.cat([found, torch.full((1, 3), 40.0)]))
+    torch.testing.assert_close(var, x.var((0, 2, 3)))
+    total = _C.grad_stats(dy[:1], x[:1], weight, packet, 1e-5) + _C.grad_stats(dy[1:], x[1:], weight, packet, 1e-5)
+    torch.testing.assert_close(total.float(), torch.stack(grads[1:]), rtol=1e-5, atol=1e-5)
+    parts = [_C.grad_apply(dy[i], x[i], weight, packet, total, 1e-5, True) for i in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(torch.cat([dx for dx, _ in parts]), grads[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([dr for _, dr in parts]), dy)
 
 
 def test_the_operators_check_as_well():

@@ -11,7 +11,7 @@ int64_t workspace_bytes(const Problem& problem);
 // Bytes of the mask that forward may fill for backward.
 int64_t mask_bytes(const Problem& problem);
 
-// Training: moments of the batch, then the output. Eval: the output from the moments given.
+// Training: moments of the batch, then the output (if there is one). Eval: the output from the moments given.
 void forward(const Forward& args);
 
 // Gradients of input and residual, and the sums that are those of weight and bias.
@@ -52,5 +52,9 @@ void backward(const Backward& args, const Stream& stream);
 // running statistics of C channels from moments [2, C] of count values each.
 void update_running_stats(const double* moments, int64_t channels, double count, const Running& running,
                           const Stream& stream);
+
+// A packet [3, C] (mean, variance, count) of all packets [K, 3, C], and running statistics from it.
+void finish(const double* packets, int64_t K, int64_t channels, double* packet, const Running& running,
+            const Stream& stream);
 
 }  // namespace fastbn::cuda

@@ -1,6 +1,7 @@
 // In: dtypes and activations known at run time. Out: a call with the type as a template argument; the only such place.
 #pragma once
 
+#include "moments.h"
 #include "problem.h"
 #include "scalar.h"
 
@@ -56,6 +57,16 @@ FASTBN_HD void update(const Running& running, int64_t i, double mean, double var
   };
   blend(running.mean, mean);
   blend(running.var, var * (count / (count - 1)));
+}
+
+// One channel of packets [K, 3, C] becomes one of a packet [3, C], and of the running statistics; those stay what they
+// are where there is no variance to speak of.
+FASTBN_HD void finish(const double* packets, int64_t K, int64_t C, int64_t channel, double* packet,
+                      const Running& running) {
+  const Moments all = merged(packets, K, C, channel);
+  const double variance = all.n == 0 ? 0 : all.m2 / all.n;
+  packet[channel] = all.mean, packet[C + channel] = variance, packet[2 * C + channel] = all.n;
+  if (all.n > 1) update(running, channel, all.mean, variance, all.n);
 }
 
 }  // namespace fastbn

@@ -64,7 +64,7 @@ FASTBN_HD constexpr bool has_mask(Activation a) {
 struct Forward {
   Problem problem;
   const void* input;
-  void* output;
+  void* output;  // nullptr, in training: nothing but moments is made
   Param weight, bias;
   Epilogue epilogue;
   // Out, for activations that have one: a bit an element, 1 where its gradient is scaled by param. Backend and plan
@@ -88,6 +88,9 @@ struct Backward {
   const void* mask;       // as the forward pass left it; nullptr: z is computed once more
   void* grad_residual;    // out: dz, in the order of the input; nullptr: not asked for, or the same as grad_output
   const double* moments;  // [2, C], as the forward pass left them
+  // Of a batch that is spread over ranks: [2, C], what grad_weight and grad_bias are in all of them together, and [C],
+  // the values that a channel has there. grad_input is made with these, and nothing is summed. nullptr: it is all here.
+  const double *total, *counts;
   Output grad_weight, grad_bias;
   bool training;
   double eps;

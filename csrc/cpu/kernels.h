@@ -56,7 +56,8 @@ struct Pass {
     const int64_t pieces = plan.items * plan.segments;
     if (plan.segments == 1) {
       parallel_for(plan.items, bytes, [&](int64_t item) {
-        const Piece p = piece(item, 0);
+        // Alone, the second pass goes backwards too: what was read or written last is in the cache.
+        const Piece p = piece(reduce ? item : plan.items - 1 - item, 0);
         if (reduce) first(p);
         finish(p);
         second(p);
@@ -116,6 +117,7 @@ void forward(const Forward& args) {
     }
   };
   const auto apply = [&](const Piece& p) {
+    if (y == nullptr) return;
     const int64_t c = p.first_channel;
     with_end<T>(args, [&](const auto& end) {
       const Apply<T, std::decay_t<decltype(end)>> f{x, end};
@@ -135,7 +137,8 @@ void backward(const Backward& args) {
   T* dx = static_cast<T*>(args.grad_input);
   T* dz = static_cast<T*>(args.grad_residual);
   const bool streamed = should_stream(args.problem);
-  const bool reduce = args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;
+  const bool spread = args.total != nullptr;
+  const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
@@ -171,7 +174,11 @@ void backward(const Backward& args) {
       }
       if (args.grad_weight.data != nullptr) write(args.grad_weight, c, dot * reciprocal_std(variance[c], args.eps));
       write(args.grad_bias, c, sum);
-      const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), n, sum, dot);
+      if (spread) {
+        sum = args.total[C + c], dot = args.total[c] / reciprocal_std(variance[c], args.eps);
+      }
+      const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1),
+                                       spread ? args.counts[c] : n, sum, dot);
       work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.x_scale;
       work.coefficient[2][c] = g.scale, work.coefficient[3][c] = g.shift;
       work.coefficient[4][c] = for_z(c).shift;

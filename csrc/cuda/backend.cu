@@ -48,6 +48,16 @@ __global__ void __launch_bounds__(threads_a_block)
   }
 }
 
+__global__ void __launch_bounds__(threads_a_block)
+    finish_packets(const double* packets, int64_t K, int64_t channels, double* packet, Running running) {
+  for (int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; c < channels; c += int64_t(gridDim.x) * blockDim.x) {
+    fastbn::finish(packets, K, channels, c, packet, running);
+  }
+}
+
+// Of a kernel with a thread for each channel.
+int64_t blocks_for(int64_t channels) { return smaller<int64_t>(ceil_div(channels, threads_a_block), 1024); }
+
 }  // namespace
 
 Geometry geometry_of(const Plan& plan) {
@@ -76,7 +86,7 @@ Geometry geometry_of(const Plan& plan) {
 }
 
 Sums* sums_of(const Plan& plan, const Backward& args) {
-  if (!args.training || args.grad_input == nullptr) return nullptr;
+  if (!args.training || args.grad_input == nullptr || args.total != nullptr) return nullptr;
   char* const end = static_cast<char*>(args.workspace) + plan.workspace_bytes;
   return reinterpret_cast<Sums*>(end) - args.problem.shape.C;
 }
@@ -97,6 +107,10 @@ int64_t workspace_bytes(const Problem& problem, Pass pass, bool training) {
 
 void forward(const Forward& args, const Stream& stream) {
   const bool is_aligned = aligned({args.input, args.output, args.epilogue.residual});
+  if (args.output == nullptr) {
+    launch_stats(make_plan(args.problem, Pass::forward, false, is_aligned, device()), args, stream);
+    return;
+  }
   const Plan plan = plan_that_fits(args, Pass::forward, is_aligned, resident_blocks_of);
   check_mask(args.mask, plan, args.problem.dtype);
   if (plan.strategy == Strategy::resident) {
@@ -112,8 +126,9 @@ void backward(const Backward& args, const Stream& stream) {
   // Sums alone read each element once as it is: the two launches of the streaming strategy become one.
   const bool is_aligned =
       aligned({args.grad_output, args.input, args.grad_input, args.epilogue.residual, args.grad_residual});
-  const Plan plan = wants_input ? plan_that_fits(args, Pass::backward, is_aligned, grad_resident_blocks_of)
-                                : make_plan(args.problem, Pass::backward, false, is_aligned, device());
+  const bool spread = args.total != nullptr;
+  const Plan plan = wants_input && !spread ? plan_that_fits(args, Pass::backward, is_aligned, grad_resident_blocks_of)
+                                           : make_plan(args.problem, Pass::backward, false, is_aligned, device());
   check_mask(args.mask, plan, args.problem.dtype);
   if (!wants_input && args.grad_residual != nullptr) {
     throw std::runtime_error("fastbn: the gradient of the residual is computed together with that of the input");
@@ -122,14 +137,20 @@ void backward(const Backward& args, const Stream& stream) {
     launch_grad_resident(plan, args, stream);
     return;
   }
-  launch_grad_stats(plan, args, stream);
+  if (!spread) launch_grad_stats(plan, args, stream);
   if (wants_input && args.training) launch_grad_apply(plan, args, stream);
 }
 
 void update_running_stats(const double* moments, int64_t channels, double count, const Running& running,
                           const Stream& stream) {
-  const int64_t blocks = smaller<int64_t>(ceil_div(channels, threads_a_block), 1024);
-  launch({blocks, threads_a_block, 0, false, stream.handle}, update_running, moments, channels, count, running);
+  launch({blocks_for(channels), threads_a_block, 0, false, stream.handle}, update_running, moments, channels, count,
+         running);
+}
+
+void finish(const double* packets, int64_t K, int64_t channels, double* packet, const Running& running,
+            const Stream& stream) {
+  launch({blocks_for(channels), threads_a_block, 0, false, stream.handle}, finish_packets, packets, K, channels, packet,
+         running);
 }
 
 }  // namespace fastbn::cuda

@@ -79,13 +79,20 @@ FASTBN_D void finish_sums(const Backward& args, int64_t channel, const Sums& sum
   write(args.grad_bias, channel, sums.first);
 }
 
+// The sums of a batch that is spread over ranks, as they came in.
+FASTBN_D Sums total_sums(const Backward& args, int64_t channel) {
+  const int64_t channels = args.problem.shape.C;
+  const double variance = args.moments[channels + channel];
+  return {args.total[channels + channel], args.total[channel] / reciprocal_std(variance, args.eps)};
+}
+
+// count: of the values that the sums were made of.
 template <class A>
-FASTBN_D void set_input_gradient(const Backward& args, int64_t channel, const Sums& sums, const Scratch<A>& scratch,
-                                 int c) {
+FASTBN_D void set_input_gradient(const Backward& args, int64_t channel, const Sums& sums, double count,
+                                 const Scratch<A>& scratch, int c) {
   const int64_t channels = args.problem.shape.C;
   const auto g = input_gradient<A>(args.moments[channel], args.moments[channels + channel], args.eps,
-                                   read(args.weight, channel, 1), double(args.problem.shape.per_channel()), sums.first,
-                                   sums.second);
+                                   read(args.weight, channel, 1), count, sums.first, sums.second);
   scratch.at(0, c) = g.mean, scratch.at(1, c) = g.x_scale, scratch.at(2, c) = g.scale, scratch.at(3, c) = g.shift;
 }
 

@@ -1,5 +1,5 @@
-// In: the gradient of the output, the input, the sums that grad_stats left. Out: the gradient of the input. The second
-// half of the streaming backward pass in training.
+// In: the gradient of the output, the input, the sums that grad_stats left, or those of all ranks. Out: the gradient of
+// the input. The second half of the streaming backward pass in training.
 #include "channel.cuh"
 #include "gradient.cuh"
 #include "launch.cuh"
@@ -36,7 +36,10 @@ __global__ void __launch_bounds__(threads_a_block, Gradient::plain ? 3 : 2)
     __syncthreads();
   }
   if (c < share.channels) {
-    set_input_gradient(args, share.first_channel + c, sums[share.first_channel + c], scratch, c);
+    const int64_t channel = share.first_channel + c;
+    const bool own = sums != nullptr;
+    const double count = own ? double(args.problem.shape.per_channel()) : args.counts[channel];
+    set_input_gradient(args, channel, own ? sums[channel] : total_sums(args, channel), count, scratch, c);
   }
   __syncthreads();
   A z[4][Walk::slots];  // mean, x_scale, scale, shift

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(threads_a_block, 4)
     if (c < share.channels) {
       const Sums sums = corrected<A>(args, share.first_channel + c, scratch.template packet<Sums>(c));
       if (rank == 0) finish_sums(args, share.first_channel + c, sums);
-      set_input_gradient(args, share.first_channel + c, sums, scratch, c);
+      set_input_gradient(args, share.first_channel + c, sums, double(args.problem.shape.per_channel()), scratch, c);
     }
     __syncthreads();
 

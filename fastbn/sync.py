@@ -1,0 +1,280 @@
+"""In: each rank's part of a batch, and the process group that shares it. Out: batch norm over all parts together.
+
+Per pass one collective, on one small buffer: the moments of every rank are gathered in the forward pass, the gradients
+of weight and bias summed in the backward pass. The passes over memory before and after it are those of batch norm.
+"""
+
+import copy
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from . import activations, arguments, ops
+from .autograd import batch_norm, composed_backward
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    _BatchNormAct,
+    _FastBatchNorm,
+    _state_of,
+)
+
+# Under the name that this torch does not warn of.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def _gathered(packet, group):
+    """The packets of all ranks, in their order: (ranks, 3, C)."""
+    size = dist.get_world_size(group)
+    if is_compiling():  # the form of it that a graph can hold
+        packets = torch.ops._c10d_functional.all_gather_into_tensor(packet, size, group.group_name)
+        packets = torch.ops._c10d_functional.wait_tensor(packets)
+    else:
+        packets = packet.new_empty((size * packet.size(0), *packet.shape[1:]))
+        _all_gather(packets, packet, group)
+    return packets.view(size, *packet.shape)
+
+
+def _summed(t, group):
+    """The sum of t over all ranks; t itself stays."""
+    if t.is_cpu:  # between 2 Gloo ranks 0.4 to 0.9 ms, where all_reduce took 0.4 to 1.8
+        return _gathered(t, group).sum(0)
+    if is_compiling():
+        return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name))
+    t = t.clone()
+    dist.all_reduce(t, group=group)
+    return t
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank gets the sum, and so every rank's gradient goes to each addend: its derivative is itself."""
+
+    @staticmethod
+    def forward(t, group):
+        return _summed(t, group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.apply(grad, ctx.group), None
+
+
+class _Ranks(NamedTuple):
+    """What `composed_backward` wants to know of them."""
+
+    group: object
+    count: Tensor
+
+    def sum(self, t):
+        return _SumOverRanks.apply(t, self.group)
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """`apply(input, weight, bias, packet, eps, activation, activation_param, residual, group) -> output`.
+
+    Args:
+        packet: float64 (3, C), mean, biased variance and count of each channel over all ranks. They are functions of
+            input: the gradient of input is that of the whole, for the sum of what all ranks differentiate.
+        group: the process group; the rest is as for `fastbn.BatchNormFunction`.
+
+    Gradients of weight and bias are those of this rank's part, as torch's SyncBatchNorm has them: whoever averages the
+    gradients of all parameters (DDP, FSDP) averages these too. The backward pass can be differentiated again, at the
+    price of float64 operations and of more collectives.
+    """
+
+    @staticmethod
+    def forward(input, weight, bias, packet, eps, activation, activation_param, residual, group):
+        return ops.forward(input, weight, bias, packet[:2], eps, activation, activation_param, residual)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, packet, ctx.eps, ctx.activation, ctx.activation_param, residual, ctx.group = inputs
+        if ctx.activation == "identity":
+            bias = residual = None  # nothing to compute z for
+        ctx.save_for_backward(input, weight, bias, packet, residual)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, bias, packet, residual = ctx.saved_tensors
+        wants_input, wants_weight, wants_bias, *_, wants_residual, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            grads = composed_backward(
+                grad_output, input, weight, bias, None, ctx.eps, ctx.activation, ctx.activation_param, residual,
+                _Ranks(ctx.group, packet[2, 0]),
+            )  # fmt: skip
+        else:
+            grads = _gradients(ctx, grad_output, input, weight, bias, packet, residual, wants_input, wants_residual)
+        wanted = (wants_input, wants_weight, wants_bias, wants_residual)
+        grad_input, grad_weight, grad_bias, grad_residual = (
+            g if w else None for g, w in zip(grads, wanted, strict=True)
+        )
+        return grad_input, grad_weight, grad_bias, None, None, None, None, grad_residual, None
+
+
+def _gradients(ctx, grad_output, input, weight, bias, packet, residual, wants_input, wants_residual):
+    """Of input, weight, bias and residual, by the kernels."""
+    ending = (ctx.activation, ctx.activation_param, bias, residual)
+    # Without an activation the residual's gradient is grad_output itself.
+    makes_residual = wants_residual and ctx.activation != "identity"
+    if not wants_input:  # no other is a matter of other ranks
+        mask = (False, True, True, makes_residual)
+        _, grad_weight, grad_bias, grad_residual = ops.backward(
+            grad_output, input, weight, packet[:2], ctx.eps, False, mask, *ending
+        )
+        return None, grad_weight, grad_bias, grad_residual if makes_residual else grad_output
+    own = ops.grad_stats(grad_output, input, weight, packet, ctx.eps, *ending)
+    grad_input, grad_residual = ops.grad_apply(
+        grad_output, input, weight, packet, _summed(own, ctx.group), ctx.eps, makes_residual, *ending
+    )
+    grad_weight, grad_bias = own.to(ops.param_dtype(input, weight)).unbind()
+    return grad_input, grad_weight, grad_bias, grad_residual if makes_residual else grad_output
+
+
+def sync_batch_norm(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
+    activation="identity", activation_param=None, residual=None,
+):  # fmt: skip
+    """Batch norm in training over the inputs of all ranks of a process group, each of which calls it.
+
+    Everything is as in `fastbn.functional.batch_norm`, the count for the unbiased running variance too. The number of
+    samples may differ from rank to rank and be 0; N = 0 takes part in the collectives, and updates the statistics.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    momentum, eps = arguments.check_each(
+        input, weight, bias, running_mean, running_var, True, momentum, eps, whole=False
+    )
+    activations.check(activation, activation_param)
+    arguments.check_residual(residual, input)
+    arguments.check_together(input, weight, bias, running_mean, running_var, True)
+    if input.size(1) == 0:
+        raise ValueError(f"SyncBatchNorm number of input channels should be non-zero, but input is {input.shape}")
+    packets = _gathered(ops.stats(input.detach()), group)
+    if running_mean is None and is_compiling():  # Inductor has no form for a changed argument that is None
+        running_mean, running_var = packets.new_zeros(packets.size(2)), packets.new_zeros(packets.size(2))
+    packet = ops.finish(packets, momentum, running_mean, running_var, num_batches_tracked)
+    return SyncBatchNormFunction.apply(input, weight, bias, packet, eps, activation, activation_param, residual, group)
+
+
+def _group_of(module):
+    """The process group of a module's pass; None where there is nobody to share a batch with."""
+    if not (module.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if module.process_group is None else module.process_group
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"SyncBatchNorm: rank {dist.get_rank()} is not in process_group, and cannot train with it")
+    return group if size > 1 else None
+
+
+def _forward(module, input, *ending):
+    if isinstance(input, Tensor):
+        module._check_input_dim(input)
+    weight, bias, mean, var, counter, training = _state_of(module)
+    if (group := _group_of(module)) is None:
+        return batch_norm(input, weight, bias, mean, var, counter, training, module.momentum, module.eps, *ending)
+    return sync_batch_norm(input, weight, bias, mean, var, counter, module.momentum, module.eps, group, *ending)
+
+
+class _Synchronized:
+    """What both modules have beside a `process_group`."""
+
+    def _check_input_dim(self, input):
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # of processes there are no copies
+        made = memo[id(self)] = self.__class__.__new__(self.__class__)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+
+class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
+    """Batch norm over the batch of all ranks of a process group, as torch.nn.SyncBatchNorm, on CPUs too.
+
+    On input (N, C, ...) of any rank; N may differ from rank to rank and be 0. In eval, and in training without
+    torch.distributed or in a group of one, it is the local batch norm. All ranks must call it equally often, and
+    backward too; a rank that has ended makes the others raise when the group's timeout is over, or sooner. Not a
+    subclass of torch.nn.SyncBatchNorm, which DDP refuses on CPUs.
+
+    Args:
+        process_group: of torch.distributed; None for all ranks. The rest is as for torch.nn.SyncBatchNorm.
+
+    Raises ValueError for an input of fewer than 2 dimensions or with one value per channel in all ranks together (not
+    on GPUs, where the count is not known to the host: there y is bias, and the running statistics stay), and for a
+    rank that is not in process_group.
+    """
+
+    def __init__(
+        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None,
+        device=None, dtype=None, *, bias=True,
+    ):  # fmt: skip
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
+        )
+        self.process_group = process_group
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group=None) -> nn.Module:
+        """Make every batch norm in ``module`` synchronized, in place: BatchNorm1d/2d/3d and SyncBatchNorm of torch and
+        of fastbn become SyncBatchNorm, BatchNormAct1d/2d/3d become SyncBatchNormAct.
+
+        Modules, parameters, buffers and hooks stay the same objects. Only the exact classes are swapped; a warning
+        names what else is a batch norm. What `fastbn.convert(fuse=True)` has fused runs unfused from then on.
+
+        Args:
+            module: any module; it may be a batch norm itself.
+            process_group: of torch.distributed, also for what is synchronized already; None for all ranks.
+
+        Returns:
+            ``module``.
+        """
+        for name, child in module.named_modules():
+            if (target := _SYNCHRONIZED.get(type(child))) is not None:
+                child.__class__ = target
+                child.process_group = process_group
+            elif isinstance(child, (_BatchNorm, _BatchNormAct, _LazyNormBase)):
+                warnings.warn(
+                    f"convert_sync_batchnorm: {name or 'module'} is not synchronized: {type(child).__name__} is not a "
+                    "class that SyncBatchNorm stands in for",
+                    stacklevel=2,
+                )
+        return module
+
+
+class SyncBatchNormAct(_Synchronized, _BatchNormAct):
+    """y = act(bn(x) + residual) as `fastbn.BatchNormAct2d`, over the batch of all ranks as `fastbn.SyncBatchNorm`.
+
+    Args:
+        process_group: of torch.distributed; None for all ranks. The rest is as for `fastbn.BatchNormAct2d`.
+    """
+
+    def __init__(self, num_features, *args, process_group=None, **kwargs):
+        super().__init__(num_features, *args, **kwargs)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _forward(self, input, self.activation, self.activation_param, residual)
+
+
+_SYNCHRONIZED = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), SyncBatchNorm),
+    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm), SyncBatchNorm),
+    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct), SyncBatchNormAct),
+}
