@@ -70,11 +70,18 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
 // In this order everywhere: of input, weight, bias and residual; undefined where nobody wanted one.
 using Gradients = std::array<Tensor, 4>;
 
+// A batch that is spread over ranks: gradients of weight and bias in all of them, and how many values a channel has.
+struct Spread {
+  const double *total = nullptr, *counts = nullptr;
+};
+
 // ending without its residual where there is a mask for it in `saved`. may_overwrite: nobody else will look at
-// grad_output, so that the residual\'s gradient can take its memory.
+// grad_output, so that the residual's gradient can take its memory.
+// param_dtype: of the gradients of weight and bias; absent: that of weight, or the one that it would have.
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite = false);
+                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite = false,
+                   const Spread& spread = {}, std::optional<at::ScalarType> param_dtype = std::nullopt);
 
 // Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of `samples` samples, each normalized by its own moments; the
 // last one has what is left, and one that would have a single value a channel joins the one before it.

@@ -1,8 +1,8 @@
 """Hold the include rules of csrc/: sources flow in; a line for each broken rule, and exit status 1, flow out.
 
-1. Includes point down only: core <- cpu, cuda <- context <- ops <- autograd <- bindings. cpu and cuda never include
-   each other.
-2. Torch is seen by context.*, ops.*, autograd.*, bindings.* and cpu/parallel.* alone, so that kernels build and run
+1. Includes point down only: core <- cpu, cuda <- context <- ops, call, ghost, ranks <- autograd <- bindings. cpu and cuda
+   never include each other.
+2. Torch is seen by these from context on, and by cpu/parallel.*, alone, so that kernels build and run
    without it; core/ and cpu/ see no CUDA header either, and the emulator is seen by cuda/device.cuh alone.
 
 Usage: check_includes.py [csrc folder]
@@ -12,17 +12,19 @@ import re
 import sys
 from pathlib import Path
 
+# One floor: what a call is made of, and the operations made of calls.
+OPS = ("ops", "call", "ghost", "ranks")
 # For each part, the parts whose headers it may include.
 MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
     "context": {"core", "cpu", "context"},
-    "ops": {"core", "cpu", "cuda", "context", "ops"},
+    **{part: {"core", "cpu", "cuda", "context", *OPS} for part in OPS},
     "autograd": {"core", "ops", "autograd"},
     "bindings": {"core", "cpu", "cuda", "context", "ops", "autograd", "bindings"},
 }
-TORCH_PARTS = ("context", "ops", "autograd", "bindings")
+TORCH_PARTS = {"context", *OPS, "autograd", "bindings"}
 # The emulator of tests/simt, which stands in for the CUDA headers where g++ compiles the kernels.
 EMULATOR = ("cuda/device.cuh", '"simt.h"')
 SUFFIXES = {".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".inc"}
@@ -37,9 +39,7 @@ def part_of(path: Path) -> str:
 
 
 def may_see_torch(path: Path) -> bool:
-    return part_of(path) in {"context", "ops", "autograd", "bindings"} or (
-        part_of(path) == "cpu" and path.stem == "parallel"
-    )
+    return part_of(path) in TORCH_PARTS or (part_of(path) == "cpu" and path.stem == "parallel")
 
 
 def problem_with(root: Path, path: Path, target: str) -> str | None:
@@ -51,11 +51,7 @@ def problem_with(root: Path, path: Path, target: str) -> str | None:
     if (path.as_posix(), target) == EMULATOR:
         return None
     if TORCH.match(name):
-        return (
-            None
-            if may_see_torch(path)
-            else "torch belongs in context.*, ops.*, autograd.*, bindings.* and cpu/parallel.*"
-        )
+        return None if may_see_torch(path) else f"torch belongs in {', '.join(sorted(TORCH_PARTS))} and cpu/parallel.*"
     if part in {"core", "cpu"} and CUDA.match(name):
         return f"{part}/ knows no CUDA"
     for folder in (path.parent, Path()):

@@ -1,0 +1,198 @@
+// In: tensors of any layout. Out: checked and folded ones, and launches on the backend of their device.
+#include "call.h"
+
+#if defined(FASTBN_SIMT)
+#include <mutex>
+#endif
+
+namespace fastbn {
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", t.scalar_type(), "'");
+  }
+}
+
+bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
+
+bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+
+void check_dense(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.layout() == at::kStrided, "fastbn: ", name, " must be a dense tensor, but its layout is ", t.layout());
+}
+
+void check_input(const Tensor& input) {
+  check_dense(input, "input");
+  check_device(input);
+}
+
+void check_beside(const Tensor& t, const char* name, const Tensor& input) {
+  check_dense(t, name);
+  TORCH_CHECK(t.device() == input.device(), "fastbn: ", name, " is on device ", t.device(), ", but input is on device ",
+              input.device());
+}
+
+void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input) {
+  if (!present(t)) return;
+  check_beside(*t, name, input);
+  TORCH_CHECK(t->numel() == channels, name, " should contain ", channels, " elements not ", t->numel());
+}
+
+void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
+  dtype_of(input);
+  TORCH_CHECK(dtypes_agree(input, params), "mixed dtype: weight and bias should have the dtype of input, ",
+              input.scalar_type(), ", or both be Float beside a half input");
+}
+
+void check_moments(const Tensor& moments, int64_t channels) {
+  TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
+  TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2 && moments.size(1) == channels,
+              "moments should have sizes [2, ", channels, "], not ", moments.sizes());
+}
+
+int64_t channels_of(const Tensor& input) {
+  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ", input.dim());
+  return input.size(1);
+}
+
+Folded fold(const Tensor& input) {
+  Folded f;
+  f.format = output_format(input);
+  f.tensor = input.contiguous(f.format);
+  const int64_t channels = input.size(1);
+  const int64_t samples = input.size(0);
+  f.problem.dtype = dtype_of(input);
+  f.problem.shape = {samples, channels, input.numel() / (samples * channels),
+                     f.format == at::MemoryFormat::Contiguous ? Layout::channels_first : Layout::channels_last};
+  return f;
+}
+
+at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
+  return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
+}
+
+const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep) {
+  if (!present(residual)) return nullptr;
+  keep = residual->contiguous(x.format);
+  return keep.const_data_ptr();
+}
+
+Param param(const OptionalTensor& t, Tensor& keep) {
+  if (!present(t)) return {nullptr, DType::f32};
+  const Tensor& row = t->is_contiguous() ? *t : (keep = t->contiguous());
+  return {row.const_data_ptr(), dtype_of(row)};
+}
+
+int64_t workspace_bytes([[maybe_unused]] const Context& context, const Problem& problem,
+                        [[maybe_unused]] cuda::Pass pass, [[maybe_unused]] bool training) {
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::workspace_bytes(problem, pass, training);
+#endif
+  return cpu::workspace_bytes(problem);
+}
+
+bool on_vector(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+int64_t mask_bytes([[maybe_unused]] const Context& context, const Problem& problem) {
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::mask_bytes(problem);
+#endif
+  return cpu::mask_bytes(problem);
+}
+
+namespace {
+
+#if defined(FASTBN_SIMT)
+// The emulator runs one kernel at a time.
+std::mutex& emulator() {
+  static std::mutex mutex;
+  return mutex;
+}
+#endif
+
+}  // namespace
+
+void launch([[maybe_unused]] Context& context, const Forward& args) {
+#if defined(FASTBN_SIMT)
+  const std::lock_guard<std::mutex> lock(emulator());
+#endif
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::forward(args, args.training ? context.stream_with_counters() : context.stream());
+#endif
+  cpu::forward(args);
+}
+
+void launch([[maybe_unused]] Context& context, const Backward& args) {
+#if defined(FASTBN_SIMT)
+  const std::lock_guard<std::mutex> lock(emulator());
+#endif
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) return cuda::backward(args, context.stream_with_counters());
+#endif
+  cpu::backward(args);
+}
+
+void bump_version(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+void check_residual(const OptionalTensor& residual, const Tensor& input) {
+  if (!present(residual)) return;
+  check_beside(*residual, "residual", input);
+  TORCH_CHECK(residual->sizes() == input.sizes(), "residual should have the sizes of input, ", input.sizes(), ", not ",
+              residual->sizes());
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual should have the dtype of input, ",
+              input.scalar_type(), ", not ", residual->scalar_type());
+}
+
+void check_running(const Statistics& statistics, int64_t channels, const Tensor& beside, const char* beside_name) {
+  for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
+    check_dense(**t, name);
+    TORCH_CHECK((*t)->device() == beside.device(), "fastbn: ", name, " is on device ", (*t)->device(), ", but ",
+                beside_name, " is on device ", beside.device());
+    TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
+  }
+}
+
+at::MemoryFormat output_format(const Tensor& input) {
+  for (const auto format :
+       {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
+    if (input.is_contiguous(format)) return format;
+  }
+  return input.suggest_memory_format();
+}
+
+void check_device(const Tensor& input) {
+  TORCH_CHECK(has_kernels(input.device()), "fastbn: input is on ", input.device(),
+              ", and this build of fastbn has kernels for ",
+#if defined(FASTBN_CUDA)
+              "CPU and CUDA only. Move the model there, or use torch.nn's batch norm."
+#else
+              "the CPU only. Use torch.nn's batch norm there, or build fastbn with CUDA, where nvcc and a torch for"
+              " CUDA are: FASTBN_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fastbn"
+#endif
+  );
+}
+
+bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
+  const auto type = input.scalar_type();
+  std::optional<at::ScalarType> shared;
+  for (const OptionalTensor* t : params) {
+    if (!present(*t)) continue;
+    const auto own = (*t)->scalar_type();
+    if (!(own == type || (is_half(type) && own == at::kFloat)) || shared.value_or(own) != own) return false;
+    shared = own;
+  }
+  return true;
+}
+
+}  // namespace fastbn

@@ -1,0 +1,134 @@
+// In: tensors of any layout. Out: what a call of the backend is made of: a Problem, plain arguments, memory, the
+// launch. Shared by ops.cpp, ghost.cpp and ranks.cpp; nothing here is for those above.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include "context.h"
+#include "core/backend.h"
+#include "core/dispatch.h"
+#include "ops.h"
+
+namespace fastbn {
+
+DType dtype_of(const Tensor& t);
+
+bool is_half(at::ScalarType t);
+
+bool present(const OptionalTensor& t);
+
+void check_dense(const Tensor& t, const char* name);
+
+void check_input(const Tensor& input);
+
+void check_beside(const Tensor& t, const char* name, const Tensor& input);
+
+void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input);
+
+void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
+
+void check_moments(const Tensor& moments, int64_t channels);
+
+int64_t channels_of(const Tensor& input);
+
+// The tensor in one of the two layouts that kernels know, copied if it is in neither.
+struct Folded {
+  Tensor tensor;
+  at::MemoryFormat format;
+  Problem problem;
+};
+
+Folded fold(const Tensor& input);
+
+// Where both formats mean the same order in memory (one channel, say), torch's gradient has the strides of
+// the one that it suggests, and its output does not.
+at::MemoryFormat gradient_format(const Folded& x, const Tensor& input);
+
+// The residual as kernels read it, in the order of x.
+const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep);
+
+Param param(const OptionalTensor& t, Tensor& keep);
+
+// Memory for one call: on the CPU's stack while it is small, else from torch's allocator.
+class Scratch {
+ public:
+  Scratch(const Context& context, int64_t bytes) {
+    if (bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) large_ = context.empty({bytes}, at::kByte);
+  }
+  void* data() { return large_.defined() ? large_.data_ptr() : small_; }
+
+ private:
+  alignas(64) char small_[4096];
+  Tensor large_;
+};
+
+int64_t workspace_bytes(const Context& context, const Problem& problem, cuda::Pass pass, bool training);
+
+// Kernels take a mask only with tensors that begin at whole vectors: another one is copied to where it does.
+bool on_vector(const void* data);
+
+int64_t mask_bytes(const Context& context, const Problem& problem);
+
+void launch(Context& context, const Forward& args);
+
+void launch(Context& context, const Backward& args);
+
+void bump_version(const Tensor& t);
+
+// Running statistics as a kernel brings them up to date, C of them in a row; others by way of a copy.
+class RunningArgument {
+ public:
+  RunningArgument(const Statistics& statistics, const Context& context) {
+    if (!present(statistics.mean)) return;
+    running_.mean = take(*statistics.mean, 0);
+    running_.var = take(*statistics.var, 1);
+    if (statistics.momentum) {
+      running_.momentum = *statistics.momentum;
+    } else if (present(statistics.batches)) {
+      set_cumulative(*statistics.batches, context);
+    }
+  }
+
+  const Running& get() const { return running_; }
+
+  // After the launch.
+  void store() {
+    for (int i = 0; i < 2; ++i) {
+      if (target_[i] == nullptr) continue;
+      if (copy_[i].defined()) {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        target_[i]->copy_(copy_[i]);
+      }
+      bump_version(*target_[i]);
+    }
+  }
+
+ private:
+  Output take(const Tensor& t, int i) {
+    target_[i] = &t;
+    if (!t.is_contiguous()) copy_[i] = t.contiguous();
+    return {(copy_[i].defined() ? copy_[i] : t).data_ptr(), dtype_of(t)};
+  }
+
+  // A counter on the GPU is read there: to read it here would wait for all the work that was queued.
+  void set_cumulative(const Tensor& batches, const Context& context) {
+    TORCH_CHECK(batches.numel() == 1, "num_batches_tracked should contain 1 element not ", batches.numel());
+    if (context.on_gpu() && batches.device() == target_[0]->device()) {
+      batches_ = batches.to(at::kLong);
+      running_.batches = batches_.const_data_ptr<int64_t>();
+    } else {
+      running_.momentum = 1.0 / batches.item<double>();
+    }
+  }
+
+  Running running_{};
+  const Tensor* target_[2] = {};
+  Tensor copy_[2], batches_;
+};
+
+void check_residual(const OptionalTensor& residual, const Tensor& input);
+
+// Both are there, beside moments or packets of C channels.
+void check_running(const Statistics& statistics, int64_t channels, const Tensor& beside, const char* beside_name);
+
+}  // namespace fastbn
