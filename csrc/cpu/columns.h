@@ -20,6 +20,10 @@ struct Columns {
   int64_t slots_a_row;
 
   bool narrow() const { return columns < size; }
+  // True if rows are to be asked for while those before them are read: to the processor's prefetcher several rows in
+  // turns are as many streams that each end soon. channels_last took 0.6 to 0.95 of the time so; small maps, whose rows
+  // lie farther apart, 1 to 1.08.
+  bool is_near() const { return stride * int64_t(sizeof(T)) <= 16 << 10; }
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
   // Where arrays hold a column: behind whole() they hold the overlapping pack.
@@ -112,12 +116,14 @@ struct Columns {
     using L = Lanes<T, acc_t<T>>;
     // By value: a store could change whatever is reached through a reference, and it would be read again.
     const int64_t apart = stride, slots_apart = slots_a_row;
+    const bool near = is_near();
     each_pack_of_rows<Rows>(access, first, last, [=](const Access& a, int64_t at, int p, int64_t slots) FASTBN_INLINE {
       const S c = S::load(pivot + p);
       ForZ<T> z{};
       if constexpr (F::needs_z) z = {L::load(for_z.of[0] + p), L::load(for_z.of[1] + p), L::load(for_z.of[2] + p)};
       S sum = S::load(s + p), dot = S::load(q + p);
       for (int r = 0; r < Rows; ++r) {
+        if (Rows > 1 && near) f.prefetch(at + (r + Rows) * apart);
         S x, y;
         f(a, at + r * apart, slots + r * slots_apart, c, z, x, y);
         for (int k = 0; k < S::vectors; ++k) sum.v[k] += x.v[k], dot.v[k] += x.v[k] * y.v[k];
@@ -149,9 +155,13 @@ struct Columns {
                 const F f) const {
     using L = Lanes<T, E>;
     const int64_t apart = stride, slots_apart = slots_a_row;
+    const bool near = is_near();
     each_pack_of_rows<Rows>(access, first, last, [=](const Access& a, int64_t at, int p, int64_t slots) FASTBN_INLINE {
       L c[F::count];
       for (int k = 0; k < F::count; ++k) c[k] = L::load(coefficients.of[k] + p);
+      if (Rows > 1 && near) {
+        for (int r = 0; r < Rows; ++r) f.prefetch(at + (r + Rows) * apart);
+      }
       // All loads before the first store: rows often lie a multiple of 4 KiB apart, where a load behind a store
       // looks to the processor as if it read what was stored.
       Pack<T> results[Rows];

@@ -99,8 +99,10 @@ inline Plan make_plan(const Problem& problem) {
   plan.segments = 1;
   plan.segment_rows = plan.rows;
   if (tile_bytes > cache) {
+    // Fewer bytes would not be worth the sums that each segment begins and ends with.
     constexpr int64_t fewest_rows = 64, most_segments = 64;
-    plan.segment_rows = larger(fewest_rows, ceil_div(plan.rows, most_segments));
+    plan.segment_rows =
+        larger(larger(fewest_rows, ceil_div(cache * plan.rows, tile_bytes)), ceil_div(plan.rows, most_segments));
     plan.segments = ceil_div(plan.rows, plan.segment_rows);
   }
   return plan;

@@ -8,7 +8,7 @@ struct Deviations {
   static constexpr bool needs_z = false;
   const T* x;
 
-  FASTBN_HD bool in_slots() const { return false; }
+  FASTBN_HD void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
   template <class Access>
   FASTBN_HD void operator()(const Access& access, int64_t i, int64_t, const S& pivot, const ForZ<T>&, S& a,
                             S& b) const {
@@ -25,6 +25,7 @@ struct GradTerms {
   const T* x;
   Source source;
 
+  FASTBN_HD void prefetch(int64_t i) const { __builtin_prefetch(x + i), __builtin_prefetch(source.dy + i); }
   template <class Access>
   FASTBN_HD void operator()(const Access& access, int64_t i, int64_t slot, const S& pivot, const ForZ<T>& z, S& a,
                             S& b) const {
@@ -42,6 +43,7 @@ struct Apply {
   const T* x;
   End end;
 
+  FASTBN_HD void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
   FASTBN_HD bool in_slots() const { return end.in_slots(); }
   template <class Access>
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
@@ -60,6 +62,7 @@ struct GradApply {
   T* grad_residual;  // or nullptr
   Source source;
 
+  FASTBN_HD void prefetch(int64_t i) const { __builtin_prefetch(x + i), __builtin_prefetch(source.dy + i); }
   FASTBN_HD bool in_slots() const { return source.in_slots(); }
   template <class Access>
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
@@ -82,6 +85,7 @@ struct ScaleOnly {
   T* grad_residual;  // or nullptr
   Source source;
 
+  FASTBN_HD void prefetch(int64_t i) const { __builtin_prefetch(x + i), __builtin_prefetch(source.dy + i); }
   FASTBN_HD bool in_slots() const { return source.in_slots(); }
   template <class Access>
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
