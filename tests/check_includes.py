@@ -2,7 +2,8 @@
 
 1. Includes point down only: core <- cpu, cuda <- context <- ops, call, ghost, ranks <- autograd <- bindings. cpu and
    cuda never include each other.
-2. Torch is seen by these from context on, and by cpu/parallel.*, alone, so that kernels build and run without it; core/ and cpu/ see no CUDA header either, and the emulator is seen by cuda/device.cuh alone.
+2. Torch is seen by these from context on, and by cpu/parallel.*, alone, so that kernels build and run without it; core/
+   and cpu/ see no CUDA header either, and the emulator is seen by cuda/device.cuh alone.
 
 Usage: check_includes.py [csrc folder]
 """
