@@ -13,9 +13,10 @@ void run_parallel(int64_t items, bool worth_it, void (*run)(void* body, int64_t 
     for (int64_t i = 0; i < items; ++i) run(body, i);
     return;
   }
-  // Each thread begins with a share of its own: neighbouring items lie side by side in memory, and a prefetcher that runs
-  // past the end of one would take lines away from the thread that writes the next (7x7 and 14x14 maps on two threads:
-  // 0.6 to 0.85 of the time). All count together, so that a thread that the machine holds up leaves the rest to others.
+  // Each thread begins with a share of its own: neighbouring items lie side by side in memory, and a prefetcher that
+  // runs past the end of one would take lines away from the thread that writes the next (7x7 and 14x14 maps on two
+  // threads: 0.6 to 0.85 of the time). All count together, so that a thread that the machine holds up leaves the rest
+  // to others.
   const int64_t share = ceil_div(items, threads);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
