@@ -83,6 +83,14 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("alpha", [float("inf"), float("nan"), 0.0])
+def test_elu_of_zero_is_zero_whatever_alpha_is(device, alpha):
+    """A constant channel is zero once it is normalized."""
+    x = torch.full((4, 3, 5, 5), 2.5, device=device)
+    y = batch_norm(x, None, None, training=True, activation="elu", activation_param=alpha)
+    assert torch.equal(y, torch.zeros_like(y)) and torch.equal(y, nn.functional.elu(torch.zeros_like(x), alpha))
+
+
 @training
 @residuals
 @each_activation

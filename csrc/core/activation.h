@@ -69,7 +69,7 @@ struct Relu6 {
 struct Elu {
   template <class M, class V, class A>
   static FASTBN_HD V forward(V z, A alpha) {
-    return z > A(0) ? z : M::expm1(z) * alpha;
+    return z < A(0) ? M::expm1(z) * alpha : z;  // zero stays zero whatever alpha is, as in torch
   }
   template <class M, class V, class A>
   static FASTBN_HD V backward(V dy, V z, A alpha) {
