@@ -19,7 +19,7 @@ _backward = torch.ops.fastbn.ghost_backward.default
 
 
 def chunk_sizes(samples, positions, virtual_batch_size):
-    """Number of chunks, and samples in the last: as ghost_chunks in ghost.cpp cuts a batch of (samples, C, positions)."""
+    """Number of chunks, and samples in the last: what ghost_chunks in ghost.cpp makes of (samples, C, positions)."""
     count = -(-samples // virtual_batch_size)
     if count > 1 and (samples - (count - 1) * virtual_batch_size) * positions == 1:
         count -= 1
