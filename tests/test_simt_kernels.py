@@ -117,7 +117,7 @@ DEFECTS = [
     Defect("one idle lane works", "tile.cuh",
            "return lane() >= vectors;", "return lane() >= vectors + PLANTED;"),
     Defect("sums of another item's channels", "grad_apply.cu",
-           "sums[share.first_channel + c]", "sums[PLANTED ? c : share.first_channel + c]"),
+           "own ? sums[channel]", "own ? sums[PLANTED ? c : channel]"),
     Defect("scratch without coefficients", "plan.cpp",
            "(3 * 8 + 4 * coefficient)", "(3 * 8 + (PLANTED ? 0 : 4 * coefficient))"),
     # ---- what follows the normalization
