@@ -1,8 +1,8 @@
 """Runs of the benchmark: files that are written, stopped, resumed and compared, and the report made of them. In: units
 of work that succeed, raise and are interrupted, and made-up records. Out: files, and what is printed."""
 
-import io
 import importlib.util
+import io
 import json
 import os
 import signal
