@@ -235,7 +235,9 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
         if peer in (points := accuracy_and_speed(records, "float32")):
             speed, error = points[peer]
             right.plot(speed, error, marker=MARKERS[index], color=PEER_COLOURS[index], markersize=9, linestyle="none")
-            right.annotate(peer, (speed, error), xytext=(8, 4), textcoords="offset points", fontsize=9)
+            # above and below in turns: peers are often close together
+            offset = (8, 4) if index % 2 == 0 else (8, -12)
+            right.annotate(peer, (speed, error), xytext=offset, textcoords="offset points", fontsize=9)
     right.set_xscale("log")
     right.set_yscale("log")
     right.xaxis.set_major_formatter(FuncFormatter(plain))
