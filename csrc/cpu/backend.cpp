@@ -98,7 +98,7 @@ int64_t mask_bytes(const Problem& problem) {
 }
 
 int64_t stream_bytes() {
-  static const int64_t bytes = third_level_cache() / 4;
+  static const int64_t bytes = third_level_cache() / 8;
   return bytes;
 }
 

@@ -2,6 +2,12 @@
 // Columns are taken a pack at a time. The last pack of a row overlaps the one before it; what a block that
 // is narrower than a pack has, goes through a buffer.
 
+// How a pass that writes outputs meets memory.
+struct MemoryUse {
+  bool streamed;  // outputs are stored past the cache
+  bool unread;    // nobody has just read the inputs: what comes next is to be asked for
+};
+
 // Arrays in pack order.
 template <class E, int Count>
 struct PerColumn {
@@ -133,26 +139,26 @@ struct Columns {
     });
   }
 
-  // out[i] = f(access, i, slot, coefficients of its column); `streamed` asks for stores past the cache.
+  // out[i] = f(access, i, slot, coefficients of its column).
   template <class E, class F>
-  void map(T* out, const PerColumn<E, F::count> coefficients, bool streamed, const F& f) const {
+  void map(T* out, const PerColumn<E, F::count> coefficients, MemoryUse memory, const F& f) const {
     const bool aligned = reinterpret_cast<uintptr_t>(out + start) % vector_bytes == 0 &&
                          stride * sizeof(T) % vector_bytes == 0 && columns % size == 0;
     const int64_t twos = rows / 2 * 2;
     if (narrow()) {
-      map_rows<1>(PartOfPack<T>{columns}, 0, rows, out, coefficients, f);
-    } else if (streamed && aligned) {
+      map_rows<1>(PartOfPack<T>{columns}, 0, rows, out, coefficients, memory.unread, f);
+    } else if (memory.streamed && aligned) {
       // A row at a time: a cache line is then written in one go.
-      map_rows<1>(StreamedPack<T>{}, 0, rows, out, coefficients, f);
+      map_rows<1>(StreamedPack<T>{}, 0, rows, out, coefficients, memory.unread, f);
     } else {
-      map_rows<2>(WholePack<T>{}, 0, twos, out, coefficients, f);
-      map_rows<1>(WholePack<T>{}, twos, rows, out, coefficients, f);
+      map_rows<2>(WholePack<T>{}, 0, twos, out, coefficients, memory.unread, f);
+      map_rows<1>(WholePack<T>{}, twos, rows, out, coefficients, memory.unread, f);
     }
   }
 
   template <int Rows, class Access, class E, class F>
   void map_rows(const Access access, int64_t first, int64_t last, T* out, const PerColumn<E, F::count> coefficients,
-                const F f) const {
+                bool unread, const F f) const {
     using L = Lanes<T, E>;
     const int64_t apart = stride, slots_apart = slots_a_row;
     const bool near = is_near();
@@ -162,6 +168,9 @@ struct Columns {
       if (Rows > 1 && near) {
         for (int r = 0; r < Rows; ++r) f.prefetch(at + (r + Rows) * apart);
       }
+      // Eval of 28x28 maps past the cache: 0.55 to 0.9 of the time. After sums the inputs are in the cache, and it only
+      // costs.
+      if (Rows == 1 && !near && unread) f.prefetch(at + apart);
       // All loads before the first store: rows often lie a multiple of 4 KiB apart, where a load behind a store
       // looks to the processor as if it read what was stored.
       Pack<T> results[Rows];

@@ -79,7 +79,7 @@ void forward(const Forward& args) {
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
-  const bool streamed = should_stream(args.problem);
+  const MemoryUse memory{should_stream(args.problem), !args.training};
   const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
@@ -121,7 +121,7 @@ void forward(const Forward& args) {
     const int64_t c = p.first_channel;
     with_end<T>(args, [&](const auto& end) {
       const Apply<T, std::decay_t<decltype(end)>> f{x, end};
-      pass.walk.map(y, p, streamed, {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
+      pass.walk.map(y, p, memory, {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
     });
   };
   pass.run(2, args.training, stats, finish, apply);
@@ -136,9 +136,9 @@ void backward(const Backward& args) {
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
   T* dz = static_cast<T*>(args.grad_residual);
-  const bool streamed = should_stream(args.problem);
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
+  const MemoryUse memory{should_stream(args.problem), !reduce};
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
@@ -195,16 +195,16 @@ void backward(const Backward& args) {
       if (args.training) {
         const GradApply<T, Source> f{x, dz, source};
         if constexpr (Source::needs_z) {
-          pass.walk.map(dx, p, streamed, {m, x_scale, scale, shift, z_shift}, f);
+          pass.walk.map(dx, p, memory, {m, x_scale, scale, shift, z_shift}, f);
         } else {
-          pass.walk.map(dx, p, streamed, {m, x_scale, scale, shift}, f);
+          pass.walk.map(dx, p, memory, {m, x_scale, scale, shift}, f);
         }
       } else {
         const ScaleOnly<T, Source> f{x, dz, source};
         if constexpr (Source::needs_z) {
-          pass.walk.map(dx, p, streamed, {scale, m, z_shift}, f);
+          pass.walk.map(dx, p, memory, {scale, m, z_shift}, f);
         } else {
-          pass.walk.map(dx, p, streamed, {scale}, f);
+          pass.walk.map(dx, p, memory, {scale}, f);
         }
       }
     });

@@ -20,6 +20,21 @@ FASTBN_HD void each_pack(int64_t from, int64_t to, const F& f) {
   if (i < to) f(to - size, size - (to - i), Unroll - 1);
 }
 
+struct Run {
+  int64_t offset, length;
+  int64_t slot;  // of its first pack
+  int64_t next;  // offset of the run that is read after it
+};
+
+// What to fetch while a run is read at i: an element 4 KB on, in the run or in the next one. The processor's own
+// prefetcher begins anew at each page and each run: sums over 56x56 maps took 0.82 to 0.95 of the time so, eval in
+// bfloat16 0.6 to 0.8. 2 KB were as good, 8 KB less so.
+template <class T>
+FASTBN_HD int64_t ahead(const Run& run, int64_t i) {
+  const int64_t at = i + 4096 / int64_t(sizeof(T));
+  return at < run.length ? run.offset + at : run.next + (at - run.length);
+}
+
 // The values of a vector in double; the halves of one of floats are added.
 FASTBN_HD Vec<double> in_double(Vec<double> v) { return v; }
 FASTBN_HD Vec<double> in_double(Vec<float> v) {
@@ -47,18 +62,20 @@ struct PairOfSums {
 
   PairOfSums(const Terms& t, const L& p, const ForZ<T>& z) : terms(t), pivot(p), for_z(z) {}
 
-  void run(int64_t offset, int64_t length, int64_t slot) {
-    for (int64_t from = 0; from < length; from += stretch) {
-      const int64_t to = smaller(length, from + stretch);
+  void add(const Run& run) {
+    for (int64_t from = 0; from < run.length; from += stretch) {
+      const int64_t to = smaller(run.length, from + stretch);
       if (pending + (to - from) > stretch) flush();
       L a[unroll], b[unroll];
       for (int u = 0; u < unroll; ++u) a[u] = s[u], b[u] = q[u];
       const Terms t = terms;
       const L p = pivot;
       const ForZ<T> z = for_z;
+      const Run here = run;
       each_pack<T, unroll>(from, to, [&](int64_t i, int64_t before, int u) FASTBN_INLINE {
+        t.prefetch(ahead<T>(here, i));
         L x, y;
-        t(WholePack<T>{}, offset + i, slot + slot_of<T>(i), p, z, x, y);
+        t(WholePack<T>{}, here.offset + i, here.slot + slot_of<T>(i), p, z, x, y);
         if (before != 0) keep_from<T, E>(x, before), keep_from<T, E>(y, before);
         for (int k = 0; k < L::vectors; ++k) a[u].v[k] += x.v[k], b[u].v[k] += x.v[k] * y.v[k];
       });

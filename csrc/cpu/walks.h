@@ -36,7 +36,7 @@ struct RunsWalk {
   const Plan& plan;
   const Shape& shape;
 
-  // body(offset, length, slot) for every run of the piece's k-th channel; backwards what was read last comes first.
+  // body(run) for every run of the piece's k-th channel; backwards what was read last comes first.
   template <class Body>
   FASTBN_HD void each_run(const Piece& piece, int64_t k, bool backwards, const Body& body) const {
     const int64_t parts = plan.parts();
@@ -48,26 +48,27 @@ struct RunsWalk {
     for (int64_t i = n0; i < n1; ++i) {
       const int64_t n = backwards ? n0 + n1 - 1 - i : i;
       const int64_t map = n * shape.C + channel;
-      body(map * shape.S + s0, length, (map * parts + part) * slots);
+      const int64_t offset = map * shape.S + s0, apart = shape.C * shape.S * (backwards ? -1 : 1);
+      body(Run{offset, length, (map * parts + part) * slots, i + 1 < n1 ? offset + apart : offset});
     }
   }
 
   int64_t count(const Piece& piece) const {
     int64_t n = 0;
-    each_run(piece, 0, false, [&](int64_t, int64_t length, int64_t) { n += length; });
+    each_run(piece, 0, false, [&](const Run& run) { n += run.length; });
     return n;
   }
 
   E guess(const T* x, const Piece& piece, int64_t k) const {
     int64_t runs = 0;
-    each_run(piece, k, false, [&](int64_t, int64_t, int64_t) { ++runs; });
+    each_run(piece, k, false, [&](const Run&) { ++runs; });
     const int64_t apart = ceil_div(runs, samples);
     double sum = 0;
-    int64_t run = 0, n = 0;
-    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t) {
-      if (run++ % apart != 0) return;
-      sum += double(to_acc(x[offset + run * 37 % length]));
-      sum += double(to_acc(x[offset + (run * 37 + length / 2) % length]));
+    int64_t number = 0, n = 0;
+    each_run(piece, k, false, [&](const Run& run) {
+      if (number++ % apart != 0) return;
+      sum += double(to_acc(x[run.offset + number * 37 % run.length]));
+      sum += double(to_acc(x[run.offset + (number * 37 + run.length / 2) % run.length]));
       n += 2;
     });
     return pivot_near<T>(sum / double(n));
@@ -76,7 +77,7 @@ struct RunsWalk {
   template <class Terms>
   std::pair<double, double> sums(const Piece& piece, int64_t k, E pivot, const Terms& terms, const ForZ<T>& z) const {
     PairOfSums<T, Terms> pair(terms, L::all(pivot), z);
-    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t slot) { pair.run(offset, length, slot); });
+    each_run(piece, k, false, [&](const Run& run) { pair.add(run); });
     pair.flush();
     return {total<double>(pair.first), total<double>(pair.second)};
   }
@@ -100,13 +101,13 @@ struct RunsWalk {
   void exact(const T* x, const Piece& piece, int64_t k, double n, double& mean, double& m2) const {
     double sum = 0;
     m2 = 0;
-    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t) {
-      for (int64_t i = 0; i < length; ++i) sum += double(to_acc(x[offset + i]));
+    each_run(piece, k, false, [&](const Run& run) {
+      for (int64_t i = 0; i < run.length; ++i) sum += double(to_acc(x[run.offset + i]));
     });
     mean = sum / n;
-    each_run(piece, k, false, [&](int64_t offset, int64_t length, int64_t) {
-      for (int64_t i = 0; i < length; ++i) {
-        const double d = double(to_acc(x[offset + i])) - mean;
+    each_run(piece, k, false, [&](const Run& run) {
+      for (int64_t i = 0; i < run.length; ++i) {
+        const double d = double(to_acc(x[run.offset + i])) - mean;
         m2 += d * d;
       }
     });
@@ -126,18 +127,21 @@ struct RunsWalk {
   }
 
   template <class F>
-  void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[F::count], const F& f) const {
+  void map(T* out, const Piece& piece, MemoryUse memory, const A* const (&coefficients)[F::count], const F& f) const {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
       C c[F::count];
       for (int i = 0; i < F::count; ++i) c[i] = C::all(coefficients[i][k]);
-      each_run(piece, k, true, [&](int64_t offset, int64_t length, int64_t slot) {
-        const auto g = [&, f, offset, slot](const auto& access, int64_t i)
-                           FASTBN_INLINE { return f(access, offset + i, slot + slot_of<T>(i), c); };
-        const bool in_order = reinterpret_cast<uintptr_t>(out + offset) % vector_bytes == 0;
-        if (streamed && (in_order || !f.in_slots())) {
-          map_run<true>(out + offset, length, g);
+      each_run(piece, k, true, [&](const Run& run) {
+        const bool unread = memory.unread;
+        const auto g = [&, f, run, unread](const auto& access, int64_t i) FASTBN_INLINE {
+          if (unread) f.prefetch(ahead<T>(run, i));
+          return f(access, run.offset + i, run.slot + slot_of<T>(i), c);
+        };
+        const bool in_order = reinterpret_cast<uintptr_t>(out + run.offset) % vector_bytes == 0;
+        if (memory.streamed && (in_order || !f.in_slots())) {
+          map_run<true>(out + run.offset, run.length, g);
         } else {
-          map_run<false>(out + offset, length, g);
+          map_run<false>(out + run.offset, run.length, g);
         }
       });
     }
@@ -281,7 +285,7 @@ struct ColumnsWalk {
   }
 
   template <class F>
-  void map(T* out, const Piece& piece, bool streamed, const A* const (&coefficients)[F::count], const F& f) const {
+  void map(T* out, const Piece& piece, MemoryUse memory, const A* const (&coefficients)[F::count], const F& f) const {
     alignas(64) A expanded[F::count][width];
     PerColumn<A, F::count> arrays;
     for (int i = 0; i < F::count; ++i) arrays.of[i] = expanded[i];
@@ -289,7 +293,7 @@ struct ColumnsWalk {
       for (int i = 0; i < F::count; ++i) {
         block.expand(coefficients[i], piece.channels, plan.columns_a_channel, expanded[i]);
       }
-      block.map(out, arrays, streamed, f);
+      block.map(out, arrays, memory, f);
     });
   }
 };
