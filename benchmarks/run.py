@@ -157,7 +157,7 @@ def case_units(case: Case, here: list[str], arguments: argparse.Namespace, seed:
     seconds = pace.seconds * (1 if usual else SMALL_PART)
     large = is_large(case)
     least = FEW_ROUNDS if large else pace.least_rounds
-    protocol = Protocol(seconds, least, base="torch")
+    protocol = Protocol(seconds, least, base="torch", others=tuple(set(peers) - {"fastbn", "torch"}))
     cost = 3 * seconds + case.nbytes * SECONDS_PER_BYTE * (2 + len(peers))
     yield Unit(str(case), partial(measure_case, case, peers, protocol, seed, fresh=not large), cost, case_line)
     sets = sets_for(case.nbytes, cache_bytes())

@@ -35,8 +35,9 @@ class Protocol:
     seconds: float  # to spend on a comparison, in equal parts for the variants
     least_rounds: int = 5
     most_rounds: int = 40
-    # Variants that take HOPELESS times as long as this one cannot be the fastest of the peers: they get one round.
+    # Those of `others` that take HOPELESS times as long as `base` cannot be the fastest of the peers: they get one round.
     base: str = ""
+    others: tuple[str, ...] = ()
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
@@ -75,7 +76,7 @@ def measure(
         affordable = protocol.seconds / len(variants) / (repeats[name] * estimate)
         rounds[name] = int(max(protocol.least_rounds, min(protocol.most_rounds, affordable)))
     if protocol.base in rounds:
-        for name in rounds:
+        for name in rounds.keys() & set(protocol.others):
             if estimates[name] > HOPELESS * estimates[protocol.base]:
                 rounds[name] = HOPELESS_ROUNDS
     most = max(rounds.values(), default=0)
