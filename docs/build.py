@@ -26,6 +26,8 @@ LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".cuh": 
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 MEASURED = "<!-- measured: begin (written by make report; do not edit) -->", "<!-- measured: end -->"
 PLACE_OF_MEASURED = "<!-- README's measurements -->"
+# What a block of code prints, and where it did if that matters.
+OUTPUT = re.compile(r'^```text(?: title="(.*)")?$', re.MULTILINE)
 # The order of the pages in the site.
 CONTENTS = {
     "Use": ("install", "tutorial", "fusing", "training", "ranks", "compiling", "script", "faq"),
@@ -66,6 +68,7 @@ def text_of(path: str) -> str:
     if not path.startswith("docs/"):
         return text if path == PAPER else f"---\norphan: true\n---\n\n{text}"
     text = text.replace(PLACE_OF_MEASURED, measured())
+    text = OUTPUT.sub(lambda m: "```{code-block} text\n:class: output" + (f"\n:caption: {m[1]}" if m[1] else ""), text)
     return text + contents() if path == "docs/index.md" else text
 
 
