@@ -275,7 +275,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=128, help="images a step, of one rank (128)")
     parser.add_argument("--epochs", type=positive, default=2)
     parser.add_argument("--steps", type=positive, help="end each epoch after so many")
-    parser.add_argument("--lr", type=float, help="the highest; it falls to zero (0.1 for 128 images a step, in proportion)")
+    parser.add_argument(
+        "--lr", type=float, help="the highest; it falls to zero (0.1 for 128 images a step, in proportion)"
+    )
     parser.add_argument("--channels-last", action="store_true", help="the layout of images and weights")
     return parser.parse_args(arguments)
 
@@ -293,7 +295,9 @@ def run(options: argparse.Namespace, place: Place, console: Console) -> None:
     batches = Batches(training, options.batch, place, mean, std, train=True)
     steps = min(batches.steps(), options.steps or batches.steps())
     if steps == 0 or options.batch < 2:
-        raise DataError(f"{len(training.labels)} images make no batch of {options.batch} on each of {place.ranks} ranks")
+        raise DataError(
+            f"{len(training.labels)} images make no batch of {options.batch} on each of {place.ranks} ranks"
+        )
     test_batches = Batches(test, options.batch, place, mean, std, train=False)
 
     torch.manual_seed(0)

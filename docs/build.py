@@ -1,8 +1,8 @@
 """Build the site. In: docs/, and what its pages link to elsewhere in the repository. Out: a folder of HTML.
 
-In the repository a page's relative links lead to files, as GitHub follows them. In the site they lead to pages: a source
-file becomes a page of its own, opened at the line that the text of the link names in backquotes. README's measurements
-and the experiments of the paper, which other programs write, are taken from where they are.
+In the repository a page's relative links lead to files, as GitHub follows them. In the site they lead to pages: a
+source file becomes a page of its own, opened at the line that the text of the link names in backquotes. README's
+measurements and the experiments of the paper, which other programs write, are taken from where they are.
 
 Usage: build.py FOLDER    (make docs)
 """
@@ -58,7 +58,7 @@ def page_of_source(path: str) -> str:
     """A page in Markdown that shows a source, with an anchor at each line."""
     formatter = HtmlFormatter(linenos="inline", linespans="line")
     code = highlight((ROOT / path).read_text(), get_lexer_by_name(LANGUAGES[Path(path).suffix]), formatter)
-    return f"---\norphan: true\n---\n\n# {path}\n\n`````{{raw}} html\n<div class=\"source\">{code}</div>\n`````\n"
+    return f'---\norphan: true\n---\n\n# {path}\n\n`````{{raw}} html\n<div class="source">{code}</div>\n`````\n'
 
 
 def text_of(path: str) -> str:
@@ -115,7 +115,8 @@ def rewritten(path: str, text: str) -> str:
         elif not link.endswith(".rst"):
             return f"{image}[{words}]({there}{anchor})"
         # Sphinx knows no anchors but those of headings.
-        return f'<a class="reference internal" href="{there.removesuffix(".md").removesuffix(".rst")}.html{anchor}">{words}</a>'
+        there = there.removesuffix(".md").removesuffix(".rst")
+        return f'<a class="reference internal" href="{there}.html{anchor}">{words}</a>'
 
     return LINK.sub(replace, text)
 

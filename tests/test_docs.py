@@ -1,15 +1,16 @@
-"""README and docs/: every block of Python runs and prints what stands below it, and every link leads to what it names.
+"""README and docs/: every block of Python runs and prints what stands below it; every link leads to what it names.
 
-In: pages in Markdown. Out: none of them promises what is not there. A page's blocks run in their order in one namespace,
-which is empty at its begin; README's each have what names_that_blocks_use gives.
+In: pages in Markdown. Out: none of them promises what is not there. A page's blocks run in their order in one
+namespace, which is empty at its begin; README's each have what names_that_blocks_use gives.
 """
 
+import ast
 import contextlib
 import doctest
 import functools
 import io
-import os
 import re
+import runpy
 import shlex
 import socket
 from pathlib import Path
@@ -28,8 +29,11 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 IDS = [page.stem for page in PAGES]
 EVERY_PAGE = [README, *PAGES]
+LINKING = [*EVERY_PAGE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s#:]*)(#[^)\s]*)?\)")
+# In docs/api.rst.
+NAMED = re.compile(r"^\.\. auto\w+:: (\S+)$", re.MULTILINE)
 # Of a block that shows what another machine printed once, in its title: its numbers are not compared.
 NUMBER = re.compile(r"\d[\d.,]*|avx\d+|baseline")
 
@@ -169,14 +173,14 @@ def wrong_with(command):
             return f"no script {script}"
         source = (ROOT / script).read_text()
         options = [word.partition("=")[0] for word in rest[rest.index(script) :] if word.startswith("--")]
-        gone = [option for option in options if f'"{option}"' not in source]
+        gone = [option for option in options if option != "--help" and f'"{option}"' not in source]
         return f"{script} has no {gone}" if gone else ""
     if program == "git" and rest[0] == "add":
         return "".join(f"no {path}" for path in rest[1:] if not (ROOT / path).exists())
     return "" if program in ("pip", "cd") else f"who checks {program}?"
 
 
-@pytest.mark.parametrize("page", EVERY_PAGE, ids=names(EVERY_PAGE))
+@pytest.mark.parametrize("page", LINKING, ids=names(LINKING))
 def test_commands(page):
     for block in blocks_of(page):
         if block.kind == "sh":
@@ -196,11 +200,11 @@ def test_wrong_commands_are_seen():
 
 @functools.cache
 def anchors(page):
-    """As GitHub and mkdocs make them of headings, and those of the API reference."""
+    """As GitHub and Sphinx make them of headings; of the reference, its names."""
     text = page.read_text()
     heads = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
     slugs = [re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads]
-    return {*slugs, *re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    return {*slugs, *NAMED.findall(text)}
 
 
 def wrong_link(page, text, link, anchor):
@@ -210,7 +214,7 @@ def wrong_link(page, text, link, anchor):
         return f"there is no {link}"
     if not where.is_relative_to(ROOT):
         return f"{link} is outside of the repository"
-    if where.suffix == ".md":
+    if where.suffix in (".md", ".rst"):
         return f"{link} has no {anchor}" if anchor and anchor[1:] not in anchors(where) else ""
     source = where.read_text()
     for name in re.findall(r"`([^`]+)`", text):
@@ -218,9 +222,6 @@ def wrong_link(page, text, link, anchor):
         if not (name.endswith(where.name) or re.search(rf"(?<!\w){re.escape(word)}(?!\w)", source)):
             return f"there is no {name} in {link}"
     return ""
-
-
-LINKING = [*EVERY_PAGE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("page", LINKING, ids=names(LINKING))
@@ -239,19 +240,29 @@ def test_wrong_links_are_seen():
 
 
 def test_the_site_has_every_page():
-    nav = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert nav == {os.path.relpath(page, ROOT / "docs") for page in PAGES}
+    text = (ROOT / "docs" / "build.py").read_text()
+    contents = ast.literal_eval(re.search(r"^CONTENTS = (\{.*?^\})", text, re.MULTILINE | re.DOTALL)[1])
+    listed = [page for pages in contents.values() for page in pages]
+    assert sorted(["index", *listed]) == sorted([*IDS, "api"])
 
 
 def test_the_reference_has_every_public_name():
-    shown = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
-    public = {f"fastbn.{name}" for name in fastbn.__all__ if name != "functional"}
-    public |= {f"fastbn.functional.{name}" for name in fastbn.functional.__all__}
-    assert shown == public
+    shown = NAMED.findall((ROOT / "docs" / "api.rst").read_text())
+    public = [f"fastbn.{name}" for name in fastbn.__all__ if name != "functional"]
+    public += [f"fastbn.functional.{name}" for name in fastbn.functional.__all__]
+    assert sorted(shown) == sorted(public)
+
+
+def test_the_pictures_are_those_of_their_script():
+    folder = ROOT / "docs" / "pictures"
+    drawn = runpy.run_path(str(folder / "draw.py"))["PICTURES"]
+    assert {path.name for path in folder.glob("*.svg")} == set(drawn)
+    for name, draw in drawn.items():
+        assert (folder / name).read_text() == draw(), f"run {folder / 'draw.py'}"
 
 
 def test_nothing_comes_from_elsewhere():
     """A page that is read without a network looks as it does with one."""
-    for path in [*PAGES, *(ROOT / "docs").glob("**/*.css"), *(ROOT / "docs").glob("**/*.svg"), ROOT / "mkdocs.yml"]:
+    for path in [*PAGES, *(ROOT / "docs").glob("**/*.css"), *(ROOT / "docs").glob("**/*.svg")]:
         text = path.read_text().replace("http://www.w3.org/", "")
         assert not re.search(r"(src|href|url)[=(:]\W*https?://|!\[[^\]]*\]\(https?:", text), path

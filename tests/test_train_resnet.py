@@ -1,5 +1,5 @@
 """benchmarks/train_resnet.py: its data, and short trainings in one process and in two.
-In: made-up images, and tiny files as CIFAR-10 has them. Out: losses that fall and agree, or errors that say what is wrong."""
+In: made-up images, and tiny files as CIFAR-10 has them. Out: losses that fall and agree, or errors in words."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def script():
 
 
 # Small, and slow to learn: at the usual rate, rounding decides which way so few steps go.
-SMALL = "--depth 8 --images 96 --batch 16 --epochs 2 --steps 3 --lr 0.02".split()
+SMALL = ["--depth", "8", "--images", "96", "--batch", "16", "--epochs", "2", "--steps", "3", "--lr", "0.02"]
 
 
 def printed_by(script, *arguments):
@@ -66,7 +66,11 @@ def write_cifar(folder, changes=None, count=16):
     random = np.random.default_rng(0)
     for name in FILES:
         pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
-        content = {b"batch_label": b"training batch", b"labels": random.integers(0, 10, count).tolist(), b"data": pixels}
+        content = {
+            b"batch_label": b"training batch",
+            b"labels": random.integers(0, 10, count).tolist(),
+            b"data": pixels,
+        }
         (folder / name).write_bytes(pickle.dumps({**content, **(changes or {})}, protocol=2))
 
 

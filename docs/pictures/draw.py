@@ -25,7 +25,8 @@ def picture(width, height, parts, title):
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'{FONT}>\n<title>{title}</title>\n<rect width="{width}" height="{height}" rx="8" fill="white"/>\n{body}\n</svg>\n'
+        f"{FONT}>\n<title>{title}</title>\n"
+        f'<rect width="{width}" height="{height}" rx="8" fill="white"/>\n{body}\n</svg>\n'
     )
 
 
@@ -71,7 +72,9 @@ def channels():
 
     names = ("1", "2", "3", "4")
     row(50, [(READ, f"sum {n}", "white") for n in names] + [(READ, f"read {n}", "white") for n in names])
-    parts.append(text(24, 106, "When channel 1 is read again, the cache holds others by now: each channel comes from", 12))
+    parts.append(
+        text(24, 106, "When channel 1 is read again, the cache holds others by now: each channel comes from", 12)
+    )
     parts.append(text(24, 123, "memory twice. (The writes, one for each channel, are left out.)", 12))
     parts.append(text(24, 172, "One channel at a time", weight="bold"))
     steps = []
