@@ -16,7 +16,6 @@ from pathlib import Path
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
-from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).parents[1]
 # Pictures lie beside it. The site has it once somebody has run the experiments.
@@ -146,6 +145,8 @@ def prepare(folder: Path) -> None:
 
 
 def main() -> int:
+    from sphinx.cmd.build import main as sphinx  # what is above is tested without it
+
     out = Path(sys.argv[1]).resolve()
     source = out.with_name(f"{out.name}-source")
     prepare(source)

@@ -4,10 +4,10 @@ In: pages in Markdown. Out: none of them promises what is not there. A page's bl
 namespace, which is empty at its begin; README's each have what names_that_blocks_use gives.
 """
 
-import ast
 import contextlib
 import doctest
 import functools
+import importlib.util
 import io
 import re
 import runpy
@@ -23,8 +23,9 @@ from test_examples import names_that_blocks_use
 
 import fastbn
 
-pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[1]
+HAS_RESULTS = (ROOT / "benchmarks" / "results").is_dir()
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not HAS_RESULTS, reason="a source distribution has no results")]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 IDS = [page.stem for page in PAGES]
@@ -239,11 +240,58 @@ def test_wrong_links_are_seen():
     assert not wrong_link(page, "`normalization`", "../csrc/core/formula.h", "")
 
 
-def test_the_site_has_every_page():
-    text = (ROOT / "docs" / "build.py").read_text()
-    contents = ast.literal_eval(re.search(r"^CONTENTS = (\{.*?^\})", text, re.MULTILINE | re.DOTALL)[1])
-    listed = [page for pages in contents.values() for page in pages]
+# ---- the site ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The module docs/build.py."""
+    spec = importlib.util.spec_from_file_location("build_of_docs", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_every_page(site):
+    listed = [page for pages in site.CONTENTS.values() for page in pages]
     assert sorted(["index", *listed]) == sorted([*IDS, "api"])
+
+
+def test_links_lead_to_pages_of_the_site(site):
+    line = 1 + (ROOT / "csrc/core/formula.h").read_text().split("A> normalization(")[0].count("\n")
+    for link, right in (
+        (
+            "[`normalization`](../csrc/core/formula.h)",
+            f'"source/csrc/core/formula.h.html#line-{line}">`normalization`<',
+        ),
+        ("[`explain`](api.rst#fastbn.explain)", 'href="api.html#fastbn.explain">`explain`<'),
+        ("[figures](../README.md#what-is-measured-and-how)", "[figures](source/README.md#what-is-measured-and-how)"),
+        ("[Install](install.md)", "[Install](install.md)"),
+        (
+            "![times](../benchmarks/results/pictures/limit.svg)",
+            "![times](source/benchmarks/results/pictures/limit.svg)",
+        ),
+        ("[elsewhere](https://example.org/x.md)", "[elsewhere](https://example.org/x.md)"),
+        ("[gone](gone.md)", "[gone](gone.md)"),
+    ):
+        assert right in site.rewritten("docs/kernels.md", f"See {link}.")
+
+
+def test_the_site_is_complete(site, tmp_path, monkeypatch):
+    """Every file that a page links to is there, pictures too, and the paper's experiments once they were run."""
+    paper = "docs/numerics.md"  # stands in for a page that another program writes
+    for path in (site.PAPER, paper):
+        monkeypatch.setattr(site, "PAPER", path)
+        site.prepare(tmp_path / "site")
+        shown = "Experiments of the paper" in (tmp_path / "site" / "index.md").read_text()
+        assert shown == (ROOT / path).exists()
+    assert (tmp_path / "site/source/csrc/core/formula.h.md").read_text().startswith("---\norphan: true")
+    assert "| float32, contiguous |" in (tmp_path / "site/benchmarks.md").read_text()
+    for page in (tmp_path / "site").glob("*.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)\s#]+)", FENCE.sub("", page.read_text())):
+            assert (page.parent / link).is_file(), f"{page.name}: {link}"
+        for link in re.findall(r'href="([^"#]+)\.html', page.read_text()):
+            assert any((page.parent / f"{link}{kind}").is_file() for kind in (".md", ".rst")), f"{page.name}: {link}"
 
 
 def test_the_reference_has_every_public_name():
