@@ -11,6 +11,8 @@ PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-
 # Formatters are pinned, because another version formats differently. These three go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
 TOOLS := ninja ruff==0.17.6 clang-format==23.1.5
+# Of `make docs`, which needs Python 3.11: pinned, because a warning of another version would fail the build.
+DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 latex2mathml==3.81.1
 # Which tests `make asan` runs, and whatever else pytest takes.
 ASAN_TESTS ?= -m sanitize
 BENCH_ARGUMENTS ?=
@@ -54,7 +56,7 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers report asan simt simt-build simt-quick cuda-venv cuda-build \
-    gpu sdist clean distclean
+    gpu docs docs-serve sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -69,6 +71,7 @@ help:
 	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator"
 	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
 	@echo "make gpu        on a machine with a GPU, under 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
+	@echo "make docs       the documentation as a site, in build/docs; make docs-serve shows it on port 8000"
 	@echo "make build      install fastbn into $(VENV), which every target above does when sources changed"
 	@echo "make venv       make $(VENV) with torch and the tools"
 	@echo "make lint       ruff, clang-format, include check; make format applies the first two"
@@ -206,6 +209,19 @@ cuda-build: $(CUDA_VENV)/.packages
 # Nothing is installed: the python3 and the torch that are there, and no network.
 gpu:
 	OUT="$(OUT)" $(PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS)
+
+$(VENV)/.docs: $(VENV)/.packages
+	$(SAY) "installing the tools of the documentation"
+	$(PY) -m pip install --quiet $(DOCS_TOOLS)
+	@touch $@
+
+docs: build $(VENV)/.docs
+	$(SAY) "documentation"
+	$(PY) docs/build.py build/docs
+	@echo "open build/docs/index.html"
+
+docs-serve: docs
+	$(PY) -m http.server --directory build/docs --bind 127.0.0.1 8000
 
 sdist: venv
 	$(SAY) "source distribution"

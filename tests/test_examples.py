@@ -1,12 +1,10 @@
-"""The examples in README and docstrings are executed.
-In: README's blocks of Python, each with a model of its own; docstrings with >>>. Out: none of them fails."""
+"""The examples in docstrings are executed; test_docs.py does it for README and docs/.
+In: docstrings with >>>. Out: none of them fails."""
 
 import doctest
 import importlib
 import pkgutil
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ from torch import nn
 import fastbn
 
 pytestmark = pytest.mark.cpu
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def names_that_blocks_use():
@@ -29,14 +25,6 @@ def names_that_blocks_use():
     loader = [(torch.randn(6, 3, 8, 8), torch.randint(4, (6,))) for _ in range(3)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return {"fastbn": fastbn, "torch": torch, "nn": nn, "model": model, "loader": loader, "optimizer": optimizer}
-
-
-def test_readme(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = BLOCK.findall(README.read_text())
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names_that_blocks_use())
 
 
 MODULES = [m.name for m in pkgutil.iter_modules(fastbn.__path__) if m.name not in ("__main__", "_C")]

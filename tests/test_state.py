@@ -272,7 +272,7 @@ def test_threads_get_the_same_results(device):
 
 
 def test_checkpointing_agrees_with_torch(device):
-    """Values and gradients; both count the recomputed forward (pt#96136), which the README says."""
+    """Values and gradients; both count the recomputed forward (pt#96136), as docs/training.md says."""
     from torch.utils.checkpoint import checkpoint
 
     ours, torchs = pair(device=device)
