@@ -325,6 +325,8 @@ def run(options: argparse.Namespace, place: Place, console: Console) -> None:
             console.print(
                 f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, accuracy {found:.1%}, {speed:.0f} images/s"
             )
+    if place.ranks > 1:
+        dist.barrier()  # while it waits, Gloo's threads let go of tensors: see digits_ranks.py
 
 
 def main() -> int:
