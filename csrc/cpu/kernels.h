@@ -28,11 +28,6 @@ struct Workspace {
   }
 };
 
-// Output larger than this leaves the cache before anyone reads it: store past the cache.
-bool should_stream(const Problem& problem) {
-  return problem.shape.elements() * size_of(problem.dtype) > stream_bytes();
-}
-
 template <class T, class Walk>
 struct Pass {
   using A = acc_t<T>;
@@ -41,6 +36,14 @@ struct Pass {
   const Shape& shape = problem.shape;
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
+
+  // Of the pass that writes; `summed`: behind one that reads.
+  MemoryUse memory_use(bool summed) const {
+    // Larger outputs leave the cache before anyone reads them.
+    const bool streamed = shape.elements() * int64_t(sizeof(T)) > stream_bytes();
+    const bool one_by_one = summed && plan.segments == 1 && plan.items > 1;
+    return {streamed, !summed, streamed && one_by_one ? plan.item_width() : 0};
+  }
 
   Piece piece(int64_t item, int64_t segment) const {
     const int64_t first = item * plan.channels_an_item;
@@ -79,7 +82,7 @@ void forward(const Forward& args) {
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
-  const MemoryUse memory{should_stream(args.problem), !args.training};
+  const MemoryUse memory = pass.memory_use(args.training);
   const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
@@ -138,7 +141,7 @@ void backward(const Backward& args) {
   T* dz = static_cast<T*>(args.grad_residual);
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const MemoryUse memory{should_stream(args.problem), !reduce};
+  const MemoryUse memory = pass.memory_use(reduce);
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());

@@ -24,6 +24,8 @@ struct Plan {
   int64_t segment_samples, segment_positions;
   int64_t positions;  // runs only: in a map
 
+  // Elements from an input to its like in the next item.
+  int64_t item_width() const { return channels_an_item * (walk == Walk::runs ? positions : columns_a_channel); }
   // runs: parts of a map
   int64_t parts() const { return ceil_div(positions, segment_positions); }
   // A mask has a slot for each pack of `size` elements that is taken, numbered along rows: those of an item (columns),

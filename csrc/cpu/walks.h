@@ -133,8 +133,10 @@ struct RunsWalk {
       for (int i = 0; i < F::count; ++i) c[i] = C::all(coefficients[i][k]);
       each_run(piece, k, true, [&](const Run& run) {
         const bool unread = memory.unread;
-        const auto g = [&, f, run, unread](const auto& access, int64_t i) FASTBN_INLINE {
+        const int64_t next = memory.next;
+        const auto g = [&, f, run, unread, next](const auto& access, int64_t i) FASTBN_INLINE {
           if (unread) f.prefetch(ahead<T>(run, i));
+          if (next != 0) f.prefetch(run.offset + i + next);
           return f(access, run.offset + i, run.slot + slot_of<T>(i), c);
         };
         const bool in_order = reinterpret_cast<uintptr_t>(out + run.offset) % vector_bytes == 0;
