@@ -37,7 +37,8 @@ struct Columns {
   // As many elements as `bytes_ahead`, but whole steps of Rows rows, or what is fetched is not what is read.
   template <int Rows>
   int64_t rows_ahead() const {
-    return ceil_div(bytes_ahead, Rows * stride * int64_t(sizeof(T))) * Rows * stride;
+    const int64_t step = Rows * stride;  // 0 of spare elements, a row of their own
+    return ceil_div(bytes_ahead / int64_t(sizeof(T)), larger<int64_t>(1, step)) * step;
   }
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
