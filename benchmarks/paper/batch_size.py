@@ -1,0 +1,58 @@
+"""In: settings, data. Out: test accuracy and the time of a training step for batches of 2 to 64, with and without batch
+norm; after as many steps of each, at the better of a few learning rates.
+"""
+
+import statistics
+import time
+from itertools import product
+
+from data import Data
+from networks import Variant
+from settings import Settings
+from training import accuracy, fit
+from trials import make, placed_batches, placed_test, spread
+from workers import Workers
+
+NETWORKS = {"without": Variant(norm=False), "with": Variant()}
+
+
+def train(data: Data, settings: Settings, name: str, size: int, rate: float, seed: int) -> float:
+    plan, training = settings.batch_size, settings.training
+    test = placed_test(data, training)
+    network = make(test, training, NETWORKS[name], seed)
+    fit(network, placed_batches(data, training, size, seed), rate, plan.steps, last=training.last)
+    return accuracy(network, test, data.test_labels)
+
+
+def step_times(data: Data, settings: Settings) -> dict:
+    """Median seconds of a training step in one thread, both networks in turns so that they see the same machine."""
+    plan, training = settings.batch_size, settings.training
+    test = placed_test(data, training)
+    networks = {name: make(test, training, variant, 0) for name, variant in NETWORKS.items()}
+    times: dict = {name: {} for name in NETWORKS}
+    for size in plan.batches:
+        stream = placed_batches(data, training, size, 0)
+        batches = [next(stream) for _ in range(plan.timed + 2)]
+        seconds: dict = {name: [] for name in NETWORKS}
+        for batch, name in product(batches, NETWORKS):
+            start = time.perf_counter()
+            fit(networks[name], [batch], 1e-6, 1)
+            seconds[name].append(time.perf_counter() - start)
+        for name in NETWORKS:
+            times[name][str(size)] = statistics.median(seconds[name][2:])  # without the first two, which allocate
+    return times
+
+
+def run(settings: Settings, data: Data, workers: Workers) -> dict:
+    plan = settings.batch_size
+    kinds = list(product(NETWORKS, plan.batches, plan.rates))
+    jobs = [{"settings": settings, "name": name, "size": size, "rate": rate, "seed": seed}
+            for name, size, rate in kinds for seed in settings.seeds]  # fmt: skip
+    values = iter(workers.map(train, jobs))
+    found = {kind: spread([next(values) for _ in settings.seeds]) for kind in kinds}
+    networks: dict = {}
+    for name, size in product(NETWORKS, plan.batches):
+        rate = max(plan.rates, key=lambda rate, kind=(name, size): found[*kind, rate]["mean"])
+        networks.setdefault(name, {})[str(size)] = {"rate": rate, "accuracy": found[name, size, rate]}
+    # the workers have nothing to do by now, so that this core is not shared with them
+    return {"batches": list(plan.batches), "networks": networks, "times": step_times(data, settings)}
