@@ -52,7 +52,7 @@ def run(settings: Settings, data: Data, workers: Workers) -> dict:
     found = {kind: spread([next(values) for _ in settings.seeds]) for kind in kinds}
     networks: dict = {}
     for name, size in product(NETWORKS, plan.batches):
-        rate = max(plan.rates, key=lambda rate, kind=(name, size): found[*kind, rate]["mean"])
+        rate = max(plan.rates, key=lambda rate, name=name, size=size: found[name, size, rate]["mean"])
         networks.setdefault(name, {})[str(size)] = {"rate": rate, "accuracy": found[name, size, rate]}
     # the workers have nothing to do by now, so that this core is not shared with them
     return {"batches": list(plan.batches), "networks": networks, "times": step_times(data, settings)}

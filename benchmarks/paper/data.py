@@ -104,8 +104,8 @@ def small(images: torch.Tensor) -> torch.Tensor:
 
 
 def place(images: torch.Tensor, margin: int, noise: float, generator: torch.Generator) -> torch.Tensor:
-    """Each image at a random place of a canvas that is larger by twice the margin, with Gaussian noise on all of it; then
-    each canvas to mean 0 and variance 1, which makes it easier for the networks without batch norm."""
+    """Each image at a random place of a canvas that is larger by twice the margin, with Gaussian noise on it; then each
+    canvas to mean 0 and variance 1, which makes it easier for the networks without batch norm."""
     images = small(images)
     count, _, height, width = images.shape
     # with twice the margin around it, every window that is larger by twice the margin holds the whole image
@@ -119,7 +119,7 @@ def place(images: torch.Tensor, margin: int, noise: float, generator: torch.Gene
 
 def batches(images: torch.Tensor, labels: torch.Tensor, size: int, generator: torch.Generator,
             margin: int = 0, noise: float = 0.0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Batches without end, each of exactly this size; every epoch in a new order, and what does not fill a batch left."""
+    """Batches without end, each of exactly this size; every epoch in a new order, less what does not fill one."""
     size = min(size, len(labels))
     while True:
         for chosen in torch.randperm(len(labels), generator=generator).split(size):

@@ -1,8 +1,8 @@
 """In: sizes, and which of the paper's variants. Out: its two networks in small, with fastbn's batch norms or without.
 
 `Perceptron` is the network of its section 4.1. `Inception` has the modules of its section 4.2 and appendix: branches of
-1x1, 1x1 -> 3x3, 1x1 -> 3x3 -> 3x3 (in place of 5x5) and pooling -> 1x1; modules with stride 2 have no 1x1 branch and pass
-the maximum through. Batch norm stands before each nonlinearity, and what it precedes has no bias.
+1x1, 1x1 -> 3x3, 1x1 -> 3x3 -> 3x3 (in place of 5x5) and pooling -> 1x1; modules with stride 2 have no 1x1 branch and
+pass the maximum through. Batch norm stands before each nonlinearity, and what it precedes has no bias.
 """
 
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ class Module(nn.Module):
 
 
 class Inception(nn.Sequential):
-    """A first convolution with stride 2, then a module for each of ``strides``, the mean over all places, a linear layer."""
+    """A first convolution with stride 2, a module for each of ``strides``, the mean over all places, a linear layer."""
 
     def __init__(self, variant: Variant, side: int, width: int = 8, strides: tuple[int, ...] = (1, 2, 1)) -> None:
         layers, channels, side = [convolution(1, 2 * width, 3, variant, 2)], 2 * width, (side - 1) // 2 + 1

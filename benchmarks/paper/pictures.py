@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from population import METHODS
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
@@ -64,7 +65,9 @@ def name_lines(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[s
 def band(axes: Axes, steps: list, curves: list[list[float]], mean: list[float], colour: str, **how: object) -> None:
     """The mean over seeds, and from the lowest to the highest of them."""
     columns = list(zip(*curves, strict=True))
-    axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(
+        steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0
+    )
     axes.plot(steps, mean, color=colour, **how)
 
 
@@ -96,8 +99,7 @@ def plot_sigmoids(found: dict, paper: dict) -> Figure:
 
 
 def plot_inception(found: dict, paper: dict) -> Figure:
-    drawing, (left, right) = figure("Inception in small, with and without batch norm (the paper's figures 2 and 3)", 2, 4.8,
-                                    width_ratios=(3, 2))  # fmt: skip
+    drawing, (left, right) = figure("Inception in small (the paper's figures 2 and 3)", 2, 4.8, width_ratios=(3, 2))
     steps, variants = found["steps"], found["variants"]
     for name, variant in variants.items():
         band(left, steps, variant["curves"], variant["curve"], COLOURS[name])
@@ -142,8 +144,6 @@ def plot_ensemble(found: dict, paper: dict) -> Figure:
 
 
 def plot_population(found: dict, paper: dict) -> Figure:
-    from population import METHODS
-
     drawing, (axes,) = figure("Which statistics at inference", 1)
     sizes = found["batches"]
     how = zip((BLACK, BLUE, GREEN, ORANGE, PURPLE), "osD^v", ("-", "-", "--", "-", ":"), strict=True)
@@ -211,16 +211,13 @@ PLOTS: dict[str, Callable[[dict, dict], Figure]] = {
 }
 
 
-def draw(paper: dict, folder: Path, suffix: str = "svg") -> list[Path]:
-    """A picture for each experiment that was run; names of the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+def draw(paper: dict, folder: Path, suffixes: tuple[str, ...] = ("svg", "png")) -> None:
+    """Pictures of each experiment that was run, named after it."""
     for name, found in paper["results"].items():
         with plt.rc_context(STYLE):
             drawing = PLOTS[name](found, paper)
-            path = folder / f"{name}.{suffix}"
-            # no date, so that the same results make the same file
-            drawing.savefig(path, metadata={"Date": None} if suffix == "svg" else {}, dpi=110)
+            for suffix in suffixes:
+                # no date, so that the same results make the same file
+                metadata = {"Date": None} if suffix == "svg" else {}
+                drawing.savefig(folder / f"{name}.{suffix}", metadata=metadata, dpi=110)
             plt.close(drawing)
-        written.append(path)
-    return written

@@ -1,5 +1,5 @@
-"""In: settings, data. Out: test accuracy of networks trained with batches of 2 to 64, for each way to choose the mean and
-the variance that batch norm uses at inference: moving averages, `fastbn.update_bn` in both modes, the batch itself.
+"""In: settings, data. Out: test accuracy of networks trained with batches of 2 to 64, for each way to choose the mean
+and the variance that batch norm uses at inference: moving averages, `fastbn.update_bn` in both modes, the batch itself.
 """
 
 import copy

@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help=f"of {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
     parser.add_argument("--seeds", type=int, help="how many, 0 and up (default 3)")
     parser.add_argument("--jobs", type=int, default=cores(), help="trainings at once (default: all cores)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="(default benchmarks/results/paper)")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="(default results/paper)")
     parser.add_argument("--quick", action="store_true", help="a few steps of each, which shows nothing: for the tests")
     parser.add_argument("--pictures", action="store_true", help="run nothing: pictures and page of what is in --output")
     chosen = parser.parse_args(arguments)
@@ -59,8 +59,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def machine(jobs: int) -> dict:
-    return {"torch": torch.__version__, "fastbn": fastbn.__version__, "python": platform.python_version(),
-            "machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "jobs": jobs}  # fmt: skip
+    return {
+        "torch": torch.__version__,
+        "fastbn": fastbn.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "jobs": jobs,
+    }
 
 
 def run_all(settings: Settings, data: Data, names: list[str], workers: Workers, console: Console) -> tuple[dict, dict]:
@@ -89,8 +95,7 @@ def write(paper: dict, folder: Path) -> None:
 
 
 def show(paper: dict, folder: Path) -> None:
-    for suffix in ("svg", "png"):
-        draw(paper, folder, suffix)
+    draw(paper, folder)
     (folder / "paper.md").write_text(page(paper))
 
 
@@ -108,6 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BadData as error:
         console.print(f"[red]cannot load the data:[/] {error}", soft_wrap=True)
         return 1
+    console.print(
+        f"{data.name}, {len(data.train_labels)} images; {chosen.jobs} training{'s' * (chosen.jobs > 1)} at once"
+    )
     start = time.perf_counter()
     with progress_bar(console) as progress, Workers(data, chosen.data, chosen.jobs, progress) as workers:
         results, times = run_all(settings, data, chosen.only, workers, console)

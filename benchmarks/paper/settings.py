@@ -1,7 +1,7 @@
 """Out: all that may be chosen, in one place: `FULL` is what `make paper` does, `QUICK` is for the tests.
 
-Learning rates are candidates for the networks *without* batch norm, which get the best of them; those with batch norm get
-that rate, or the paper's multiples of it.
+Learning rates are candidates for the networks *without* batch norm, which get the best of them; those with batch norm
+get that rate, or the paper's multiples of it.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
-"""In: settings, data. Out: internal covariate shift, measured: how far the inputs of each layer move in a training step.
+"""In: settings, data. Out: internal covariate shift, measured: how far inputs of each layer move in a training step.
 
-A step changes the mean m and the standard deviation s of each channel of a layer's input, over the same probe images. The
-distance is that between Gaussians (2-Wasserstein), in units of the layer's own spread:
+A step changes the mean m and the standard deviation s of each channel of a layer's input, over the same probe images.
+The distance is that between Gaussians (2-Wasserstein), in units of the layer's own spread:
 sqrt(mean((m' - m)^2 + (s' - s)^2) / mean(s^2)), means over the channels.
 """
 

@@ -31,7 +31,7 @@ def typical(tracks: np.ndarray) -> int:
 
 
 def travel(track: np.ndarray) -> dict:
-    """How far a track (evaluations, percentiles) moves in all, and between its two halves, in units of its last width."""
+    """How far the median of a track (evaluations, percentiles) goes, and its extremes are apart, in last widths."""
     width = max(float(track[-1, -1] - track[-1, 0]), 1e-12)
     middle = track[:, track.shape[1] // 2]
     return {

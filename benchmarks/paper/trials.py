@@ -1,4 +1,4 @@
-"""In: settings, a variant, a rate, a seed. Out: one network trained on placed images, the same numbers for the same input.
+"""In: settings, a variant, a rate, a seed. Out: one network trained on placed images, the same each time.
 What the experiments with the Inception network share: its trials, the control's learning rate, means over seeds.
 """
 

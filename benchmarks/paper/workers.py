@@ -1,7 +1,7 @@
 """In: a function and a list of jobs, each a training of its own. Out: what each returned, in the order of the jobs.
 
-A job runs in one thread, and as many of them at once as there are cores: no number depends on how many. (Two jobs on two
-cores are faster than one in two threads, too: tensors are small here.) With one core everything runs in this process.
+A job runs in one thread, and as many of them at once as there are cores: no number depends on how many. (Two jobs on
+two cores are faster than one in two threads, too: tensors are small here.) With one, all runs in this process.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ def _work(function: Callable, job: dict) -> object:
 class Workers(contextlib.AbstractContextManager):
     """``map`` is what experiments call; the bar moves after each job by its part of the experiment's cost."""
 
-    def __init__(self, data: Data, folder: Path | None = None, count: int = 1, progress: Progress | None = None) -> None:
+    def __init__(
+        self, data: Data, folder: Path | None = None, count: int = 1, progress: Progress | None = None
+    ) -> None:
         torch.set_num_threads(1)
         self.data, self.progress, self.task = data, progress, None
         self.cost = 0.0  # of the experiment that runs: about how many seconds on one core
