@@ -262,7 +262,7 @@ def test_batch_statistics_leave_the_network_alone():
 
 
 def test_every_experiment_gives_its_numbers(first):
-    folder, found = first
+    _, found = first
     results = found["results"]
     assert list(results) == NAMES
     assert all(math.isfinite(n) for n in numbers(found))
@@ -316,19 +316,33 @@ def test_the_page_shows_every_experiment(first):
     assert len(tables) > 30 and all(line.endswith("|") for line in tables)
 
 
-def test_the_page_says_what_did_not_show(first):
-    from report import page
+def test_a_run_of_one_experiment_keeps_the_others_of_the_same_settings(first, tmp_path):
+    import run
+    from data import load
+    from settings import QUICK
 
-    _, found = first
-    found = json.loads(json.dumps(found))
-    variants = found["results"]["inception"]["variants"]
-    variants["BN-x30"] |= {
-        "best": {"mean": 0.1, "sd": 0.0, "values": [0.1, 0.1]},
-        "steps_to_control": None,
-        "reached": 0,
-    }
-    assert "BN-x30 does not reach the control's best accuracy in every seed" in page(found)
-    assert "BN-x30 ends no better than the control" in page(found)
+    folder, found = first
+    (tmp_path / "paper.json").write_text((folder / "paper.json").read_text())
+    assert run.begin(QUICK, load(), 1, tmp_path) == found
+    assert run.begin(replace(QUICK, seeds=(5,)), load(), 1, tmp_path)["results"] == {}
+    assert run.begin(QUICK, load(), 2, tmp_path)["results"] == {}
+    (tmp_path / "paper.json").write_text("no JSON")
+    assert run.begin(QUICK, load(), 1, tmp_path)["results"] == {}
+
+
+def test_what_is_not_as_in_the_paper_is_said(first):
+    from report import what_differs
+
+    def variant(best, steps):
+        values = {"mean": best, "sd": 0.0, "values": [best]}
+        return {"best": values, "steps_to_control": steps and {"mean": steps, "sd": 0.0, "values": [steps]}}
+
+    names = ["Inception", "BN-Baseline", "BN-x5", "BN-x30", "BN-x5-Sigmoid", "Inception-Sigmoid"]
+    papers = [(0.722, 31.0), (0.727, 13.3), (0.730, 2.1), (0.748, 2.7), (0.698, None), (0.1, None)]
+    variants = {name: variant(*numbers) for name, numbers in zip(names, papers, strict=True)}
+    assert what_differs({"variants": variants}) == []
+    changed = {**variants, "BN-x30": variant(0.7, None), "BN-x5-Sigmoid": variant(0.73, 9)}
+    assert [text.split(" ")[0] for text in what_differs({"variants": changed})] == ["BN-x30"] * 3 + ["BN-x5-Sigmoid"]
 
 
 @pytest.mark.parametrize("arguments", [["--only", "inceptoin"], ["--seeds", "0"], ["--jobs", "none"]])

@@ -274,6 +274,7 @@ SECTIONS: dict[str, Callable[[dict, dict], str]] = {
 
 def page(paper: dict) -> str:
     data, machine, seeds = paper["data"], paper["machine"], paper["settings"]["seeds"]
+    minutes = sum(times["wall_s"] for times in paper["times"].values()) / 60
     head = f"""# The paper's experiments, in small
 
 Ioffe & Szegedy ([Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
@@ -283,7 +284,7 @@ with fastbn's batch norms: other data, smaller networks, the same questions. It 
 
 Data: {data["name"]}, {data["train"]} images for training and {data["test"]} for the test. Seeds:
 {", ".join(map(str, seeds))}; ± is the standard deviation over them. This run took
-{paper["times"]["wall_s"] / 60:.0f} minutes, {machine["jobs"]} trainings at once, with torch {machine["torch"]}
+{minutes:.0f} minutes, {machine["jobs"]} trainings at once, with torch {machine["torch"]}
 ({machine["capability"]}). Each training runs in one thread, so that no number but times depends on how many cores
 there are. On another kind of processor, or with another torch, rounding differs, and so do the numbers. All of
 them, with seeds and settings, are in `paper.json`.

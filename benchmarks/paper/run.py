@@ -5,6 +5,7 @@ Numbers of the same seeds are the same; times are kept apart from them. In the f
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -69,9 +70,28 @@ def machine(jobs: int) -> dict:
     }
 
 
-def run_all(settings: Settings, data: Data, names: list[str], workers: Workers, console: Console) -> tuple[dict, dict]:
-    """Results and times of the experiments."""
-    results, times = {}, {}
+def begin(settings: Settings, data: Data, jobs: int, folder: Path) -> dict:
+    """What a run fills in. Other experiments in the folder stay, if data, settings and machine are the same."""
+    about = {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)}
+    paper = {
+        "data": about,
+        "settings": dataclasses.asdict(settings),
+        "machine": machine(jobs),
+        "results": {},
+        "times": {},
+    }
+    paper = json.loads(json.dumps(paper))  # tuples become lists, as in the file
+    with contextlib.suppress(OSError, ValueError):
+        old = json.loads((folder / "paper.json").read_text())
+        if all(old[part] == paper[part] for part in ("data", "settings", "machine")):
+            return old
+    return paper
+
+
+def run_all(
+    paper: dict, settings: Settings, names: list[str], workers: Workers, console: Console, folder: Path
+) -> None:
+    """Each experiment's results and times, written as they come: a run that is stopped keeps them."""
     if workers.progress:
         total = sum(EXPERIMENTS[name][1] for name in names)
         workers.task = workers.progress.add_task("beginning", total=total)
@@ -80,14 +100,16 @@ def run_all(settings: Settings, data: Data, names: list[str], workers: Workers, 
         if workers.progress:
             workers.progress.update(workers.task, description=name)
         start = time.perf_counter()
-        found = run(settings, data, workers)
-        times[name] = {"steps": found.pop("times", {}), "wall_s": time.perf_counter() - start}
-        results[name] = found
-        console.print(f"{name}: {times[name]['wall_s']:.0f} s")
-    return results, times
+        found = run(settings, workers.data, workers)
+        paper["times"][name] = {"steps": found.pop("times", {}), "wall_s": time.perf_counter() - start}
+        paper["results"][name] = found
+        write(paper, folder)
+        console.print(f"{name}: {paper['times'][name]['wall_s']:.0f} s")
 
 
 def write(paper: dict, folder: Path) -> None:
+    for part in ("results", "times"):
+        paper[part] = {name: paper[part][name] for name in EXPERIMENTS if name in paper[part]}
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "paper.json.part"
     beside.write_text(json.dumps(paper, indent=1, allow_nan=False) + "\n")
@@ -117,12 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{data.name}, {len(data.train_labels)} images; {chosen.jobs} training{'s' * (chosen.jobs > 1)} at once"
     )
     start = time.perf_counter()
+    paper = begin(settings, data, chosen.jobs, chosen.output)
     with progress_bar(console) as progress, Workers(data, chosen.data, chosen.jobs, progress) as workers:
-        results, times = run_all(settings, data, chosen.only, workers, console)
-    paper = {"data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
-             "results": results, "settings": dataclasses.asdict(settings),
-             "times": {"wall_s": time.perf_counter() - start, **times}, "machine": machine(chosen.jobs)}  # fmt: skip
-    write(paper, chosen.output)
+        run_all(paper, settings, chosen.only, workers, console, chosen.output)
     show(paper, chosen.output)
     console.print(f"{time.perf_counter() - start:.0f} s; results in {os.path.relpath(chosen.output)}/paper.md")
     return 0

@@ -37,14 +37,14 @@ class Sigmoids:
 @dataclass(frozen=True)
 class Population:
     batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    steps: int = 600
+    steps: int = 400
     rate: float = 0.1
 
 
 @dataclass(frozen=True)
 class BatchSize:
     batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    steps: int = 600
+    steps: int = 400
     rates: tuple[float, ...] = (0.03, 0.1)  # each network takes the better one at each batch
     timed: int = 40
 
