@@ -91,7 +91,7 @@ def plot_sigmoids(found: dict, paper: dict) -> Figure:
             axes.annotate(f"{p} %", (found["steps"][-1], values[-1]), xytext=(3, 0), textcoords="offset points",
                           va="center", fontsize=8, annotation_clip=False)  # fmt: skip
         axes.fill_between(found["steps"], track[0], track[-1], color=COLOURS[name], alpha=0.1, linewidth=0)
-        axes.set_title(f"Input of a typical sigmoid, {NORM[name]}")
+        axes.set_title(f"Input of a sigmoid, {NORM[name]}")
         axes.set_xlabel("training step")
     others[0].set_ylabel("percentiles of the test set")
     others[1].sharey(others[0])

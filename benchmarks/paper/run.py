@@ -70,8 +70,9 @@ def machine(jobs: int) -> dict:
     }
 
 
-def begin(settings: Settings, data: Data, jobs: int, folder: Path) -> dict:
-    """What a run fills in. Other experiments in the folder stay, if data, settings and machine are the same."""
+def begin(settings: Settings, data: Data, jobs: int, names: list[str], folder: Path) -> dict:
+    """What a run of these experiments fills in. What the folder has of others stays, if data, machine, and all settings
+    that are not of these experiments are the same."""
     about = {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)}
     paper = {
         "data": about,
@@ -83,8 +84,9 @@ def begin(settings: Settings, data: Data, jobs: int, folder: Path) -> dict:
     paper = json.loads(json.dumps(paper))  # tuples become lists, as in the file
     with contextlib.suppress(OSError, ValueError):
         old = json.loads((folder / "paper.json").read_text())
-        if all(old[part] == paper[part] for part in ("data", "settings", "machine")):
-            return old
+        same = all(old[part] == paper[part] for part in ("data", "machine"))
+        if same and all(old["settings"].get(k) == v for k, v in paper["settings"].items() if k not in names):
+            return {**paper, "results": old["results"], "times": old["times"]}
     return paper
 
 
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{data.name}, {len(data.train_labels)} images; {chosen.jobs} training{'s' * (chosen.jobs > 1)} at once"
     )
     start = time.perf_counter()
-    paper = begin(settings, data, chosen.jobs, chosen.output)
+    paper = begin(settings, data, chosen.jobs, chosen.only, chosen.output)
     with progress_bar(console) as progress, Workers(data, chosen.data, chosen.jobs, progress) as workers:
         run_all(paper, settings, chosen.only, workers, console, chosen.output)
     show(paper, chosen.output)

@@ -30,7 +30,7 @@ class Sigmoids:
     hidden: tuple[int, ...] = (100, 100, 100)
     std: float = 0.1
     evaluations: int = 50
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     percentiles: tuple[int, ...] = (15, 50, 85)
 
 
@@ -53,7 +53,7 @@ class BatchSize:
 class Shift:
     steps: int = 300
     probe: int = 256
-    sigmoid_rate: float = 0.3
+    sigmoid_rate: float = 1.0  # what sigmoids.py finds
 
 
 @dataclass(frozen=True)
