@@ -118,7 +118,7 @@ def plot_inception(found: dict, paper: dict) -> Figure:
     right.tick_params(axis="y", length=0)
     right.grid(axis="y", visible=False)
     percent(right, "x")
-    right.set_xlabel("best test accuracy (a dot for each seed, a line for their mean)")
+    right.set_xlabel("best test accuracy (dots: seeds, line: mean)")
     return drawing
 
 
@@ -174,7 +174,7 @@ def plot_batch_size(found: dict, paper: dict) -> Figure:
     left.set_ylabel("test accuracy after as many steps\n(mean and standard deviation over seeds)")
     left.legend(loc="upper left")
     right.set_ylabel("milliseconds of a training step, one thread")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])
     return drawing
 
 
@@ -194,7 +194,7 @@ def plot_shift(found: dict, paper: dict) -> Figure:
         axes.legend()
     parts[0].set_title("Inception in small")
     parts[1].set_title("Three hidden layers of sigmoids")
-    parts[0].set_ylabel("movement per step, in the layer's\nstandard deviations (mean over layers; log scale)")
+    parts[0].set_ylabel("movement per step, in standard\ndeviations of the layer (log scale)")
     for axes in parts:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

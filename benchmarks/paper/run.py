@@ -143,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     paper = begin(settings, data, chosen.jobs, chosen.only, chosen.output)
     with progress_bar(console) as progress, Workers(data, chosen.data, chosen.jobs, progress) as workers:
+        if "inception" in paper["results"] and "inception" not in chosen.only:
+            workers.known["control"] = paper["results"]["inception"]["search"]
         run_all(paper, settings, chosen.only, workers, console, chosen.output)
     show(paper, chosen.output)
     console.print(f"{time.perf_counter() - start:.0f} s; results in {os.path.relpath(chosen.output)}/paper.md")

@@ -46,7 +46,7 @@ class BatchSize:
     batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     steps: int = 400
     rates: tuple[float, ...] = (0.03, 0.1)  # each network takes the better one at each batch
-    timed: int = 40
+    timed: int = 100
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,6 @@ QUICK = Settings(
     training=_tiny,
     sigmoids=Sigmoids(steps=6, evaluations=3, rates=(0.1, 1.0)),
     population=Population(batches=(2, 8), steps=6),
-    batch_size=BatchSize(batches=(2, 8), steps=6, rates=(0.03,), timed=2),
+    batch_size=BatchSize(batches=(2, 8), steps=6, rates=(0.03,), timed=5),
     shift=Shift(steps=4, probe=32),
 )
