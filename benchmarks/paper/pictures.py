@@ -2,6 +2,7 @@
 version of matplotlib.
 """
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,19 +124,20 @@ def plot_inception(found: dict, paper: dict) -> Figure:
 
 
 def plot_ensemble(found: dict, paper: dict) -> Figure:
-    drawing, (axes,) = figure("An ensemble of six networks like BN-x30", 1, 3.8)
+    drawing, (axes,) = figure("An ensemble of six networks like BN-x30", 1, 4.6)
     rows = {**found["members"], "mean member": found["mean_member"], "best member": found["best_member"],
             "ensemble": found["ensemble"]}  # fmt: skip
-    for place, (name, values) in enumerate(reversed(rows.items())):
+    places = [i + (i > 2) * 0.6 for i in range(len(rows))]  # a gap between the members and the rest
+    for place, (name, values) in zip(places, reversed(rows.items()), strict=True):
         colour = RED if name == "ensemble" else BLACK if name in ("mean member", "best member") else GREY
         errors = [1 - v for v in values["values"]]
         axes.plot(errors, [place] * len(errors), "o", color=colour, markersize=5, alpha=0.5)
         axes.plot(1 - values["mean"], place, "|", color=colour, markersize=16, markeredgewidth=2)
         axes.annotate(f"{1 - values['mean']:.1%}", (1 - values["mean"], place), xytext=(0, 9), fontsize=8, color=colour,
                       textcoords="offset points", ha="center")  # fmt: skip
-    axes.axhline(2.5, color=GREY, linewidth=0.7)
-    axes.set_yticks(range(len(rows)), list(reversed(rows)))
-    axes.set_ylim(-0.6, len(rows) - 0.2)
+    axes.axhline(2.9, color=GREY, linewidth=0.7)
+    axes.set_yticks(places, list(reversed(rows)))
+    axes.set_ylim(-0.6, places[-1] + 0.8)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     percent(axes, "x")
@@ -144,18 +146,26 @@ def plot_ensemble(found: dict, paper: dict) -> Figure:
 
 
 def plot_population(found: dict, paper: dict) -> Figure:
-    drawing, (axes,) = figure("Which statistics at inference", 1)
-    sizes = found["batches"]
+    drawing, (left, right) = figure("Which statistics at inference", 2, 4.8)
+    sizes, base = found["batches"], found["methods"]["moving average"]
     how = zip((BLACK, BLUE, GREEN, ORANGE, PURPLE), "osD^v", ("-", "-", "--", "-", ":"), strict=True)
     for (method, rows), (colour, marker, line) in zip(found["methods"].items(), how, strict=True):
         values = [rows[str(size)] for size in sizes]
-        axes.errorbar(sizes, [v["mean"] for v in values], [v["sd"] for v in values], color=colour, marker=marker,
-                      linestyle=line, markersize=5, capsize=3, linewidth=1.3, label=METHODS[method])  # fmt: skip
-    batches_axis(axes, sizes)
-    axes.set_xlabel("batch size in training (log scale)")
-    percent(axes)
-    axes.set_ylabel("test accuracy\n(mean and standard deviation over seeds)")
-    axes.legend(loc="lower right")
+        style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.3}
+        left.plot(sizes, [v["mean"] for v in values], label=METHODS[method], **style)
+        gains = [[100 * (a - b) for a, b in zip(v["values"], base[str(size)]["values"], strict=True)]
+                 for v, size in zip(values, sizes, strict=True)]  # fmt: skip
+        means = [statistics.fmean(g) for g in gains]
+        errors = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in gains]
+        right.errorbar(sizes, means, errors, capsize=3, **style)
+    for axes in (left, right):
+        batches_axis(axes, sizes)
+        axes.set_xlabel("batch size in training (log scale)")
+    percent(left)
+    left.set_title("Test accuracy")
+    right.set_title("Against the moving average, in the same network")
+    right.set_ylabel("points of accuracy\n(mean and standard deviation over seeds)")
+    drawing.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return drawing
 
 
