@@ -240,10 +240,11 @@ def test_distance_of_a_shift_and_of_a_scale():
     from shift import distance
 
     mean, std = torch.tensor([0.0, 5.0]), torch.tensor([2.0, 2.0])
-    assert distance((mean, std), (mean, std)) == 0
-    assert distance((mean, std), (mean + 1, std)) == pytest.approx(0.5)
-    assert distance((mean, std), (mean, 2 * std)) == pytest.approx(1)
-    assert distance((10 * mean, 10 * std), (10 * mean + 10, 10 * std)) == pytest.approx(0.5)
+    assert distance((mean, std), (mean, std)) == (0, 0)
+    rms = (5**2 / 2 + 2**2) ** 0.5
+    assert distance((mean, std), (mean + 1, std)) == pytest.approx((0.5, 1 / rms))
+    assert distance((mean, std), (mean, 2 * std)) == pytest.approx((1, 2 / rms))
+    assert distance((10 * mean, 10 * std), (10 * mean + 10, 10 * std)) == pytest.approx((0.5, 1 / rms))
 
 
 def test_batch_statistics_leave_the_network_alone():

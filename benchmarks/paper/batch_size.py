@@ -1,5 +1,5 @@
 """In: settings, data. Out: test accuracy and the time of a training step for batches of 2 to 64, with and without batch
-norm; after as many steps of each, at the better of a few learning rates.
+norm; after as many steps of each, at the best of a few learning rates.
 """
 
 import statistics

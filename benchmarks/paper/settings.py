@@ -30,7 +30,7 @@ class Sigmoids:
     hidden: tuple[int, ...] = (100, 100, 100)
     std: float = 0.1
     evaluations: int = 50
-    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     percentiles: tuple[int, ...] = (15, 50, 85)
 
 
@@ -45,15 +45,14 @@ class Population:
 class BatchSize:
     batches: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     steps: int = 400
-    rates: tuple[float, ...] = (0.03, 0.1)  # each network takes the better one at each batch
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)  # each network takes the best one at each batch
     timed: int = 100
 
 
 @dataclass(frozen=True)
 class Shift:
     steps: int = 300
-    probe: int = 256
-    sigmoid_rate: float = 1.0  # what sigmoids.py finds
+    probe: int = 128
 
 
 @dataclass(frozen=True)

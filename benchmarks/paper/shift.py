@@ -1,12 +1,13 @@
 """In: settings, data. Out: internal covariate shift, measured: how far inputs of each layer move in a training step.
 
 A step changes the mean m and the standard deviation s of each channel of a layer's input, over the same probe images.
-The distance is that between Gaussians (2-Wasserstein), in units of the layer's own spread:
-sqrt(mean((m' - m)^2 + (s' - s)^2) / mean(s^2)), means over the channels.
+The distance is that between Gaussians (2-Wasserstein), sqrt(mean((m' - m)^2 + (s' - s)^2)), over the channels; relative to
+the layer's spread over images, sqrt(mean(s^2)), and to its root mean square, sqrt(mean(m^2 + s^2)).
 """
 
 import statistics
 
+import sigmoids
 import torch
 from data import Data, batches
 from networks import Perceptron, Variant
@@ -45,10 +46,12 @@ class Moments:
             self.now[name] = mean, std
 
 
-def distance(before: tuple, after: tuple) -> float:
+def distance(before: tuple, after: tuple) -> tuple[float, float]:
+    """Relative to the spread, and to the root mean square."""
     (m0, s0), (m1, s1) = before, after
     moved = (m1 - m0).square().mean() + (s1 - s0).square().mean()
-    return float((moved / (s0.square().mean() + TINY)).sqrt())
+    spread, mean = s0.square().mean(), m0.square().mean()
+    return float((moved / (spread + TINY)).sqrt()), float((moved / (spread + mean + TINY)).sqrt())
 
 
 def measure(data: Data, settings: Settings, kind: str, norm: bool, rate: float, seed: int) -> dict:
@@ -75,19 +78,20 @@ def measure(data: Data, settings: Settings, kind: str, norm: bool, rate: float, 
         losses.append(nn.functional.cross_entropy(network.train()(probe), labels).item())
         moments.watching = False
         if step:
-            moves.append([distance(before[name], moments.now[name]) for name in moments.names])
+            found = [distance(before[name], moments.now[name]) for name in moments.names]
+            moves.append([statistics.fmean(column) for column in zip(*found, strict=True)])
 
     # a constant learning rate: a falling one would look like less shift
     fit(network, stream, rate, plan.steps, last=1.0, observe=see, **how)
-    layers = [statistics.fmean(column) for column in zip(*moves, strict=True)]
-    return {"steps": [statistics.fmean(row) for row in moves], "layers": layers, "losses": losses}
+    steps, relative = (list(column) for column in zip(*moves, strict=True))
+    return {"steps": steps, "relative": relative, "losses": losses}
 
 
 def run(settings: Settings, data: Data, workers: Workers) -> dict:
-    found = control(settings, workers)["rate"]
+    found = {"inception": control(settings, workers)["rate"], "sigmoids": sigmoids.control(settings, workers)["rate"]}
     jobs = []
     for kind, norm, multiple in NETWORKS.values():
-        rate = multiple * (found if kind == "inception" else settings.shift.sigmoid_rate)
+        rate = multiple * found[kind]
         jobs += [{"settings": settings, "kind": kind, "norm": norm, "rate": rate, "seed": s} for s in settings.seeds]
     measured = iter(workers.map(measure, jobs))
     networks = {}
@@ -95,9 +99,9 @@ def run(settings: Settings, data: Data, workers: Workers) -> dict:
         mine = [next(measured) for _ in settings.seeds]
         networks[name] = {
             "shift": spread([statistics.fmean(m["steps"]) for m in mine]),
+            "relative": spread([statistics.fmean(m["relative"]) for m in mine]),
             "loss": spread([m["losses"][-1] for m in mine]),
             "steps": [statistics.fmean(v) for v in zip(*(m["steps"] for m in mine), strict=True)],
             "losses": [statistics.fmean(v) for v in zip(*(m["losses"] for m in mine), strict=True)],
-            "layers": [statistics.fmean(v) for v in zip(*(m["layers"] for m in mine), strict=True)],
         }
-    return {"rate": found, "sigmoid_rate": settings.shift.sigmoid_rate, "networks": networks}
+    return {"rates": found, "networks": networks}

@@ -73,6 +73,6 @@ def search(settings: Settings, workers: Workers, variant: Variant, share: float)
 
 def control(settings: Settings, workers: Workers, share: float = 0.0) -> dict:
     """What the search found for the network without batch norm: searched once in a run, and for free afterwards."""
-    if "control" not in workers.known:
-        workers.known["control"] = search(settings, workers, Variant(norm=False), share)
-    return workers.known["control"]
+    if "inception" not in workers.known:
+        workers.known["inception"] = search(settings, workers, Variant(norm=False), share)
+    return workers.known["inception"]
