@@ -1,8 +1,8 @@
 """In: settings, data. Out: internal covariate shift, measured: how far inputs of each layer move in a training step.
 
 A step changes the mean m and the standard deviation s of each channel of a layer's input, over the same probe images.
-The distance is that between Gaussians (2-Wasserstein), sqrt(mean((m' - m)^2 + (s' - s)^2)), over the channels; relative to
-the layer's spread over images, sqrt(mean(s^2)), and to its root mean square, sqrt(mean(m^2 + s^2)).
+The distance is that between Gaussians (2-Wasserstein), sqrt(mean((m' - m)^2 + (s' - s)^2)), over channels; relative
+to the layer's spread over images, sqrt(mean(s^2)), and to its root mean square, sqrt(mean(m^2 + s^2)).
 """
 
 import statistics
