@@ -281,7 +281,6 @@ SECTIONS: dict[str, Callable[[dict, dict], str]] = {
 
 def page(paper: dict) -> str:
     data, machine, seeds = paper["data"], paper["machine"], paper["settings"]["seeds"]
-    minutes = sum(times["wall_s"] for times in paper["times"].values()) / 60
     head = f"""# The paper's experiments, in small
 
 Ioffe & Szegedy ([Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
@@ -290,9 +289,9 @@ higher learning rates and saturating nonlinearities, and end better. `make paper
 with fastbn's batch norms: other data, smaller networks, the same questions. It also writes this page.
 
 Data: {data["name"]}, {data["train"]} images for training and {data["test"]} for the test. Seeds:
-{", ".join(map(str, seeds))}; ± is the standard deviation over them. This run took {minutes:.0f} minutes (trainings at
-once: {machine["jobs"]}) with torch {machine["torch"]}, {machine["capability"]}. Each training runs in one thread, so
-that no number but times depends on how many cores there are. On another kind of processor, or with another torch,
-rounding differs, and so do the numbers. All of them, with seeds and settings, are in `paper.json`.
+{", ".join(map(str, seeds))}; ± is the standard deviation over them. Made with torch {machine["torch"]},
+{machine["capability"]}. Each training runs in one thread, so that no number but times depends on how many cores there
+are. On another kind of processor, or with another torch, rounding differs, and so do the numbers. All of them, with
+seeds, settings and times, are in `paper.json`.
 """
     return head + "".join(SECTIONS[name](found, paper) for name, found in paper["results"].items())

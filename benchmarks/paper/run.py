@@ -33,7 +33,7 @@ import fastbn
 # Each with about how many seconds it takes on one core, for the progress bar.
 EXPERIMENTS = {
     "sigmoids": (sigmoids.run, 60),
-    "inception": (inception.run, 270),
+    "inception": (inception.run, 250),
     "ensemble": (ensemble.run, 190),
     "population": (population.run, 65),
     "batch_size": (batch_size.run, 220),
