@@ -1,7 +1,7 @@
 """In: a function and a list of jobs, each a training of its own. Out: what each returned, in the order of the jobs.
 
-A job runs in one thread, and as many of them at once as there are cores: no number depends on how many. (Two jobs on
-two cores are faster than one in two threads, too: tensors are small here.) With one, all runs in this process.
+A job runs in one thread, and as many of them at once as there are cores: no number depends on how many. With
+one core, all runs in this process.
 """
 
 import contextlib
