@@ -123,7 +123,8 @@ def inception(found: dict, paper: dict) -> str:
 
 A first convolution, {len(plan["strides"])} Inception modules (one with stride 2), {plan["steps"]} steps with
 batches of {plan["batch"]}. Plain images are easy, which leaves little room for differences. So they lie at random
-places of a canvas {2 * plan["margin"]} pixels wider and higher than they are, under Gaussian noise of standard deviation
+places of a canvas
+{2 * plan["margin"]} pixels wider and higher than they are, under Gaussian noise of standard deviation
 {plan["noise"]:g} (pixels go from 0 to 1), anew in each step; test images too, but once and for all. SGD with
 momentum 0.9; the learning rate falls exponentially to {plan["last"]:g} of its first value, for all variants alike
 (the paper lets it fall six times faster for BN-x5 and BN-x30).
