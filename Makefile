@@ -16,6 +16,7 @@ DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 latex2mathml==3.
 # Which tests `make asan` runs, and whatever else pytest takes.
 ASAN_TESTS ?= -m sanitize
 BENCH_ARGUMENTS ?=
+PAPER_ARGUMENTS ?=
 # Of `make bench-full`: seconds after which it begins nothing more (the longest case takes one minute), and where it writes.
 BENCH_SECONDS ?= 1380
 SHOWN := benchmarks/results/cpu.jsonl
@@ -55,14 +56,15 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers report asan simt simt-build simt-quick cuda-venv cuda-build \
-    gpu docs docs-serve sdist clean distclean
+.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper report asan simt simt-build simt-quick cuda-venv \
+    cuda-build gpu docs docs-serve sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make bench      time fastbn against torch (under 5 minutes), then train a small network with both"
 	@echo "make bench-full all of the benchmark, against all peers that are there: up to 25 minutes; then make report"
+	@echo "make paper      the experiments of Ioffe & Szegedy (2015) in small, with pictures: up to 15 minutes"
 	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
 	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
 	@echo "make test       lint, include check, and the tests that are not slow"
@@ -143,6 +145,11 @@ bench: build
 bench-full: build
 	$(SAY) "benchmark of everything: up to 25 minutes"
 	$(PY) benchmarks/run.py --full --seconds $(BENCH_SECONDS) --output $(SHOWN) $(BENCH_ARGUMENTS)
+
+# PAPER_ARGUMENTS="--data DIR" takes MNIST instead of digits.
+paper: build
+	$(SAY) "the paper's experiments in small: up to 15 minutes on two cores"
+	$(PY) benchmarks/paper/run.py $(PAPER_ARGUMENTS)
 
 report: venv
 	$(SAY) "README and pictures from $(SHOWN)"
