@@ -48,8 +48,8 @@ def main():
             dist.all_reduce(mean := loss.detach() / ranks)
             if rank == 0:
                 print(f"step {step}: loss {mean.item():.4f}", flush=True)
-    # A thread of Gloo's may hold a tensor of Python's for a moment longer than its collective takes, and aborts the process if
-    # Python ends meanwhile: seen with torch alone, too. While this waits, it lets go.
+    # A thread of Gloo's may hold a tensor of Python's for a moment longer than its collective takes, and aborts the
+    # process if Python ends meanwhile: seen with torch alone, too. While this waits, it lets go.
     dist.barrier()
     dist.destroy_process_group()
 

@@ -35,7 +35,7 @@ class Protocol:
     seconds: float  # to spend on a comparison, in equal parts for the variants
     least_rounds: int = 5
     most_rounds: int = 40
-    # Those of `others` that take HOPELESS times as long as `base` cannot be the fastest of the peers: they get one round.
+    # Those of `others` that take HOPELESS times as long as `base` cannot be the fastest of the peers: one round each.
     base: str = ""
     others: tuple[str, ...] = ()
 
