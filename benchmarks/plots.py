@@ -236,11 +236,12 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
             speed, error = points[peer]
             right.plot(speed, error, marker=MARKERS[index], color=PEER_COLOURS[index], markersize=9, linestyle="none")
             # above and below in turns: peers are often close together
-            offset = (8, 4) if index % 2 == 0 else (8, -12)
+            offset = (8, 5) if index % 2 == 0 else (8, -14)
             right.annotate(peer, (speed, error), xytext=offset, textcoords="offset points", fontsize=9)
     right.set_xscale("log")
     right.set_yscale("log")
     right.xaxis.set_major_formatter(FuncFormatter(plain))
+    right.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     right.xaxis.set_minor_formatter(FuncFormatter(plain))
     right.margins(0.25)
     right.set_xlabel("speed-up over eager torch, forward + backward\n(geometric mean of ResNet-50's shapes; log scale)")
