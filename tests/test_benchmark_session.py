@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,10 @@ def test_the_program_runs_resumes_and_compares(bench, tmp_path):
 def test_ctrl_c_keeps_what_was_measured(bench, tmp_path):
     path = tmp_path / "r.jsonl"
     command = [*small_run(path, "--suites", "small", "odd", "1d", "3d"), "--full", "--peers", "torch"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # What a shell starts in the background ignores Ctrl-C, and so would what the tests start then.
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=hearing) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (path.exists() and path.read_text().count('"done"') >= 2):
             time.sleep(0.05)
