@@ -37,12 +37,7 @@ COLOURS = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 # Of fastbn, torch, and the others.
 PEER_COLOURS = [COLOURS[i] for i in (0, 2, 4, 5, 3, 1, 6, 7)]
-STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "svg.hashsalt": "fastbn", "figure.constrained_layout.use": True,
-}  # fmt: skip
+STYLE = Path(__file__).with_name("pictures.mplstyle")
 TRAINING = ("forward", "forward+backward")
 
 
@@ -264,7 +259,7 @@ def draw(records: list[Record], folder: Path, suffix: str = "svg") -> Iterable[P
     folder.mkdir(parents=True, exist_ok=True)
     source = hashlib.sha256(repr(records).encode()).hexdigest()
     for name, plot in PLOTS.items():
-        with plt.rc_context(STYLE):
+        with plt.style.context(STYLE):
             drawing = plot(records)
             if drawing is None:
                 continue

@@ -26,12 +26,7 @@ COLOURS = {
     "Inception-Sigmoid": GREY, "without": BLACK, "with": BLUE, "sigmoids": GREY, "sigmoids, BN": ORANGE,
 }  # fmt: skip
 NORM = {"without": "without batch norm", "with": "with batch norm"}
-STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "svg.hashsalt": "fastbn", "figure.constrained_layout.use": True,
-}  # fmt: skip
+STYLE = Path(__file__).parents[1] / "pictures.mplstyle"
 LABEL_GAP = 12  # points between labels of neighbouring lines
 
 
@@ -224,7 +219,7 @@ PLOTS: dict[str, Callable[[dict, dict], Figure]] = {
 def draw(paper: dict, folder: Path, suffixes: tuple[str, ...] = ("svg", "png")) -> None:
     """Pictures of each experiment that was run, named after it."""
     for name, found in paper["results"].items():
-        with plt.rc_context(STYLE):
+        with plt.style.context(STYLE):
             drawing = PLOTS[name](found, paper)
             for suffix in suffixes:
                 # no date, so that the same results make the same file
