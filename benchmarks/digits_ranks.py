@@ -15,12 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastbn
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    steps = parser.parse_args().steps
-    gpus = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpus else "gloo")
+def train(steps, gpus):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
     if gpus:
@@ -48,8 +43,18 @@ def main():
             dist.all_reduce(mean := loss.detach() / ranks)
             if rank == 0:
                 print(f"step {step}: loss {mean.item():.4f}", flush=True)
-    # A thread of Gloo's may hold a tensor of Python's for a moment longer than its collective takes, and aborts the
-    # process if Python ends meanwhile: seen with torch alone, too. While this waits, it lets go.
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    steps = parser.parse_args().steps
+    gpus = torch.cuda.is_available()
+    dist.init_process_group("nccl" if gpus else "gloo")
+    train(steps, gpus)
+    # A thread of Gloo's may hold something of Python's for a moment longer than its collective takes. It aborts the
+    # process if Python ends meanwhile, and deadlocks if a DDP model is what destroys the group: both seen with torch
+    # alone. So the model is gone already, and while this waits, the thread lets go.
     dist.barrier()
     dist.destroy_process_group()
 
