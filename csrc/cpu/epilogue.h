@@ -68,6 +68,7 @@ FASTBN_HD auto blocked_by(Vec<A> z, Activation activation) {
 // What makes y of z, in place. in_slots(): it fills a mask.
 template <class T>
 struct Plain {
+  FASTBN_HD void prefetch(int64_t) const {}
   FASTBN_HD bool in_slots() const { return false; }
   template <class Access>
   FASTBN_HD void operator()(const Access&, Pack<T>&, int64_t, int64_t) const {}
@@ -79,6 +80,9 @@ struct Rectified {
   const T* residual;
   void* mask;
 
+  FASTBN_HD void prefetch(int64_t i) const {
+    if constexpr (with_residual) fetch(residual + i);
+  }
   FASTBN_HD bool in_slots() const { return with_residual && mask != nullptr; }
   template <class Access>
   FASTBN_HD void operator()(const Access& access, Pack<T>& z, int64_t i, int64_t slot) const {
@@ -103,6 +107,9 @@ struct Activated {
   Activation activation;
   A param;
 
+  FASTBN_HD void prefetch(int64_t i) const {
+    if (residual != nullptr) fetch(residual + i);
+  }
   FASTBN_HD bool in_slots() const { return mask != nullptr; }
   template <class Access>
   FASTBN_HD void operator()(const Access& access, Pack<T>& z, int64_t i, int64_t slot) const {

@@ -93,15 +93,15 @@ struct PairOfSums {
   }
 };
 
-// out[i] = f(access, i) for the packs of a run, each value written once but for the overlap at the end. With Stream,
-// whole cache lines go past the cache; packs then begin at multiples of their size only if a vector at out is aligned.
-template <bool Stream, class T, class F>
-FASTBN_HD void map_run(T* out, int64_t length, const F& f) {
+// out[i] = f(access, i) for the packs of a run, each value written once but for the overlap at the end. Past the cache
+// go whole lines; packs then begin at multiples of their size only if a vector at out is aligned.
+template <class T, class Access, class F>
+FASTBN_HD void map_run(const Access& access, T* out, int64_t length, const F& f) {
   constexpr int size = Pack<T>::size;
   constexpr int unroll = 4;
   const WholePack<T> whole;
   int64_t i = 0;
-  if constexpr (Stream) {
+  if constexpr (Access::streams) {
     constexpr int64_t line = 64;
     const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(out) % line);
     if (misaligned != 0) {
@@ -110,8 +110,6 @@ FASTBN_HD void map_run(T* out, int64_t length, const F& f) {
       i = head;
     }
   }
-  using Access = std::conditional_t<Stream, StreamedPack<T>, WholePack<T>>;
-  const Access access;
   for (; i + size * unroll <= length; i += size * unroll) {
     for (int u = 0; u < unroll; ++u) access.store(f(access, i + u * size), out + i + u * size);
   }

@@ -1,16 +1,6 @@
 // In: packs of the tensors and coefficients of their channels. Out: what each pass makes of a pack: terms of its sums,
 // or the pack of its result. The same for both walks.
 
-// Into the second-level cache: the first has few places for lines under way, and channels_last tensors past the cache
-// took up to 1.5 times as long with it.
-template <class T>
-FASTBN_HD void fetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
-}
-// How far ahead of what is read. Memory answers after 100 ns or more, in which a thread reads 3 KB; 4 KB were as good
-// for runs, 16 KB as good everywhere, and 1 KB was too late.
-constexpr int64_t bytes_ahead = 8 << 10;
-
 // Terms a and b of the sums of a and of a * b.
 template <class T>
 struct Deviations {
@@ -54,6 +44,7 @@ struct Apply {
   End end;
 
   FASTBN_HD void prefetch(int64_t i) const { fetch(x + i); }
+  FASTBN_HD void prefetch_beside(int64_t i) const { end.prefetch(i); }
   FASTBN_HD bool in_slots() const { return end.in_slots(); }
   template <class Access>
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
@@ -73,6 +64,7 @@ struct GradApply {
   Source source;
 
   FASTBN_HD void prefetch(int64_t i) const { fetch(x + i), fetch(source.dy + i); }
+  FASTBN_HD void prefetch_beside(int64_t) const {}
   FASTBN_HD bool in_slots() const { return source.in_slots(); }
   template <class Access>
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
@@ -96,6 +88,7 @@ struct ScaleOnly {
   Source source;
 
   FASTBN_HD void prefetch(int64_t i) const { fetch(x + i), fetch(source.dy + i); }
+  FASTBN_HD void prefetch_beside(int64_t) const {}
   FASTBN_HD bool in_slots() const { return source.in_slots(); }
   template <class Access>
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,

@@ -1,8 +1,14 @@
 // In: a plan, an item of channels and a segment of the batch. Out: the four primitives on that piece:
 // sums for stats and grad_stats, and map for apply and grad_apply. One struct for each walk, with the same members.
 
-// Values of one channel that are looked at to guess its mean before it is summed.
-constexpr int64_t samples = 8;
+// How far the guess of a mean may be from it, squared, in standard deviations: 2 leave float sums 0.2 of their
+// precision, 1000 leave double sums of floats plenty.
+template <class T>
+constexpr double pivot_allowed = sizeof(sum_t<T>) == sizeof(acc_t<T>) ? 2.0 * 2.0 : 1e3 * 1e3;
+// Values of one channel that are looked at to guess its mean before it is summed. No value of n is farther from their
+// mean than sqrt(n) standard deviations: where a thousand are allowed, any one will do.
+template <class T>
+constexpr int64_t samples = sizeof(sum_t<T>) == sizeof(acc_t<T>) ? 8 : 1;
 
 struct Piece {
   int64_t first_channel, channels;
@@ -12,9 +18,7 @@ struct Piece {
 // What is wrong with a guess shows in the sums. True: read the piece once more with the better pivot.
 template <class T>
 FASTBN_HD bool improve_pivot(double n, double sum, const Moments& m, sum_t<T>& pivot) {
-  // In standard deviations: 2 leave float sums 0.2 of their precision, 1000 leave double sums of floats plenty.
-  constexpr double allowed = sizeof(sum_t<T>) == sizeof(acc_t<T>) ? 2.0 * 2.0 : 1e3 * 1e3;
-  if (pivot_was_good(n, sum, m, allowed)) return false;
+  if (pivot_was_good(n, sum, m, pivot_allowed<T>)) return false;
   const sum_t<T> better = pivot_near<T>(m.mean);
   const bool differs = better != pivot;
   pivot = better;
@@ -62,7 +66,7 @@ struct RunsWalk {
   E guess(const T* x, const Piece& piece, int64_t k) const {
     int64_t runs = 0;
     each_run(piece, k, false, [&](const Run&) { ++runs; });
-    const int64_t apart = ceil_div(runs, samples);
+    const int64_t apart = ceil_div(runs, samples<T>);
     double sum = 0;
     int64_t number = 0, n = 0;
     each_run(piece, k, false, [&](const Run& run) {
@@ -136,14 +140,15 @@ struct RunsWalk {
         const int64_t next = memory.next;
         const auto g = [&, f, run, unread, next](const auto& access, int64_t i) FASTBN_INLINE {
           if (unread) f.prefetch(ahead<T>(run, i));
+          f.prefetch_beside(ahead<T>(run, i));
           if (next != 0) f.prefetch(run.offset + i + next);
           return f(access, run.offset + i, run.slot + slot_of<T>(i), c);
         };
         const bool in_order = reinterpret_cast<uintptr_t>(out + run.offset) % vector_bytes == 0;
         if (memory.streamed && (in_order || !f.in_slots())) {
-          map_run<true>(out + run.offset, run.length, g);
+          map_run(StreamedPack<T>(memory.both), out + run.offset, run.length, g);
         } else {
-          map_run<false>(out + run.offset, run.length, g);
+          map_run(WholePack<T>{}, out + run.offset, run.length, g);
         }
       });
     }
@@ -216,35 +221,43 @@ struct ColumnsWalk {
     sum_terms(block, piece, pivot, {}, sum, squares, Deviations<T>{x});
   }
 
-  void guess(const T* x, const Piece& piece, E* pivot, double* sum, double* squares) const {
-    memset(pivot, 0, piece.channels * sizeof(E));
-    memset(sum, 0, piece.channels * sizeof(double));
-    each_block(piece, [&](const Block& block) {
-      if (block.stride == 0 && block.start != 0) return;  // the spare elements
-      const int64_t a_row = larger<int64_t>(1, block.columns / piece.channels);
-      Block sample = block;
-      sample.rows = smaller(block.rows, ceil_div(samples, a_row));
-      sample.stride = block.stride * (block.rows / sample.rows);
-      shifted_sums(sample, x, piece, pivot, sum, squares);
-      const double n = double(sample.rows * a_row);
-      for (int64_t k = 0; k < piece.channels; ++k) pivot[k] = pivot_near<T>(sum[k] / n);
-    });
+  // From some of the values of each channel that the first rows of a piece hold.
+  void guess(const T* x, const Piece& piece, E* pivot) const {
+    double sum[max_columns] = {};
+    const int64_t a_channel = plan.columns_a_channel, C = piece.channels;
+    const int64_t first = piece.segment * plan.segment_rows;
+    const int64_t rows = smaller(plan.segment_rows, plan.rows - first);
+    const int64_t taken = a_channel == 1 ? smaller(rows, samples<T>) : 1, a_row = a_channel == 1 ? 1 : samples<T>;
+    for (int64_t i = 0; i < taken; ++i) {
+      const T* row = x + (first + i * (rows / taken)) * plan.columns + piece.first_channel * a_channel;
+      for (int64_t k = 0; k < a_row; ++k) {
+        const T* at = row + k * 37 % a_channel;
+        for (int64_t c = 0; c < C; ++c) sum[c] += double(to_acc(at[c * a_channel]));
+      }
+    }
+    for (int64_t c = 0; c < C; ++c) pivot[c] = pivot_near<T>(sum[c] / double(taken * a_row));
   }
 
   void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
     const double n = double(count(piece));
     E pivot[max_columns];
     double sum[max_columns], squares[max_columns];
-    guess(x, piece, pivot, sum, squares);
+    guess(x, piece, pivot);
     for (int round = 0; round < 2; ++round) {
       memset(sum, 0, piece.channels * sizeof(double));
       memset(squares, 0, piece.channels * sizeof(double));
       each_block(piece, [&](const Block& block) { shifted_sums(block, x, piece, pivot, sum, squares); });
-      bool again = false;
+      // Two loops, because nearly always there is nothing to do in the second, and the first has no branches.
+      int64_t bad = 0;
       for (int64_t k = 0; k < piece.channels; ++k) {
         const Moments m = from_shifted_sums(n, double(pivot[k]), sum[k], squares[k]);
         mean[k] = m.mean, m2[k] = m.m2;
-        again |= improve_pivot<T>(n, sum[k], m, pivot[k]);
+        bad += !pivot_was_good(n, sum[k], m, pivot_allowed<T>);
+      }
+      if (bad == 0) return;
+      bool again = false;
+      for (int64_t k = 0; k < piece.channels; ++k) {
+        again |= improve_pivot<T>(n, sum[k], {n, mean[k], m2[k]}, pivot[k]);
       }
       if (!again) break;
     }
