@@ -141,7 +141,7 @@ struct Columns {
       if constexpr (F::needs_z) z = {L::load(for_z.of[0] + p), L::load(for_z.of[1] + p), L::load(for_z.of[2] + p)};
       S sum = S::load(s + p), dot = S::load(q + p);
       for (int r = 0; r < Rows; ++r) {
-        if (near) f.prefetch(at + r * apart + ahead);
+        f.prefetch(at + r * apart + (near ? ahead : Rows * apart));
         S x, y;
         f(a, at + r * apart, slots + r * slots_apart, c, z, x, y);
         for (int k = 0; k < S::vectors; ++k) sum.v[k] += x.v[k], dot.v[k] += x.v[k] * y.v[k];
@@ -188,9 +188,11 @@ struct Columns {
       // that have just been summed, which are in the cache; and what nobody has read in any case.
       for (int r = 0; r < Rows; ++r) {
         const int64_t row = at + r * apart, then = row + (near ? ahead : Rows * apart);
-        if (near || (Access::streams && unread)) f.prefetch(then);
+        if (near || unread) f.prefetch(then);
         f.prefetch_beside(then);
         if (next != 0) f.prefetch(row + next);
+        // Outputs of channels_last that stay in the cache: 0.7 to 0.95 of the time where it holds other data before.
+        if (near && !Access::streams) fetch(out + then);
       }
       // All loads before the first store: rows often lie a multiple of 4 KiB apart, where a load behind a store
       // looks to the processor as if it read what was stored.
