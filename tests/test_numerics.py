@@ -54,10 +54,11 @@ def test_constant_channel_in_other_types(device, dtype, value):
 
 @LAYOUTS
 @pytest.mark.parametrize("magnitude", [1e18, 1e20, 1e30, 1e36])
-def test_huge_values_in_float32(device, layout, magnitude):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_values(device, layout, magnitude, dtype):
     """Squares overflow float32. torch sums in double and is right, so this has to be right as well."""
-    x = (torch.randn(6, 3, 5, 5, device=device) * magnitude).contiguous(memory_format=layout)
-    check(x, stats=False)
+    x = (torch.randn(6, 3, 5, 5, device=device) * magnitude).to(dtype).contiguous(memory_format=layout)
+    check(x, param_dtype=torch.float32, stats=False)
     y = train(x)
     assert torch.isfinite(y).all() and abs(y.double().std(correction=0) - 1) < 1e-3
 

@@ -252,7 +252,7 @@ struct ColumnsWalk {
       for (int64_t k = 0; k < piece.channels; ++k) {
         const Moments m = from_shifted_sums(n, double(pivot[k]), sum[k], squares[k]);
         mean[k] = m.mean, m2[k] = m.m2;
-        bad += !pivot_was_good(n, sum[k], m, pivot_allowed<T>);
+        bad += !pivot_was_good(n, sum[k], m, pivot_allowed<T>) || !__builtin_isfinite(m.m2);
       }
       if (bad == 0) return;
       bool again = false;
