@@ -52,12 +52,21 @@ def test_constant_channel_in_other_types(device, dtype, value):
     assert torch.equal(train(x), torch.zeros_like(x))
 
 
+@pytest.mark.simt_quick
 @LAYOUTS
 @pytest.mark.parametrize("magnitude", [1e18, 1e20, 1e30, 1e36])
+@pytest.mark.parametrize("shape", [(6, 3, 5, 5), (5, 16, 6, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_huge_values(device, layout, magnitude, dtype):
-    """Squares overflow float32. torch sums in double and is right, so this has to be right as well."""
-    x = (torch.randn(6, 3, 5, 5, device=device) * magnitude).to(dtype).contiguous(memory_format=layout)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_huge_values(device, layout, magnitude, shape, dtype, aligned):
+    """Squares overflow float32. torch sums in double on the CPU and is right, so this has to be right as well. What is
+    not aligned, CUDA reads twice; and of two channels beside each other, only one is huge."""
+    x = (torch.randn(shape, device=device) * magnitude).to(dtype)
+    x[:, 1] /= magnitude
+    x = x.contiguous(memory_format=layout)
+    if not aligned:
+        moved = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].as_strided(x.shape, x.stride())
+        x = moved.copy_(x)
     check(x, param_dtype=torch.float32, stats=False)
     y = train(x)
     assert torch.isfinite(y).all() and abs(y.double().std(correction=0) - 1) < 1e-3

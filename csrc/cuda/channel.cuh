@@ -8,6 +8,13 @@
 
 namespace fastbn::cuda {
 
+// Of T whose sums are in a float that squares of large T do not fit into, another row: a factor for the differences, a
+// power of two. It costs nothing, a product and a sum are one operation.
+template <class T>
+constexpr int pivot_rows = std::is_same_v<T, BFloat16> ? 2 : 1;
+// The largest value times it squares to 2^112, and what did not fit without it keeps its digits.
+constexpr float factor_of_large = 0x1p-72f;
+
 // The value nearest the middle of a channel that costs nothing to find: one of the share's first. Sums of differences
 // from it keep the digits that sums of the values would lose.
 template <class T, class Walk, class A>
@@ -15,15 +22,31 @@ FASTBN_D void choose_pivots(const Walk& walk, const T* x, const Scratch<A>& scra
   if (const int c = int(threadIdx.x); c < channels) {
     const int64_t at = walk.some_value(c);
     const A value = at < 0 ? A(0) : to_acc(load(x + at));
+    if constexpr (pivot_rows<T> == 2) scratch.at(1, c) = 1;
     scratch.at(0, c) = value - value == 0 ? value : A(0);  // an infinite one would spoil the others
   }
   __syncthreads();
 }
 
-// The share's moments from its sums of differences, to scratch.packet. True if a pivot was so far from the mean that
-// digits were lost: then that pivot is the mean found, for another try; the other channels' will find the same sums
-// again. All threads call it.
-template <class A>
+// x less its pivot, as it is summed.
+template <class T, int slots, class A>
+FASTBN_D sum_t<T, slots> difference(A x, const A (&pivot)[pivot_rows<T>][slots], int slot) {
+  using S = sum_t<T, slots>;
+  if constexpr (pivot_rows<T> == 2) {
+    return std::fma(x, pivot[1][slot], -pivot[0][slot] * pivot[1][slot]);
+  } else {
+    return S(x) - S(pivot[0][slot]);
+  }
+}
+
+// Tries at the sums of a share: with a factor if they overflow, with another pivot if that was far from the mean.
+template <class T>
+constexpr int attempts = 1 + pivot_rows<T>;
+
+// The share's moments from its sums of differences, to scratch.packet. True if they overflowed, or if a pivot was so far
+// from the mean that digits were lost: then that pivot is the mean found, for another try; the other channels' will find
+// the same sums again. All threads call it.
+template <class T, class A>
 FASTBN_D bool moments_of_share(const Share& share, const Scratch<A>& scratch) {
   // Float sums of squares lose a bit where the distance is one standard deviation, and four where it is four.
   constexpr double allowed = 16;
@@ -31,10 +54,18 @@ FASTBN_D bool moments_of_share(const Share& share, const Scratch<A>& scratch) {
   Moments m{};
   bool bad = false;
   if (c < share.channels) {
-    const Sums sums = scratch.template packet<Sums>(c);
+    Sums sums = scratch.template packet<Sums>(c);
+    bool overflows = false;
+    if constexpr (pivot_rows<T> == 2) {
+      const double factor = scratch.at(1, c);
+      sums.first /= factor, sums.second /= factor * factor;
+      overflows = !(sums.second - sums.second == 0) && factor == 1;
+      if (overflows) scratch.at(1, c) = factor_of_large;
+    }
     m = from_shifted_sums(share.count, double(scratch.at(0, c)), sums.first, sums.second);
     const A mean = A(m.mean);
     bad = !pivot_was_good(share.count, sums.first, m, allowed) && mean - mean == 0 && mean != scratch.at(0, c);
+    if (overflows) bad = true, m.mean = scratch.at(0, c);  // the sums say nothing of the pivot
   }
   __syncthreads();  // the packets lie where the sums were
   if (c < share.channels) {

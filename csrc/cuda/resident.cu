@@ -13,7 +13,6 @@ template <class T, class Walk, class Ending>
 __global__ void __launch_bounds__(threads_a_block, 4)
     resident(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters) {
   using A = acc_t<T>;
-  using S = sum_t<T, Walk::slots>;
   constexpr int V = full_vector<T>;
   FASTBN_DYNAMIC_SHARED(shared);
   const unsigned group = blockIdx.x / g.blocks_an_item, rank = blockIdx.x % g.blocks_an_item;
@@ -32,8 +31,8 @@ __global__ void __launch_bounds__(threads_a_block, 4)
 
     choose_pivots(walk, x, scratch, share.channels);
 #pragma unroll 1
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      A pivot[1][Walk::slots];
+    for (int attempt = 0; attempt < attempts<T>; ++attempt) {
+      A pivot[pivot_rows<T>][Walk::slots];
       take(walk, scratch, pivot);
       ThreadSums<T, Walk::slots, Walk::slots == 1> sums;
       meet_all(
@@ -42,13 +41,13 @@ __global__ void __launch_bounds__(threads_a_block, 4)
             A value[V];
             widen<T, V>(shared_load16(slice.at(walk, step)), value);
             each_element<V, Walk::slots>(p, [&](int j, int slot) {
-              const S d = S(value[j]) - S(pivot[0][slot]);
+              const auto d = difference<T>(value[j], pivot, slot);
               sums.add(slot, d, d);
             });
           },
           [&] { sums.flush(); });
       block_sums(walk, sums.firsts(), sums.seconds(), scratch);
-      if (!moments_of_share(share, scratch)) break;
+      if (!moments_of_share<T>(share, scratch)) break;
     }
 
     if (g.blocks_an_item > 1) {

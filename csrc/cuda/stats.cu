@@ -16,8 +16,7 @@ template <class T, class Walk, int V>
 FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& scratch,
                               ThreadSums<T, Walk::slots, true>& sums) {
   using A = acc_t<T>;
-  using S = sum_t<T, Walk::slots>;
-  A pivot[1][Walk::slots];
+  A pivot[pivot_rows<T>][Walk::slots];
   take(walk, scratch, pivot);
   walk.start();
   while (walk.more()) {
@@ -30,7 +29,7 @@ FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& s
             A value[V];
             widen<T, V>(raw[u], value);
             each_element<V, Walk::slots>(p, [&](int j, int slot) {
-              const S d = S(value[j]) - S(pivot[0][slot]);
+              const auto d = difference<T>(value[j], pivot, slot);
               sums.add(slot, d, d);
             });
           });
@@ -53,11 +52,11 @@ __global__ void __launch_bounds__(threads_a_block, 2)
 
   choose_pivots(walk, x, scratch, share.channels);
 #pragma unroll 1
-  for (int attempt = 0; attempt < 2; ++attempt) {
+  for (int attempt = 0; attempt < attempts<T>; ++attempt) {
     ThreadSums<T, Walk::slots, true> sums;
     sum_differences<T, Walk, V>(walk, x, scratch, sums);
     block_sums(walk, sums.firsts(), sums.seconds(), scratch);
-    if (!moments_of_share(share, scratch)) break;
+    if (!moments_of_share<T>(share, scratch)) break;
   }
 
   const int c = int(threadIdx.x);
