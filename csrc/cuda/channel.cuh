@@ -43,9 +43,9 @@ FASTBN_D sum_t<T, slots> difference(A x, const A (&pivot)[pivot_rows<T>][slots],
 template <class T>
 constexpr int attempts = 1 + pivot_rows<T>;
 
-// The share's moments from its sums of differences, to scratch.packet. True if they overflowed, or if a pivot was so far
-// from the mean that digits were lost: then that pivot is the mean found, for another try; the other channels' will find
-// the same sums again. All threads call it.
+// The share's moments from its sums of differences, to scratch.packet. True if they overflowed, or if a pivot was so
+// far from the mean that digits were lost: then that pivot is the mean found, for another try; the other channels' will
+// find the same sums again. All threads call it.
 template <class T, class A>
 FASTBN_D bool moments_of_share(const Share& share, const Scratch<A>& scratch) {
   // Float sums of squares lose a bit where the distance is one standard deviation, and four where it is four.
