@@ -29,7 +29,7 @@ const Capability* capabilities() {
   static const Capability all[] = {
       {"avx512", 64,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"),
        avx512::run_forward, avx512::run_backward},
       {"avx2", 32, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        avx2::run_forward, avx2::run_backward},

@@ -7,7 +7,8 @@ FASTBN_HD Vec<A> normalized(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> shift) {
   return (x - mean) * scale + shift;
 }
 
-// One bit for each value of a pack, in the order of its lanes.
+// One bit for each value of a pack: whether an activation let it pass. In the order of memory; but those of a pack of
+// bfloat16 in the order of its lanes, without AVX-512.
 template <class T>
 struct Bits {
   using P = Pack<T>;
@@ -29,19 +30,36 @@ struct Bits {
     return bits;
 #endif
   }
-  static FASTBN_HD Truth spread(uint32_t bits) {
-    Truth lane;
-    for (int i = 0; i < P::lanes; ++i) lane[i] = Lane(1) << i;
-    return (broadcast<Lane>(Lane(bits)) & lane) != 0;
-  }
-  static FASTBN_HD void store(const Truth (&t)[P::vectors], void* mask, int64_t slot) {
+  static FASTBN_HD void store(const Truth (&blocked)[P::vectors], void* mask, int64_t slot) {
     uint32_t bits = 0;
-    for (int k = 0; k < P::vectors; ++k) bits |= gather(t[k]) << (k * P::lanes);
-    static_cast<Word*>(mask)[slot] = Word(bits);
+#if FASTBN_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      bits = _pdep_u32(gather(blocked[0]), 0x55555555u) | _pdep_u32(gather(blocked[1]), 0xaaaaaaaau);
+    } else
+#endif
+    {
+      for (int k = 0; k < P::vectors; ++k) bits |= gather(blocked[k]) << (k * P::lanes);
+    }
+    static_cast<Word*>(mask)[slot] = Word(~bits);
   }
-  static FASTBN_HD void load(const void* mask, int64_t slot, Truth (&t)[P::vectors]) {
-    const uint32_t bits = static_cast<const Word*>(mask)[slot];
-    for (int k = 0; k < P::vectors; ++k) t[k] = spread(bits >> (k * P::lanes));
+  // Of a pack as it is in memory, what passes; zeros in place of the rest.
+  static FASTBN_HD Vec<float> passing(Vec<float> pack, const void* mask, int64_t slot) {
+    const Word bits = static_cast<const Word*>(mask)[slot];
+#if FASTBN_VECTOR_BYTES == 64
+    const __m512i all = (__m512i)pack;
+    if constexpr (sizeof(T) == 2) return (Vec<float>)_mm512_maskz_mov_epi16(bits, all);
+    if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_mov_epi32(bits, all);
+    if constexpr (sizeof(T) == 8) return (Vec<float>)_mm512_maskz_mov_epi64(bits, all);
+#else
+    using Element =
+        std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+    using Elements = typename VectorOf<Element>::type;
+    Elements bit;
+    for (int i = 0; i < P::size; ++i) {
+      bit[i] = Element(Element(1) << (std::is_same_v<T, BFloat16> ? i / 2 + i % 2 * P::lanes : i));
+    }
+    return (Vec<float>)((Elements)pack & (Elements)((broadcast<Element>(bits) & bit) == bit));
+#endif
   }
 };
 
@@ -148,15 +166,18 @@ struct ForZ {
   Lanes<T, acc_t<T>> mean, scale, shift;
 };
 
-// What makes dz: from dy, and x where it needs z. in_slots(): it reads a mask.
+// What makes dz: from dy, and x where it needs z. in_slots(): it reads a mask. bits: dz as it is in memory, of those
+// that have_bits, where that is less work than to round dz.
 template <class T>
 struct PlainGradient {
-  static constexpr bool needs_z = false;
+  static constexpr bool needs_z = false, has_bits = true;
   const T* dy;
 
   FASTBN_HD bool in_slots() const { return false; }
   template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>&, const ForZ<T>&) const {
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>&, const ForZ<T>&,
+                               Vec<float>& bits) const {
+    bits = access.bits(dy + i);
     return access.load(dy + i);
   }
 };
@@ -164,12 +185,13 @@ struct PlainGradient {
 template <class T>
 struct RectifiedGradient {
   using A = acc_t<T>;
-  static constexpr bool needs_z = true;
+  static constexpr bool needs_z = true, has_bits = false;
   const T* dy;
 
   FASTBN_HD bool in_slots() const { return false; }
   template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>& x, const ForZ<T>& c) const {
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>& x, const ForZ<T>& c,
+                               Vec<float>&) const {
     Pack<T> dz = access.load(dy + i);
     for (int k = 0; k < dz.vectors; ++k) {
       const Vec<A> z = normalized<A>(x.v[k], c.mean.v[k], c.scale.v[k], c.shift.v[k]);
@@ -182,22 +204,22 @@ struct RectifiedGradient {
 template <class T>
 struct MaskedGradient {
   using A = acc_t<T>;
-  static constexpr bool needs_z = false;
+  static constexpr bool needs_z = false, has_bits = true;
   const T* dy;
   const void* mask;
   A slope;
 
   FASTBN_HD bool in_slots() const { return true; }
   template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot, const Pack<T>&, const ForZ<T>&) const {
-    Pack<T> dz = access.load(dy + i);
-    typename Bits<T>::Truth t[Pack<T>::vectors];
-    Bits<T>::load(mask, slot, t);
-    // Not by a product with a slope of zero: an infinite dy would become a NaN.
-    if (slope == 0) {
-      for (int k = 0; k < dz.vectors; ++k) dz.v[k] = t[k] ? Vec<A>{} : dz.v[k];
-    } else {
-      for (int k = 0; k < dz.vectors; ++k) dz.v[k] = t[k] ? dz.v[k] * slope : dz.v[k];
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot, const Pack<T>&, const ForZ<T>&,
+                               Vec<float>& bits) const {
+    const Vec<float> all = access.bits(dy + i);
+    bits = Bits<T>::passing(all, mask, slot);
+    Pack<T> dz = Pack<T>::of(bits);
+    if (slope != 0) {  // not by a product with a slope of zero: an infinite dy would become a NaN
+      const Pack<T> blocked = Pack<T>::of((Vec<float>)((Words)all ^ (Words)bits));
+      for (int k = 0; k < dz.vectors; ++k) dz.v[k] += blocked.v[k] * slope;
+      bits = dz.bits();
     }
     return dz;
   }
@@ -206,7 +228,7 @@ struct MaskedGradient {
 template <class T>
 struct ActivatedGradient {
   using A = acc_t<T>;
-  static constexpr bool needs_z = true;
+  static constexpr bool needs_z = true, has_bits = false;
   const T* dy;
   const T* residual;  // or nullptr
   Activation activation;
@@ -214,7 +236,8 @@ struct ActivatedGradient {
 
   FASTBN_HD bool in_slots() const { return false; }
   template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>& x, const ForZ<T>& c) const {
+  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>& x, const ForZ<T>& c,
+                               Vec<float>&) const {
     Pack<T> dz = access.load(dy + i), z;
     for (int k = 0; k < dz.vectors; ++k) z.v[k] = normalized<A>(x.v[k], c.mean.v[k], c.scale.v[k], c.shift.v[k]);
     if (residual != nullptr) {

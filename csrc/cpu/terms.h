@@ -30,7 +30,8 @@ struct GradTerms {
   FASTBN_HD void operator()(const Access& access, int64_t i, int64_t slot, const S& pivot, const ForZ<T>& z, S& a,
                             S& b) const {
     const Pack<T> value = access.load(x + i);
-    a = lanes_of<sum_t<T>>(source(access, i, slot, value, z));
+    Vec<float> bits;
+    a = lanes_of<sum_t<T>>(source(access, i, slot, value, z, bits));
     b = lanes_of<sum_t<T>>(value);
     for (int k = 0; k < S::vectors; ++k) b.v[k] -= pivot.v[k];
   }
@@ -56,6 +57,12 @@ struct Apply {
   }
 };
 
+// dz to the gradient of the residual, if there is one.
+template <class Source, class T, class Access>
+FASTBN_HD void keep(const Access& access, const Pack<T>& dz, Vec<float> bits, T* grad_residual, int64_t i) {
+  if (grad_residual != nullptr) access.store_beside(Source::has_bits ? bits : dz.bits(), grad_residual + i);
+}
+
 template <class T, class Source>
 struct GradApply {
   static constexpr int count = Source::needs_z ? 5 : 4;  // mean, x_scale, scale, shift, shift of z
@@ -70,8 +77,9 @@ struct GradApply {
   FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot,
                                const Lanes<T, acc_t<T>> (&c)[count]) const {
     const Pack<T> value = access.load(x + i);
-    Pack<T> v = source(access, i, slot, value, ForZ<T>{c[0], c[2], c[count - 1]});
-    if (grad_residual != nullptr) access.store_beside(v, grad_residual + i);
+    Vec<float> bits;
+    Pack<T> v = source(access, i, slot, value, ForZ<T>{c[0], c[2], c[count - 1]}, bits);
+    keep<Source>(access, v, bits, grad_residual, i);
     for (int k = 0; k < v.vectors; ++k) {
       v.v[k] = (v.v[k] + (value.v[k] - c[0].v[k]) * c[1].v[k]) * c[2].v[k] + c[3].v[k];
     }
@@ -95,8 +103,9 @@ struct ScaleOnly {
                                const Lanes<T, acc_t<T>> (&c)[count]) const {
     Pack<T> value{};
     if constexpr (Source::needs_z) value = access.load(x + i);
-    Pack<T> v = source(access, i, slot, value, ForZ<T>{c[count / 2], c[0], c[count - 1]});
-    if (grad_residual != nullptr) access.store_beside(v, grad_residual + i);
+    Vec<float> bits;
+    Pack<T> v = source(access, i, slot, value, ForZ<T>{c[count / 2], c[0], c[count - 1]}, bits);
+    keep<Source>(access, v, bits, grad_residual, i);
     for (int k = 0; k < v.vectors; ++k) v.v[k] *= c[0].v[k];
     return v;
   }

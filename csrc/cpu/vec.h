@@ -43,20 +43,28 @@ using Words = VectorOf<uint32_t>::type;
 
 // A word of two bfloat16 becomes the even value and the odd one with one operation each, and back: the lanes of a
 // pack of bfloat16 are the even elements, then the odd ones.
-FASTBN_HD void widen(const BFloat16* p, Vec<float> (&v)[2]) {
-  const Words words = load_bits<Words>(p);
-  v[0] = (Vec<float>)(words << 16);
-  v[1] = (Vec<float>)(words & 0xffff0000u);
+FASTBN_HD void widen(Vec<float> bits, BFloat16*, Vec<float> (&v)[2]) {
+  v[0] = (Vec<float>)((Words)bits << 16);
+  v[1] = (Vec<float>)((Words)bits & 0xffff0000u);
 }
+FASTBN_HD void widen(const BFloat16* p, Vec<float> (&v)[2]) { widen(load_bits<Vec<float>>(p), (BFloat16*)nullptr, v); }
 // To nearest even, into the upper half of each word. No NaN can overflow into another number: those that
 // arithmetic makes, that come from a bfloat16 input and that formula.h lets pass all have a zero lower half.
 FASTBN_HD Words round_to_bfloat16(Vec<float> v) {
   const Words u = (Words)v;
+#if FASTBN_VECTOR_BYTES == 64
+  // Less -0x7fff for an even last digit, less -0x8000 for an odd one, which one operation makes of it.
+  const __m512i odd = (__m512i)(u >> 16);
+  return u - (Words)_mm512_ternarylogic_epi32(odd, _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);
+#else
   return u + 0x7fffu + ((u >> 16) & 1u);
+#endif
 }
 FASTBN_HD Vec<float> narrow(const Vec<float> (&v)[2], BFloat16*) {
   const Words even = round_to_bfloat16(v[0]) >> 16, odd = round_to_bfloat16(v[1]);
-#if FASTBN_VECTOR_BYTES == 32
+#if FASTBN_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_ternarylogic_epi32((__m512i)even, (__m512i)odd, _mm512_set1_epi32(-0x10000), 0xf8);
+#elif FASTBN_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
 #else
   return (Vec<float>)(even | (odd & 0xffff0000u));
@@ -77,6 +85,19 @@ FASTBN_HD Vec<float> widen_lanes(const Half* p) {
 
 FASTBN_HD void widen(const Half* p, Vec<float> (&v)[2]) {
   for (int i = 0; i < 2; ++i) v[i] = widen_lanes(p + i * vector_bytes / 4);
+}
+FASTBN_HD void widen(Vec<float> bits, Half*, Vec<float> (&v)[2]) {
+#if FASTBN_VECTOR_BYTES == 64
+  v[0] = (Vec<float>)_mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)bits));
+  v[1] = (Vec<float>)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)bits, 1));
+#elif FASTBN_VECTOR_BYTES == 32
+  v[0] = (Vec<float>)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)bits));
+  v[1] = (Vec<float>)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)bits, 1));
+#else
+  Half h[vector_bytes / 2];
+  store_bits(h, bits);
+  widen(h, v);
+#endif
 }
 FASTBN_HD Vec<float> narrow(const Vec<float> (&v)[2], Half*) {
 #if FASTBN_VECTOR_BYTES == 64
@@ -112,6 +133,16 @@ struct Pack {
     }
     return r;
   }
+  // From and to a register as it is in memory.
+  static FASTBN_HD Pack of(Vec<float> bits) {
+    Pack r;
+    if constexpr (vectors == 1) {
+      r.v[0] = (Vec<A>)bits;
+    } else {
+      widen(bits, (T*)nullptr, r.v);
+    }
+    return r;
+  }
   FASTBN_HD Vec<float> bits() const {
     if constexpr (vectors == 1) {
       return (Vec<float>)v[0];
@@ -121,17 +152,6 @@ struct Pack {
   }
   FASTBN_HD void store(T* p) const { store_bits(p, bits()); }
   FASTBN_HD void stream(T* p) const { stream_bits(p, bits()); }
-  // n < size values, the others zero
-  static FASTBN_HD Pack load_some(const T* p, int64_t n) {
-    T buffer[size] = {};
-    memcpy(buffer, p, n * sizeof(T));
-    return load(buffer);
-  }
-  FASTBN_HD void store_some(T* p, int64_t n) const {
-    T buffer[size];
-    store(buffer);
-    memcpy(p, buffer, n * sizeof(T));
-  }
 };
 
 // As many values of E as a Pack<T> holds values.
@@ -264,14 +284,15 @@ FASTBN_HD double total(Vec<A> v) {
   return sum;
 }
 
-// How a pack is read and written: all of it, past the cache, or its first n values. `store_beside` is for a second
-// result.
+// How a pack is read and written: all of it, past the cache, or its first n values, the others being zero. `bits`: as
+// it is in memory. `store_beside` is for a second result.
 template <class T>
 struct WholePack {
   static constexpr bool streams = false;
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
+  FASTBN_HD Vec<float> bits(const T* p) const { return load_bits<Vec<float>>(p); }
   FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store(p); }
-  FASTBN_HD void store_beside(const Pack<T>& pack, T* p) const { pack.store(p); }
+  FASTBN_HD void store_beside(Vec<float> bits, T* p) const { store_bits(p, bits); }
 };
 template <class T>
 struct StreamedPack : WholePack<T> {
@@ -279,15 +300,20 @@ struct StreamedPack : WholePack<T> {
   bool both;  // the second result as well
   FASTBN_HD explicit StreamedPack(bool both_results) : both(both_results) {}
   FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.stream(p); }
-  FASTBN_HD void store_beside(const Pack<T>& pack, T* p) const { both ? pack.stream(p) : pack.store(p); }
+  FASTBN_HD void store_beside(Vec<float> bits, T* p) const { both ? stream_bits(p, bits) : store_bits(p, bits); }
 };
 template <class T>
 struct PartOfPack {
   static constexpr bool streams = false;
   int64_t n;
-  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load_some(p, n); }
-  FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
-  FASTBN_HD void store_beside(const Pack<T>& pack, T* p) const { pack.store_some(p, n); }
+  FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::of(bits(p)); }
+  FASTBN_HD Vec<float> bits(const T* p) const {
+    T buffer[Pack<T>::size] = {};
+    memcpy(buffer, p, n * sizeof(T));
+    return load_bits<Vec<float>>(buffer);
+  }
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { store_beside(pack.bits(), p); }
+  FASTBN_HD void store_beside(Vec<float> bits, T* p) const { memcpy(p, &bits, n * sizeof(T)); }
 };
 
 // Into the second-level cache: the first has few places for lines under way, and channels_last tensors past the cache
