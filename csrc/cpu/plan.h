@@ -107,7 +107,8 @@ inline Plan make_plan(const Problem& problem) {
     plan.spare = (rows % k) * shape.C;
   }
   plan.items = ceil_div(shape.C, plan.channels_an_item);
-  const int64_t tile_bytes = plan.rows * plan.channels_an_item * plan.columns_a_channel * item_size;
+  const int64_t width = plan.items == 1 ? plan.columns : plan.item_width();  // folded rows are one item's
+  const int64_t tile_bytes = plan.rows * width * item_size;
   plan.segments = 1;
   plan.segment_rows = plan.rows;
   if (tile_bytes > cache) {
