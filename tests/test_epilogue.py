@@ -132,6 +132,18 @@ def test_stores_past_the_cache(device, shape, layout):
     check(layout(shape, device=device), "identity", True, False, ulps=16)
 
 
+# Wide maps of whole lines, four samples together and two left over: in eval, and, over 4 MB, in training.
+@pytest.mark.cpu
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "shape, training", [((6, 5, 64, 32), False), ((18, 64, 33, 64), True)], ids=["eval", "training"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_four_samples_together(device, dtype, shape, training):
+    for activation, residual in (("relu", True), ("identity", False)):
+        check(inputs.contiguous(shape, dtype=dtype, device=device), activation, residual, training)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 300, 301), (16, 64, 56, 56), (64, 256, 14, 14), (1, 40, 2, 4100)], ids=str)
 @pytest.mark.parametrize("layout", [inputs.contiguous, inputs.channels_last], ids=lambda f: f.__name__)

@@ -97,9 +97,11 @@ int64_t mask_bytes(const Problem& problem) {
   return make_plan(problem).slots(size, problem.shape) * larger<int64_t>(1, size / 8);
 }
 
-int64_t stream_bytes() {
-  static const int64_t bytes = third_level_cache() / 8;
-  return bytes;
+// Training moves four tensors of a layer at once, eval two: there half of the cache instead of a quarter took 0.65 to
+// 0.95 of the time at 12.8 MB in float32.
+int64_t stream_bytes(bool alone) {
+  static const int64_t bytes = third_level_cache();
+  return bytes / (alone ? 2 : 8);
 }
 
 }  // namespace fastbn::cpu

@@ -8,8 +8,8 @@ namespace fastbn::cpu {
 // In the workspace, arrays of so many coefficients for each channel.
 constexpr int coefficients = 5;
 
-// A tensor of this many bytes has left the last-level cache before it can be read again.
-int64_t stream_bytes();
+// An output of more bytes has left the last-level cache before it can be read again. `alone`: of a pass without sums.
+int64_t stream_bytes(bool alone);
 
 #define FASTBN_DECLARE(name)               \
   namespace name {                         \

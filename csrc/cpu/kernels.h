@@ -39,9 +39,7 @@ struct Pass {
 
   // Of the pass that writes; `summed`: behind one that reads; `both`: a second output may go past the cache.
   MemoryUse memory_use(bool summed, bool both) const {
-    // Larger outputs leave the cache before anyone reads them. Eval moves two tensors at once where training moves
-    // four: up to twice as large 0.35 to 0.7 of the time in a loop, 0.65 to 1 in the benchmark.
-    const bool streamed = shape.elements() * int64_t(sizeof(T)) > (summed ? 1 : 2) * stream_bytes();
+    const bool streamed = shape.elements() * int64_t(sizeof(T)) > stream_bytes(!summed);
     const bool one_by_one = summed && plan.segments == 1 && plan.items > 1;
     return {streamed, both, !summed, one_by_one ? plan.item_width() : 0};
   }

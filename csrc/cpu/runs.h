@@ -116,3 +116,22 @@ FASTBN_HD void map_run(const Access& access, T* out, int64_t length, const F& f)
   for (; i + size <= length; i += size) whole.store(f(whole, i), out + i);
   if (i < length) whole.store(f(whole, length - size), out + length - size);
 }
+
+// The same for four runs of one length, of whole packs that are aligned: of(run) is their f. Memory does better with
+// several places at once: past the cache 0.8 to 1 of the time, eval of types of two bytes 0.8 to 0.97. But 1.5 where
+// the cache holds all tensors of a layer with a residual, and in float32 1.15 with the residual's gradient, 1.2 in
+// eval.
+template <class T, class Access, class Of>
+FASTBN_HD void map_four_runs(const Access& access, T* out, const Run (&runs)[4], const Of& of) {
+  const auto f0 = of(runs[0]), f1 = of(runs[1]), f2 = of(runs[2]), f3 = of(runs[3]);
+  T *const out0 = out + runs[0].offset, *const out1 = out + runs[1].offset;
+  T *const out2 = out + runs[2].offset, *const out3 = out + runs[3].offset;
+  const int64_t length = runs[0].length;
+  for (int64_t i = 0; i < length; i += Pack<T>::size) {
+    const Pack<T> p0 = f0(access, i), p1 = f1(access, i), p2 = f2(access, i), p3 = f3(access, i);
+    access.store(p0, out0 + i);
+    access.store(p1, out1 + i);
+    access.store(p2, out2 + i);
+    access.store(p3, out3 + i);
+  }
+}

@@ -135,22 +135,48 @@ struct RunsWalk {
     for (int64_t k = piece.channels - 1; k >= 0; --k) {
       C c[F::count];
       for (int i = 0; i < F::count; ++i) c[i] = C::all(coefficients[i][k]);
-      each_run(piece, k, true, [&](const Run& run) {
-        const bool unread = memory.unread;
-        const int64_t next = memory.next;
-        const auto g = [&, f, run, unread, next](const auto& access, int64_t i) FASTBN_INLINE {
-          if (unread) f.prefetch(ahead<T>(run, i));
-          f.prefetch_beside(ahead<T>(run, i));
+      const bool unread = memory.unread, streamed = memory.streamed;
+      const int64_t next = memory.next;
+      // All by value: a store could change whatever is reached through a reference.
+      const auto of_run = [=](const Run& run) FASTBN_INLINE {
+        return [=](const auto& access, int64_t i) FASTBN_INLINE {
+          const int64_t then = ahead<T>(run, i);
+          if (unread) {
+            f.prefetch(then);
+            if (!streamed) fetch(out + then);  // 0.75 to 0.95 of the time, 1.03 in a loop
+          }
+          f.prefetch_beside(then);
           if (next != 0) f.prefetch(run.offset + i + next);
           return f(access, run.offset + i, run.slot + slot_of<T>(i), c);
         };
+      };
+      const auto alone = [&](const Run& run) {
         const bool in_order = reinterpret_cast<uintptr_t>(out + run.offset) % vector_bytes == 0;
         if (memory.streamed && (in_order || !f.in_slots())) {
-          map_run(StreamedPack<T>(memory.both), out + run.offset, run.length, g);
+          map_run(StreamedPack<T>(memory.both), out + run.offset, run.length, of_run(run));
         } else {
-          map_run(WholePack<T>{}, out + run.offset, run.length, g);
+          map_run(WholePack<T>{}, out + run.offset, run.length, of_run(run));
+        }
+      };
+      // See map_four_runs.
+      const bool several =
+          vector_bytes == 64 && (sizeof(T) == 2 ? streamed || unread : streamed && !unread && !memory.both);
+      Run waiting[4];
+      int number = 0;
+      each_run(piece, k, true, [&](const Run& run) {
+        const bool whole =
+            reinterpret_cast<uintptr_t>(out + run.offset) % vector_bytes == 0 && run.length % P::size == 0;
+        if (!several || !whole) return alone(run);
+        waiting[number++] = run;
+        if (number < 4) return;
+        number = 0;
+        if (streamed) {
+          map_four_runs(StreamedPack<T>(memory.both), out, waiting, of_run);
+        } else {
+          map_four_runs(WholePack<T>{}, out, waiting, of_run);
         }
       });
+      for (int r = 0; r < number; ++r) alone(waiting[r]);
     }
   }
 };
