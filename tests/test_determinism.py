@@ -112,8 +112,10 @@ def test_each_capability(best, capability):
         return
     done = python("from fastbn import _C; print(_C.cpu_capability())", capability)
     assert done.stdout.strip() == capability, done.stderr
-    chosen = "test_shapes or test_row_lengths or test_channel_counts or constant_channel or no_multiple"
-    files = ["test_parity.py", "test_numerics.py", "test_layouts.py"]
+    chosen = (
+        "test_shapes or test_row_lengths or test_channel_counts or constant_channel or no_multiple or gradients_of_some"
+    )
+    files = ["test_parity.py", "test_numerics.py", "test_layouts.py", "test_epilogue.py"]
     done = python(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", chosen, *files], capability)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 200, "the subset has become empty"
@@ -125,7 +127,7 @@ def test_each_capability(best, capability):
 def test_lower_capabilities_pass_everything_numerical(best, capability):
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"this machine has {best} only")
-    files = ["test_parity.py", "test_numerics.py", "test_layouts.py", "test_sizes.py"]
+    files = ["test_parity.py", "test_numerics.py", "test_layouts.py", "test_sizes.py", "test_epilogue.py"]
     done = python([*PYTEST, "-m", "not slow", *files], capability)
     assert done.returncode == 0, done.stdout[-3000:]
 
