@@ -8,7 +8,6 @@
 #include <mutex>
 #include <utility>
 
-#include "cpu/capability.h"
 #include "cpu/pages.h"
 
 #if defined(FASTBN_CUDA)
@@ -129,13 +128,11 @@ Tensor Context::empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
   return at::detail::empty_cpu(sizes, dtype);
 }
 
-Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format, bool transient) const {
+Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
 #if defined(FASTBN_CUDA)
   if (gpu_) return at::detail::empty_cuda(t.sizes(), t.scalar_type(), device_, format);
 #endif
-  // What others have freed just now is in the cache, if it is small enough: eval took 0.8 to 1 of the time there.
-  const int64_t large = transient ? smaller(cpu::stream_bytes(true), cpu::most_heap_bytes) : cpu::large_bytes;
-  if (int64_t(t.nbytes()) < large) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
+  if (int64_t(t.nbytes()) < cpu::large_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
   static LargeAllocator* const allocator = new LargeAllocator;  // outlives every tensor
   return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
                                    format);

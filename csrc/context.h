@@ -42,8 +42,7 @@ class Context {
 #endif
 
   Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const;
-  // `transient`: others have freed such a tensor just now, and it will be freed soon: an output of eval.
-  Tensor empty_like(const Tensor& t, at::MemoryFormat format, bool transient = false) const;
+  Tensor empty_like(const Tensor& t, at::MemoryFormat format) const;
 
  private:
   const bool gpu_;

@@ -25,7 +25,7 @@ void count_batch(const Tensor& counter) {
 Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const Ending& ending, Forward& args, Tensor* mask) {
   const Folded x = fold(input);
-  Tensor output = context.empty_like(input, x.format, !args.training);
+  Tensor output = context.empty_like(input, x.format);
   Tensor kept_weight, kept_bias, kept_residual;
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
   args.problem = x.problem;

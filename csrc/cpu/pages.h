@@ -5,12 +5,9 @@
 
 namespace fastbn::cpu {
 
-// From here on outputs, but for some of eval (Context::empty_like), live in these pages: the first touch of fresh
-// memory costs more than batch norm itself (a fault every 4 KiB; on the machine this was written on 45 ms for 100 MB,
-// against 8 ms for the kernel).
+// From here on outputs live in these pages: the first touch of fresh memory costs more than batch norm itself
+// (a fault every 4 KiB; on the machine this was written on 45 ms for 100 MB, against 8 ms for the kernel).
 constexpr int64_t large_bytes = 4 << 20;
-// The C library maps memory anew for more than this, each time.
-constexpr int64_t most_heap_bytes = 32 << 20;
 
 // Aligned to a huge page, and backed by huge pages where the system allows. Throws std::bad_alloc.
 void* take_pages(int64_t bytes);
