@@ -23,8 +23,8 @@ namespace fastbn {
 
 namespace {
 
-// For outputs of large_bytes and more; see cpu/pages.h.
-struct LargeAllocator final : c10::Allocator {
+// For outputs of cpu::least_bytes and more; see cpu/pages.h.
+struct PagesAllocator final : c10::Allocator {
   struct Block {
     void* data;
     int64_t bytes;
@@ -132,8 +132,8 @@ Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
 #if defined(FASTBN_CUDA)
   if (gpu_) return at::detail::empty_cuda(t.sizes(), t.scalar_type(), device_, format);
 #endif
-  if (int64_t(t.nbytes()) < cpu::large_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
-  static LargeAllocator* const allocator = new LargeAllocator;  // outlives every tensor
+  if (int64_t(t.nbytes()) < cpu::least_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
+  static PagesAllocator* const allocator = new PagesAllocator;  // outlives every tensor
   return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
                                    format);
 }

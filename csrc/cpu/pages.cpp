@@ -50,13 +50,25 @@ Cache& cache() {
   return *c;
 }
 
-char* map(int64_t bytes) {
-  void* const mapped = mmap(nullptr, bytes + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+// To the next eighth of a power of two: images of any height and width need few sizes then, and nearly always find
+// pages that are kept. Nobody touches what is beyond the tensor.
+int64_t size_of_block(int64_t bytes) {
+  const int64_t power = int64_t(1) << (63 - __builtin_clzll(uint64_t(bytes)));
+  return round_up(bytes, larger(power / 8, small_page));
+}
+
+char* map_anywhere(int64_t bytes) {
+  void* const mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
-  char* const start = static_cast<char*>(mapped);
+  return static_cast<char*>(mapped);
+}
+
+// A block for a tensor of so many bytes, at a huge page's address.
+char* map_huge(int64_t block, int64_t bytes) {
+  char* const start = map_anywhere(block + huge_page);
   const int64_t head = (huge_page - int64_t(reinterpret_cast<uintptr_t>(start) % huge_page)) % huge_page;
   if (head > 0) munmap(start, head);
-  munmap(start + head + bytes, huge_page - head);
+  munmap(start + head + block, huge_page - head);
 #if defined(MADV_HUGEPAGE)
   // Whole huge pages only: the rest of a last one would be memory that nobody asked for.
   madvise(start + head, bytes / huge_page * huge_page, MADV_HUGEPAGE);
@@ -67,31 +79,31 @@ char* map(int64_t bytes) {
 }  // namespace
 
 void* take_pages(int64_t bytes) {
-  bytes = round_up(bytes, small_page);
+  const int64_t size = size_of_block(bytes);
   Cache& c = cache();
   {
     const std::lock_guard<std::mutex> lock(c.mutex);
     for (auto block = c.blocks.rbegin(); block != c.blocks.rend(); ++block) {
-      if (block->bytes != bytes) continue;
+      if (block->bytes != size) continue;
       char* const data = block->data;
-      c.bytes -= bytes;
+      c.bytes -= size;
       c.blocks.erase(std::next(block).base());
       return data;
     }
   }
-  return map(bytes);
+  return size < huge_page ? map_anywhere(size) : map_huge(size, bytes);
 }
 
 void give_pages(void* data, int64_t bytes) {
-  bytes = round_up(bytes, small_page);
+  const int64_t size = size_of_block(bytes);
   Cache& c = cache();
   const std::lock_guard<std::mutex> lock(c.mutex);
-  if (bytes > c.limit) {
-    munmap(data, bytes);
+  if (size > c.limit) {
+    munmap(data, size);
     return;
   }
-  c.blocks.push_back({static_cast<char*>(data), bytes, false});
-  c.bytes += bytes;
+  c.blocks.push_back({static_cast<char*>(data), size, false});
+  c.bytes += size;
   c.mark_old();
   for (; c.bytes > c.limit; c.blocks.pop_front()) {
     munmap(c.blocks.front().data, c.blocks.front().bytes);

@@ -9,7 +9,7 @@
 namespace fastbn::cuda {
 
 // Of T whose sums are in a float that squares of large T do not fit into, another row: a factor for the differences, a
-// power of two. It costs nothing, a product and a sum are one operation.
+// power of two. A product and a sum are one operation; what the register for it costs was not timed.
 template <class T>
 constexpr int pivot_rows = std::is_same_v<T, BFloat16> ? 2 : 1;
 // The largest value times it squares to 2^112, and what did not fit without it keeps its digits.
