@@ -6,6 +6,10 @@ compared is medians of the same rounds. One variant takes part twice under two n
 these two is the noise of the comparison. A variant that is slow sits out some rounds, evenly spread, so that it
 does not take the time of the others.
 
+Each turn begins with a call that is not timed. Otherwise a variant would be timed with the caches and the free memory
+that another one left, and its time would depend on who else takes part: one ratio for torch and fastbn alone, another
+with JAX between them. That call does not warm inputs that are to be cold, as the next call takes other ones.
+
 A call's outputs are dropped before the clock stops, because a training loop pays for freeing them, too.
 """
 
@@ -19,7 +23,8 @@ from dataclasses import dataclass
 
 # A sample shorter than this is repeated within the clock, so that reading the clock (0.1 us) does not count.
 SHORTEST_SAMPLE = 200e-6
-# A first call longer than this serves as the estimate, too: it decides how many rounds there are, and no more.
+# A first call longer than this serves as the estimate, too: it decides how many rounds there are, and no more. Nor do
+# turns of such calls begin with one that is not timed: what is in the caches before is little of what they take.
 LONG_CALL = 50e-3
 # Half the width of an interval that holds 99 % of a normal distribution, in standard deviations; what a median's
 # standard error is in those of a mean; and the quartiles' distance in standard deviations.
@@ -57,6 +62,7 @@ def measure(
     """Seconds per call of each variant: median, quartiles ``low`` and ``high``, and every round's ``samples``.
     A variant that raises at its first call is left out and put into ``failed``, if there is one."""
     repeats: dict[str, int] = {}
+    settling: dict[str, bool] = {}
     rounds: dict[str, int] = {}
     estimates: dict[str, float] = {}
     for name, call in variants.items():
@@ -73,7 +79,8 @@ def measure(
             estimate = sample(call, 10)
         estimates[name] = estimate
         repeats[name] = math.ceil(SHORTEST_SAMPLE / estimate)
-        affordable = protocol.seconds / len(variants) / (repeats[name] * estimate)
+        settling[name] = estimate < LONG_CALL
+        affordable = protocol.seconds / len(variants) / ((repeats[name] + settling[name]) * estimate)
         rounds[name] = int(max(protocol.least_rounds, min(protocol.most_rounds, affordable)))
     if protocol.base in rounds:
         for name in rounds.keys() & set(protocol.others):
@@ -89,6 +96,8 @@ def measure(
             # of `most` turns a variant takes as many as it has rounds
             due = [name for name, n in rounds.items() if (turn + 1) * n // most > turn * n // most]
             for name in rng.sample(due, len(due)):
+                if settling[name]:
+                    variants[name]()
                 samples[name].append(sample(variants[name], repeats[name]))
     finally:
         gc.enable()

@@ -142,8 +142,8 @@ def test_the_protocol(bench):
     from timing import Protocol, error, measure
 
     clock = Clock({"fast": 0.001, "slow": 0.3})
-    times = measure({n: (lambda n=n: n) for n in clock.seconds}, Protocol(0.04), random.Random(1), clock.sample)
-    assert len(times["fast"]["samples"]) == 20, "half of the time, in calls of 1 ms"
+    times = measure({n: (lambda n=n: n) for n in clock.seconds}, Protocol(0.08), random.Random(1), clock.sample)
+    assert len(times["fast"]["samples"]) == 20, "half of the time, in calls of 1 ms, of which every other is timed"
     assert len(times["slow"]["samples"]) == 5, "the least, whatever it takes"
     assert times["fast"]["median"] == 0.001 and error(times["fast"]) == 0
     turns = [i for i, name in enumerate(clock.order[3:]) if name == "slow"]
@@ -152,6 +152,20 @@ def test_the_protocol(bench):
     measure({n: (lambda n=n: n) for n in "ab"}, Protocol(0.04), random.Random(1), both.sample)
     pairs = ["".join(both.order[i : i + 2]) for i in range(4, len(both.order), 2)]
     assert set(pairs) == {"ab", "ba"}, "in turns, in random order"
+
+
+def test_the_call_before_a_sample_is_of_the_same_variant(bench):
+    from timing import Protocol, measure
+
+    calls, before = [], {"a": [], "b": []}
+
+    def sample(call, repeats):
+        last = calls[-1:]
+        before[call()] += last
+        return 0.001
+
+    measure({n: (lambda n=n: calls.append(n) or n) for n in "ab"}, Protocol(0.1), random.Random(1), sample)
+    assert before["a"][-25:] == ["a"] * 25 and before["b"][-25:] == ["b"] * 25
 
 
 def test_who_cannot_be_the_fastest_is_timed_once(bench):
