@@ -61,6 +61,33 @@ def test_bits_do_not_depend_on_the_run_or_the_thread_count(device, threads, case
             assert_same_bits(step(x, dy, weight, bias, training), expected, f"with {count} threads")
 
 
+@pytest.mark.parametrize("shape", [(7, 40, 64, 64), (1, 80, 64, 64), (3, 400, 28, 28), (5, 900, 14, 14)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_the_batch_for_each_thread_change_nothing(device, threads, shape, dtype):
+    """Passes without sums go by samples, as many parts as there are threads: eval, and the input's gradient in it."""
+    x, residual, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    mean, var, weight, bias = torch.rand(4, shape[1], device=device).to(dtype)
+
+    def step():
+        leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
+        y = batch_norm(leaves[0], mean, var, weight, bias, activation="relu", residual=leaves[1])
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    threads(1)
+    expected = step()
+    for count in (2, 3, 4, 8):
+        threads(count)
+        for name, a, b in zip(("output", "grad_input", "grad_residual"), step(), expected, strict=True):
+            assert torch.equal(a, b), f"{name} differs with {count} threads"
+    exact = [t.double().requires_grad_() for t in (x, residual)]
+    z = torch.nn.functional.batch_norm(exact[0], *(t.double() for t in (mean, var, weight, bias))) + exact[1]
+    y = z.relu()
+    close = {torch.float32: 1e-4, torch.bfloat16: 4e-2}[dtype]
+    sure = z.abs() > close  # where the mask cannot depend on rounding
+    for a, b in zip(expected, (y, *torch.autograd.grad(y, exact, dy.double())), strict=True):
+        torch.testing.assert_close(a.double()[sure], b.detach()[sure], rtol=close, atol=close)
+
+
 def test_bits_do_not_depend_on_other_work_in_the_process(device):
     x, dy = torch.randn(8, 32, 28, 28, device=device), torch.randn(8, 32, 28, 28, device=device)
     weight, bias = torch.randn(2, 32, device=device)

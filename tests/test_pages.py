@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 
-import fastbn
 import pytest
 import torch
+
+import fastbn
 
 pytestmark = pytest.mark.cpu
 

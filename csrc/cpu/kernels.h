@@ -31,11 +31,15 @@ struct Workspace {
 template <class T, class Walk>
 struct Pass {
   using A = acc_t<T>;
-  const Problem& problem;
-  const Plan plan = make_plan(problem);
-  const Shape& shape = problem.shape;
+  const Shape& shape;
+  const Plan plan;
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
+
+  // `summed`: with a pass that reads for sums before the one that writes.
+  Pass(const Problem& problem, bool summed)
+      : shape(problem.shape),
+        plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())) {}
 
   // Of the pass that writes; `summed`: behind one that reads; `both`: a second output may go past the cache.
   MemoryUse memory_use(bool summed, bool both) const {
@@ -50,34 +54,36 @@ struct Pass {
   }
 
   // Runs first(item, segment) for all pieces, then finish(item), then second(item, segment). An item of one
-  // segment goes through all three while it is in the cache; otherwise the second pass goes backwards, from
-  // what the cache still holds.
+  // segment goes through all three while it is in the cache; otherwise the second pass goes backwards, each
+  // thread through its own pieces, from what its cache still holds.
   template <class First, class Finish, class Second>
   void run(int64_t tensors, bool reduce, const First& first, const Finish& finish, const Second& second) const {
     const int64_t bytes = shape.elements() * sizeof(T) * tensors;
     const int64_t pieces = plan.items * plan.segments;
     if (plan.segments == 1) {
-      parallel_for(plan.items, bytes, [&](int64_t item) {
-        // Alone, the second pass goes backwards too: what was read or written last is in the cache.
-        const Piece p = piece(reduce ? item : plan.items - 1 - item, 0);
+      // Alone, the second pass goes backwards too: what was read or written last is in the cache.
+      const Order order = reduce ? Order::forwards : Order::backwards;
+      const auto whole = [&](int64_t item) {
+        const Piece p = piece(item, 0);
         if (reduce) first(p);
         finish(p);
         second(p);
-      });
+      };
+      parallel_for(plan.items, bytes, whole, order);
       return;
     }
     const auto nth = [&](int64_t i) { return piece(i % plan.items, i / plan.items); };
     if (reduce) parallel_for(pieces, bytes, [&](int64_t i) { first(nth(i)); });
     constexpr int64_t some = 128;  // channels, for each thread to finish
     parallel_for(ceil_div(C, some), bytes, [&](int64_t i) { finish(Piece{i * some, smaller(some, C - i * some), 0}); });
-    parallel_for(pieces, bytes, [&](int64_t i) { second(nth(pieces - 1 - i)); });
+    parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i)); }, Order::backwards);
   }
 };
 
 template <class T, class Walk>
 void forward(const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass{args.problem};
+  const Pass<T, Walk> pass(args.problem, args.training);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
   const T* x = static_cast<const T*>(args.input);
@@ -138,14 +144,14 @@ void forward(const Forward& args) {
 template <class T, class Walk>
 void backward(const Backward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass{args.problem};
+  const bool spread = args.total != nullptr;
+  const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
+  const Pass<T, Walk> pass(args.problem, reduce);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
   T* dz = static_cast<T*>(args.grad_residual);
-  const bool spread = args.total != nullptr;
-  const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
   // The residual's gradient beside the input's: 0.81 to 1 of the time, but 1.05 to 1.4 in the place of what is read;
   // two streams of half lines in turns took 1.1 to 1.6.
   const bool both = vector_bytes == 64 && dz != nullptr && dz != args.grad_output &&

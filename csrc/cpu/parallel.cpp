@@ -4,25 +4,35 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
+#include <vector>
 
 namespace fastbn::cpu {
 
-void run_parallel(int64_t items, bool worth_it, void (*run)(void* body, int64_t item), void* body) {
-  const int64_t threads = smaller<int64_t>(at::get_num_threads(), items);
-  if (!worth_it || threads <= 1 || at::in_parallel_region()) {
-    for (int64_t i = 0; i < items; ++i) run(body, i);
+int64_t thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+void run_parallel(int64_t items, bool worth_it, Order order, Run run, const void* body) {
+  const auto nth = [order](int64_t begin, int64_t end, int64_t i) {
+    return order == Order::forwards ? begin + i : end - 1 - i;
+  };
+  const int64_t threads = worth_it ? smaller(thread_count(), items) : 1;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < items; ++i) run(body, nth(0, items, i));
     return;
   }
-  // Each thread begins with a share of its own: neighbouring items lie side by side in memory, and a prefetcher that
-  // runs past the end of one would take lines away from the thread that writes the next (7x7 and 14x14 maps on two
-  // threads: 0.6 to 0.85 of the time). All count together, so that a thread that the machine holds up leaves the rest
-  // to others.
-  const int64_t share = ceil_div(items, threads);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < share * threads;) {
-      const int64_t item = i % threads * share + i / threads;
-      if (item < items) run(body, item);
+  // What a thread has read or written is in its cache, and what another one has may be four times as far: on processors
+  // of several third-level caches 45 GB/s instead of 190. And a prefetcher that runs past the end of an item would take
+  // lines away from the thread that writes the next (7x7 and 14x14 maps on two threads: 0.6 to 0.85 of the time).
+  struct alignas(64) Share {
+    std::atomic<int64_t> taken{0};
+  };
+  std::vector<Share> shares(threads);
+  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t share = (own + k) % threads;
+      const int64_t begin = items * share / threads, end = items * (share + 1) / threads;
+      for (int64_t i; (i = shares[share].taken.fetch_add(1, std::memory_order_relaxed)) < end - begin;) {
+        run(body, nth(begin, end, i));
+      }
     }
   });
 }

@@ -2,21 +2,26 @@
 // parallel.cpp is the one file that names a threading backend.
 #pragma once
 
-#include <type_traits>
-
 #include "../core/platform.h"
 
 namespace fastbn::cpu {
 
-void run_parallel(int64_t items, bool worth_it, void (*run)(void* body, int64_t item), void* body);
+// Of those that parallel_for would use here and now.
+int64_t thread_count();
 
-// Calls body(i) for every 0 <= i < items. Who runs what is decided as threads come free, so body must not
-// depend on it. Below worth_bytes of memory traffic in all, waking a second thread costs more than it gives.
+enum class Order : bool { forwards, backwards };
+
+using Run = void (*)(const void* body, int64_t item);
+void run_parallel(int64_t items, bool worth_it, Order order, Run run, const void* body);
+
+// Calls body(i) for every 0 <= i < items. Each thread has a share of neighbouring items, the same one for the same
+// number of items, and goes through it in `order`; one that is done takes from the others' shares, so body must not
+// depend on who runs it. Below worth_bytes of memory traffic in all, waking a second thread costs more than it gives.
 template <class Body>
-void parallel_for(int64_t items, int64_t traffic_bytes, Body&& body) {
+void parallel_for(int64_t items, int64_t traffic_bytes, const Body& body, Order order = Order::forwards) {
   constexpr int64_t worth_bytes = 128 << 10;
-  using Plain = std::remove_reference_t<Body>;
-  run_parallel(items, traffic_bytes >= worth_bytes, [](void* f, int64_t i) { (*static_cast<Plain*>(f))(i); }, &body);
+  const Run run = [](const void* f, int64_t i) { (*static_cast<const Body*>(f))(i); };
+  run_parallel(items, traffic_bytes >= worth_bytes, order, run, &body);
 }
 
 }  // namespace fastbn::cpu

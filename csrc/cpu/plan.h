@@ -127,4 +127,17 @@ inline Plan make_plan(const Problem& problem) {
   return plan;
 }
 
+// For a pass without sums over contiguous maps: by samples instead of by channels, a part for each thread, as the
+// layers around batch norm go through memory. So a thread finds in its own cache what it wrote in the layer before.
+inline Plan in_parts(Plan plan, const Problem& problem, int64_t parts) {
+  const Shape& shape = problem.shape;
+  constexpr int64_t worth_bytes = 1 << 20;  // below, the parts' own begin costs as much as it gives
+  if (plan.segments > 1 || shape.layout != Layout::channels_first || shape.S == 1) return plan;
+  if (shape.elements() * size_of(problem.dtype) < worth_bytes) return plan;
+  const int64_t samples = ceil_div(shape.N, smaller(parts, shape.N));
+  (plan.walk == Walk::runs ? plan.segment_samples : plan.segment_rows) = samples;
+  plan.segments = ceil_div(shape.N, samples);
+  return plan;
+}
+
 }  // namespace fastbn::cpu
