@@ -6,7 +6,7 @@
 
 namespace fastbn::cpu {
 
-// Of those that parallel_for would use here and now.
+// How many threads parallel_for uses here and now, for work that is worth it.
 int64_t thread_count();
 
 enum class Order : bool { forwards, backwards };
