@@ -7,9 +7,12 @@ from check import Mismatch, Reference
 from limits import OF_PASS, limits
 from peers import PEERS, ModuleRunner, backend_of_torch
 from suite import Case, Tensors, make_tensors
-from timing import Protocol, measure
+from timing import Protocol, Times, measure, noise
 
 Record = dict[str, object]
+
+# A ratio this uncertain, as a part of it, says nothing: somebody else had the machine meanwhile.
+DISTURBED = 0.5
 
 
 def last_line(error: BaseException) -> str:
@@ -40,6 +43,21 @@ def checked_runners(
     return runners, records
 
 
+def measure_undisturbed(
+    functions: dict[str, object], protocol: Protocol, rng: random.Random, failed: dict[str, Exception]
+) -> Times:
+    """Once more, if the ratio of torch and fastbn says nothing; and the less uncertain of the two, whatever it says."""
+
+    def uncertain(times: Times) -> float:
+        return noise(times, "torch", "fastbn") if {"torch", "fastbn"} <= times.keys() else 0.0
+
+    first = measure(functions, protocol, rng, failed=failed)
+    if uncertain(first) <= DISTURBED:
+        return first
+    again = measure({name: functions[name] for name in first}, protocol, rng)
+    return min(first, again, key=uncertain)
+
+
 def measure_case(
     case: Case, peers: list[str], protocol: Protocol, seed: int, sets: int = 1, fresh: bool = True
 ) -> Iterator[Record]:
@@ -66,7 +84,7 @@ def measure_case(
         if plain and name == "forward":
             functions["fastbn plain"] = plain[name]
         failed: dict[str, Exception] = {}
-        times = measure(functions, protocol, rng, failed=failed)
+        times = measure_undisturbed(functions, protocol, rng, failed)
         for variant, error in failed.items():
             yield {"kind": "failed", **case.fields(), "peer": variant, "pass": name, "error": last_line(error)}
         if "fastbn" not in times:

@@ -186,6 +186,19 @@ def test_noise_of_made_up_times(bench):
     assert noise(times, "a", "b") > 0.05
 
 
+def test_what_was_disturbed_is_measured_once_more(bench, monkeypatch):
+    import comparing
+    from timing import Protocol, summary
+
+    calm = {"torch": summary([2.0, 2.1, 2.0]), "fastbn": summary([1.0, 1.1, 1.0])}
+    wild = {**calm, "fastbn": summary([1.0, 3.0, 5.0])}
+    for runs, expected in (([calm], calm), ([wild, calm], calm), ([wild, {**wild, "torch": wild["fastbn"]}], wild)):
+        left = list(runs)
+        monkeypatch.setattr(comparing, "measure", lambda *_, left=left, **__: left.pop(0))
+        found = comparing.measure_undisturbed(dict.fromkeys(calm), Protocol(1.0), random.Random(0), {})
+        assert found == expected and not left
+
+
 # --- adapters ---
 
 
