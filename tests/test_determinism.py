@@ -61,6 +61,7 @@ def test_bits_do_not_depend_on_the_run_or_the_thread_count(device, threads, case
             assert_same_bits(step(x, dy, weight, bias, training), expected, f"with {count} threads")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("shape", [(7, 40, 64, 64), (1, 80, 64, 64), (3, 400, 28, 28), (5, 900, 14, 14)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parts_of_the_batch_for_each_thread_change_nothing(device, threads, shape, dtype):
