@@ -5,6 +5,7 @@ Started by torchrun; on GPUs, one a process, where there are any, and on CPUs ot
 
 import argparse
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -54,8 +55,9 @@ def main():
     train(steps, gpus)
     # A thread of Gloo's may hold something of Python's for a moment longer than its collective takes. It aborts the
     # process if Python ends meanwhile, and deadlocks if a DDP model is what destroys the group: both seen with torch
-    # alone. So the model is gone already, and while this waits, the thread lets go.
+    # alone. So the model is gone already, and while this waits, the thread lets go; the barrier alone was too short once.
     dist.barrier()
+    time.sleep(0.5)
     dist.destroy_process_group()
 
 

@@ -326,7 +326,8 @@ def run(options: argparse.Namespace, place: Place, console: Console) -> None:
                 f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, accuracy {found:.1%}, {speed:.0f} images/s"
             )
     if place.ranks > 1:
-        dist.barrier()  # while it waits, Gloo's threads let go of tensors: see digits_ranks.py
+        dist.barrier()  # while this waits, Gloo's threads let go of tensors: see digits_ranks.py
+        time.sleep(0.5)
 
 
 def main() -> int:
