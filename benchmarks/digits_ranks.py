@@ -55,7 +55,8 @@ def main():
     train(steps, gpus)
     # A thread of Gloo's may hold something of Python's for a moment longer than its collective takes. It aborts the
     # process if Python ends meanwhile, and deadlocks if a DDP model is what destroys the group: both seen with torch
-    # alone. So the model is gone already, and while this waits, the thread lets go; the barrier alone was too short once.
+    # alone. So the model is gone already, and while this waits, the thread lets go. The barrier alone was too short
+    # once.
     dist.barrier()
     time.sleep(0.5)
     dist.destroy_process_group()
