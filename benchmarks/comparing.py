@@ -1,7 +1,7 @@
 """A case flows in, a record of each pass flows out: its peers set up, checked against float64, and timed in turns."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from check import Mismatch, Reference
 from limits import OF_PASS, limits
@@ -44,7 +44,7 @@ def checked_runners(
 
 
 def measure_undisturbed(
-    functions: dict[str, object], protocol: Protocol, rng: random.Random, failed: dict[str, Exception]
+    functions: dict[str, Callable[[], object]], protocol: Protocol, rng: random.Random, failed: dict[str, Exception]
 ) -> Times:
     """Once more, if the ratio of torch and fastbn says nothing; and the less uncertain of the two, whatever it says."""
 
