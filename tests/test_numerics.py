@@ -1,6 +1,8 @@
 """PITFALLS.md, "Numerics": values that break naive formulas, and what must hold for each.
 In: hand-made values. Out: exact answers where there is one, float64 and torch where there is not."""
 
+import timeit
+
 import inputs
 import pytest
 import torch
@@ -124,6 +126,37 @@ def test_nan_and_inf_stay_in_their_channel(device, layout, shape):
     assert stats[0][1].isnan() and stats[1][1].isnan()
     assert stats[0][3] == float("inf") and stats[1][3].isnan(), "inf: the mean is inf, the variance NaN"
     assert torch.isfinite(stats[0][others]).all() and torch.isfinite(stats[1][others]).all()
+
+
+@pytest.mark.sanitize
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(4, 5, 6, 6), (8, 40, 14, 14), (4, 3, 40, 40)])
+@pytest.mark.parametrize("types", [(torch.float32, None), (torch.float16, torch.float32)], ids=["float32", "float16"])
+def test_one_channel_far_from_zero(device, layout, shape, types):
+    """Sums about zero do for the others: it alone is summed once more about its mean, and they have the same bits."""
+    near = torch.randn(shape, device=device)
+    far = near.clone()
+    far[:, 1] = near[:, 1] * 1e-2 + 3e4
+    near, far = (x.to(types[0]).contiguous(memory_format=layout) for x in (near, far))
+    check(far, param_dtype=types[1])
+    others = [c for c in range(shape[1]) if c != 1]
+    assert torch.equal(train(near)[:, others], train(far)[:, others])
+
+
+@pytest.mark.cpu
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_take_no_longer(layout, dtype):
+    """A training that diverges must not look as if it hung: each channel of bfloat16 was once summed again in a pass of
+    its own over all channels, 10,000 times as long."""
+    x = torch.randn(8, 256, 14, 14).to(dtype).contiguous(memory_format=layout)
+
+    def seconds(x):
+        times = timeit.repeat(lambda: train(x), number=1, repeat=5)
+        return min(times)
+
+    finite = seconds(x)
+    assert seconds(torch.full_like(x, float("nan"))) < 100 * finite, "in double, plainly: 10 times or so"
 
 
 @pytest.mark.simt_quick

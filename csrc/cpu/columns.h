@@ -136,7 +136,8 @@ struct Columns {
     const bool near = is_near();
     const int64_t ahead = rows_ahead<Rows>();
     each_pack_of_rows<Rows>(access, first, last, [=](const Access& a, int64_t at, int p, int64_t slots) FASTBN_INLINE {
-      const S c = S::load(pivot + p);
+      S c{};
+      if constexpr (F::shifted) c = S::load(pivot + p);
       ForZ<T> z{};
       if constexpr (F::needs_z) z = {L::load(for_z.of[0] + p), L::load(for_z.of[1] + p), L::load(for_z.of[2] + p)};
       S sum = S::load(s + p), dot = S::load(q + p);

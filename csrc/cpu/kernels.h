@@ -177,8 +177,8 @@ void backward(const Backward& args) {
           z[0][k] = n.mean, z[1][k] = n.scale, z[2][k] = n.shift;
         }
       }
-      pass.walk.grad_stats(GradTerms<T, Source>{x, source}, p, mean + first, variance + first, {z[0], z[1], z[2]},
-                           work.partial[0] + at, work.partial[1] + at);
+      pass.walk.grad_stats(x, source, p, mean + first, variance + first, {z[0], z[1], z[2]}, work.partial[0] + at,
+                           work.partial[1] + at);
     });
   };
   const auto finish = [&](const Piece& p) {

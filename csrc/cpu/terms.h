@@ -1,9 +1,10 @@
 // In: packs of the tensors and coefficients of their channels. Out: what each pass makes of a pack: terms of its sums,
 // or the pack of its result. The same for both walks.
 
-// Terms a and b of the sums of a and of a * b.
-template <class T>
+// Terms a and b of the sums of a and of a * b. `shifted`: by a pivot, which is subtracted from x.
+template <class T, bool is_shifted>
 struct Deviations {
+  static constexpr bool shifted = is_shifted;
   using S = Lanes<T, sum_t<T>>;
   static constexpr bool needs_z = false;
   const T* x;
@@ -12,14 +13,19 @@ struct Deviations {
   template <class Access>
   FASTBN_HD void operator()(const Access& access, int64_t i, int64_t, const S& pivot, const ForZ<T>&, S& a,
                             S& b) const {
-    a = lanes_of<sum_t<T>>(access.load(x + i));
-    for (int k = 0; k < S::vectors; ++k) a.v[k] -= pivot.v[k];
+    a = access.template load_as<sum_t<T>>(x + i);
+    for (int k = 0; shifted && k < S::vectors; ++k) a.v[k] -= pivot.v[k];
     b = a;
   }
 };
 
-template <class T, class Source>
+// Of the first reading.
+template <class T>
+using FirstDeviations = Deviations<T, !wide_sums<T>>;
+
+template <class T, class Source, bool is_shifted>
 struct GradTerms {
+  static constexpr bool shifted = is_shifted;
   using S = Lanes<T, sum_t<T>>;
   static constexpr bool needs_z = Source::needs_z;
   const T* x;
@@ -29,13 +35,22 @@ struct GradTerms {
   template <class Access>
   FASTBN_HD void operator()(const Access& access, int64_t i, int64_t slot, const S& pivot, const ForZ<T>& z, S& a,
                             S& b) const {
-    const Pack<T> value = access.load(x + i);
-    Vec<float> bits;
-    a = lanes_of<sum_t<T>>(source(access, i, slot, value, z, bits));
-    b = lanes_of<sum_t<T>>(value);
-    for (int k = 0; k < S::vectors; ++k) b.v[k] -= pivot.v[k];
+    if constexpr (std::is_same_v<Source, PlainGradient<T>>) {
+      a = access.template load_as<sum_t<T>>(source.dy + i);
+    } else {
+      Pack<T> value{};
+      if constexpr (needs_z) value = access.load(x + i);
+      Vec<float> bits;
+      a = lanes_of<sum_t<T>>(source(access, i, slot, value, z, bits));
+    }
+    b = access.template load_as<sum_t<T>>(x + i);
+    for (int k = 0; shifted && k < S::vectors; ++k) b.v[k] -= pivot.v[k];
   }
 };
+
+// Where all pivots are 0.
+template <class T, class Source>
+using PlainGradTerms = GradTerms<T, Source, !wide_sums<T>>;
 
 // Coefficients are one pack each, `count` of them.
 template <class T, class End>

@@ -182,6 +182,13 @@ struct Lanes {
 template <class T>
 using sum_t = std::conditional_t<std::is_same_v<T, BFloat16>, float, double>;
 constexpr int float_terms = 32;
+// Sums so wide that they hold products of values far from zero: without a pivot, unless it turns out to be needed.
+template <class T>
+constexpr bool wide_sums = sizeof(sum_t<T>) > sizeof(acc_t<T>);
+// How far a pivot may be from the mean, squared, in standard deviations: 2 leave float sums 0.2 of their precision,
+// 1000 leave double sums of floats plenty.
+template <class T>
+constexpr double pivot_allowed = wide_sums<T> ? 1e3 * 1e3 : 2.0 * 2.0;
 
 // A value near the mean, to subtract from x; where sums are floats, one of T, so that differences are exact too.
 // Any finite value will do: one that is not would spoil the sums of those that are.
@@ -197,11 +204,12 @@ FASTBN_HD sum_t<T> pivot_near(double mean) {
   }
 }
 
-// The same where products with x - pivot are summed. Around zero a rounded mean has smaller digits than x: they would
-// make the differences long and their products inexact.
+// The same where products with x - pivot are summed, which is 0 where it can be. Around zero a rounded mean has smaller
+// digits than bfloat16: they would make the differences long and their products inexact.
 template <class T>
 FASTBN_HD sum_t<T> gradient_pivot(double mean, double variance) {
-  return std::is_same_v<T, BFloat16> && mean * mean < variance ? 0 : pivot_near<T>(mean);
+  constexpr double allowed = wide_sums<T> ? pivot_allowed<T> : std::is_same_v<T, BFloat16> ? 1 : 0;
+  return mean * mean < allowed * variance ? 0 : pivot_near<T>(mean);
 }
 
 // The values of a pack as E.
@@ -227,6 +235,42 @@ FASTBN_HD Lanes<T, E> lanes_of(const Pack<T>& pack) {
     }
   }
   return r;
+}
+
+// Vectors of double from memory, which takes less than from a register: no half of it has to be moved.
+FASTBN_HD Vec<double> in_double(const float* p) {
+#if FASTBN_VECTOR_BYTES == 64
+  return (Vec<double>)_mm512_cvtps_pd(load_bits<__m256>(p));
+#elif FASTBN_VECTOR_BYTES == 32
+  return (Vec<double>)_mm256_cvtps_pd(load_bits<__m128>(p));
+#else
+  Vec<double> v;
+  for (int i = 0; i < vector_bytes / 8; ++i) v[i] = double(p[i]);
+  return v;
+#endif
+}
+FASTBN_HD Vec<double> in_double(const Half* p) {
+#if FASTBN_VECTOR_BYTES == 64
+  return (Vec<double>)_mm512_cvtps_pd(_mm256_cvtph_ps(load_bits<__m128i>(p)));
+#elif FASTBN_VECTOR_BYTES == 32
+  return (Vec<double>)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadu_si64(p)));
+#else
+  Vec<double> v;
+  for (int i = 0; i < vector_bytes / 8; ++i) v[i] = double(to_acc(p[i]));
+  return v;
+#endif
+}
+
+// The values of a pack in memory as E.
+template <class E, class T>
+FASTBN_HD Lanes<T, E> lanes_at(const T* p) {
+  if constexpr (sizeof(acc_t<T>) == sizeof(E)) {
+    return lanes_of<E>(Pack<T>::load(p));
+  } else {
+    Lanes<T, E> r;
+    for (int i = 0; i < r.vectors; ++i) r.v[i] = in_double(p + i * r.lanes);
+    return r;
+  }
 }
 
 // Lane i is value from[i] of a followed by b.
@@ -290,6 +334,10 @@ template <class T>
 struct WholePack {
   static constexpr bool streams = false;
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
+  template <class E>
+  FASTBN_HD Lanes<T, E> load_as(const T* p) const {
+    return lanes_at<E>(p);
+  }
   FASTBN_HD Vec<float> bits(const T* p) const { return load_bits<Vec<float>>(p); }
   FASTBN_HD void store(const Pack<T>& pack, T* p) const { pack.store(p); }
   FASTBN_HD void store_beside(Vec<float> bits, T* p) const { store_bits(p, bits); }
@@ -307,6 +355,10 @@ struct PartOfPack {
   static constexpr bool streams = false;
   int64_t n;
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::of(bits(p)); }
+  template <class E>
+  FASTBN_HD Lanes<T, E> load_as(const T* p) const {
+    return lanes_of<E>(load(p));
+  }
   FASTBN_HD Vec<float> bits(const T* p) const {
     T buffer[Pack<T>::size] = {};
     memcpy(buffer, p, n * sizeof(T));

@@ -1,14 +1,8 @@
 // In: a plan, an item of channels and a segment of the batch. Out: the four primitives on that piece:
 // sums for stats and grad_stats, and map for apply and grad_apply. One struct for each walk, with the same members.
 
-// How far the guess of a mean may be from it, squared, in standard deviations: 2 leave float sums 0.2 of their
-// precision, 1000 leave double sums of floats plenty.
-template <class T>
-constexpr double pivot_allowed = sizeof(sum_t<T>) == sizeof(acc_t<T>) ? 2.0 * 2.0 : 1e3 * 1e3;
-// Values of one channel that are looked at to guess its mean before it is summed. No value of n is farther from their
-// mean than sqrt(n) standard deviations: where a thousand are allowed, any one will do.
-template <class T>
-constexpr int64_t samples = sizeof(sum_t<T>) == sizeof(acc_t<T>) ? 8 : 1;
+// Values of one channel that are looked at to guess its mean before it is summed.
+constexpr int64_t samples = 8;
 
 struct Piece {
   int64_t first_channel, channels;
@@ -66,7 +60,7 @@ struct RunsWalk {
   E guess(const T* x, const Piece& piece, int64_t k) const {
     int64_t runs = 0;
     each_run(piece, k, false, [&](const Run&) { ++runs; });
-    const int64_t apart = ceil_div(runs, samples<T>);
+    const int64_t apart = ceil_div(runs, samples);
     double sum = 0;
     int64_t number = 0, n = 0;
     each_run(piece, k, false, [&](const Run& run) {
@@ -89,13 +83,14 @@ struct RunsWalk {
   void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
     const double n = double(count(piece));
     for (int64_t k = 0; k < piece.channels; ++k) {
-      E pivot = guess(x, piece, k);
+      E pivot = wide_sums<T> ? E(0) : guess(x, piece, k);
       Moments m{};
-      for (int round = 0, again = true; again && round < 2; ++round) {
-        const auto [sum, squares] = sums(piece, k, pivot, Deviations<T>{x}, ForZ<T>{});
+      const auto improved = [&](const auto& terms) {
+        const auto [sum, squares] = sums(piece, k, pivot, terms, ForZ<T>{});
         m = from_shifted_sums(n, double(pivot), sum, squares);
-        again = improve_pivot<T>(n, sum, m, pivot);
-      }
+        return improve_pivot<T>(n, sum, m, pivot);
+      };
+      if (improved(FirstDeviations<T>{x})) improved(Deviations<T, true>{x});
       mean[k] = m.mean, m2[k] = m.m2;
       if (sizeof(E) == 4 && !__builtin_isfinite(m.m2)) exact(x, piece, k, n, mean[k], m2[k]);
     }
@@ -118,14 +113,15 @@ struct RunsWalk {
   }
 
   // for_z: mean, scale and shift of the forward pass, of each of the piece's channels, where terms need them.
-  template <class Terms>
-  void grad_stats(const Terms& terms, const Piece& piece, const double* mean, const double* variance,
+  template <class Source>
+  void grad_stats(const T* x, const Source& source, const Piece& piece, const double* mean, const double* variance,
                   const A* const (&for_z)[3], double* sum, double* dot) const {
     for (int64_t k = 0; k < piece.channels; ++k) {
       const E pivot = gradient_pivot<T>(mean[k], variance[k]);
       ForZ<T> z{};
-      if (Terms::needs_z) z = {C::all(for_z[0][k]), C::all(for_z[1][k]), C::all(for_z[2][k])};
-      std::tie(sum[k], dot[k]) = sums(piece, k, pivot, terms, z);
+      if (Source::needs_z) z = {C::all(for_z[0][k]), C::all(for_z[1][k]), C::all(for_z[2][k])};
+      std::tie(sum[k], dot[k]) = pivot == 0 ? sums(piece, k, pivot, PlainGradTerms<T, Source>{x, source}, z)
+                                            : sums(piece, k, pivot, GradTerms<T, Source, true>{x, source}, z);
       dot[k] = about_mean(dot[k], sum[k], mean[k], double(pivot));
     }
   }
@@ -226,7 +222,7 @@ struct ColumnsWalk {
     alignas(64) E pivots[width], s[width], q[width];
     alignas(64) A expanded[F::needs_z ? 3 : 1][width];
     PerColumn<A, 3> arrays{};
-    block.expand(pivot, piece.channels, plan.columns_a_channel, pivots);
+    if (F::shifted) block.expand(pivot, piece.channels, plan.columns_a_channel, pivots);
     if constexpr (F::needs_z) {
       for (int i = 0; i < 3; ++i) {
         block.expand(for_z[i], piece.channels, plan.columns_a_channel, expanded[i]);
@@ -242,18 +238,13 @@ struct ColumnsWalk {
     }
   }
 
-  void shifted_sums(const Block& block, const T* x, const Piece& piece, const E* pivot, double* sum,
-                    double* squares) const {
-    sum_terms(block, piece, pivot, {}, sum, squares, Deviations<T>{x});
-  }
-
   // From some of the values of each channel that the first rows of a piece hold.
   void guess(const T* x, const Piece& piece, E* pivot) const {
     double sum[max_columns] = {};
     const int64_t a_channel = plan.columns_a_channel, C = piece.channels;
     const int64_t first = piece.segment * plan.segment_rows;
     const int64_t rows = smaller(plan.segment_rows, plan.rows - first);
-    const int64_t taken = a_channel == 1 ? smaller(rows, samples<T>) : 1, a_row = a_channel == 1 ? 1 : samples<T>;
+    const int64_t taken = a_channel == 1 ? smaller(rows, samples) : 1, a_row = a_channel == 1 ? 1 : samples;
     for (int64_t i = 0; i < taken; ++i) {
       const T* row = x + (first + i * (rows / taken)) * plan.columns + piece.first_channel * a_channel;
       for (int64_t k = 0; k < a_row; ++k) {
@@ -264,64 +255,81 @@ struct ColumnsWalk {
     for (int64_t c = 0; c < C; ++c) pivot[c] = pivot_near<T>(sum[c] / double(taken * a_row));
   }
 
-  void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
+  // True: it made pivots better. `lost`: some squares are not finite.
+  template <class Terms>
+  bool moments(const Terms& terms, const Piece& piece, E* pivot, double* mean, double* m2, bool& lost) const {
     const double n = double(count(piece));
-    E pivot[max_columns];
     double sum[max_columns], squares[max_columns];
-    guess(x, piece, pivot);
-    for (int round = 0; round < 2; ++round) {
-      memset(sum, 0, piece.channels * sizeof(double));
-      memset(squares, 0, piece.channels * sizeof(double));
-      each_block(piece, [&](const Block& block) { shifted_sums(block, x, piece, pivot, sum, squares); });
-      // Two loops, because nearly always there is nothing to do in the second, and the first has no branches.
-      int64_t bad = 0;
-      for (int64_t k = 0; k < piece.channels; ++k) {
-        const Moments m = from_shifted_sums(n, double(pivot[k]), sum[k], squares[k]);
-        mean[k] = m.mean, m2[k] = m.m2;
-        bad += !pivot_was_good(n, sum[k], m, pivot_allowed<T>) || !__builtin_isfinite(m.m2);
-      }
-      if (bad == 0) return;
-      bool again = false;
-      for (int64_t k = 0; k < piece.channels; ++k) {
-        again |= improve_pivot<T>(n, sum[k], {n, mean[k], m2[k]}, pivot[k]);
-      }
-      if (!again) break;
-    }
+    memset(sum, 0, piece.channels * sizeof(double));
+    memset(squares, 0, piece.channels * sizeof(double));
+    each_block(piece, [&](const Block& block) { sum_terms(block, piece, pivot, {}, sum, squares, terms); });
+    // Two loops, because nearly always there is nothing to do in the second, and the first has no branches.
+    int64_t bad = 0;
     for (int64_t k = 0; k < piece.channels; ++k) {
-      if (sizeof(E) == 4 && !__builtin_isfinite(m2[k])) exact(x, piece, k, n, mean[k], m2[k]);
+      const Moments m = from_shifted_sums(n, double(pivot[k]), sum[k], squares[k]);
+      mean[k] = m.mean, m2[k] = m.m2;
+      bad += !pivot_was_good(n, sum[k], m, pivot_allowed<T>) || !__builtin_isfinite(m.m2);
     }
+    bool better = lost = false;
+    for (int64_t k = 0; bad != 0 && k < piece.channels; ++k) {
+      better |= improve_pivot<T>(n, sum[k], {n, mean[k], m2[k]}, pivot[k]);
+      lost |= !__builtin_isfinite(m2[k]);
+    }
+    return better;
   }
 
+  void stats(const T* x, const Piece& piece, double* mean, double* m2) const {
+    E pivot[max_columns];
+    wide_sums<T> ? void(memset(pivot, 0, piece.channels * sizeof(E))) : guess(x, piece, pivot);
+    bool lost;
+    if (moments(FirstDeviations<T>{x}, piece, pivot, mean, m2, lost)) {
+      moments(Deviations<T, true>{x}, piece, pivot, mean, m2, lost);
+    }
+    if (sizeof(E) == 4 && lost) exact(x, piece, mean, m2);
+  }
+
+  // body(channel of the piece, value), in the order of memory.
   template <class Body>
-  void each_value(const T* x, const Piece& piece, int64_t channel, const Body& body) const {
+  void each_value(const T* x, const Piece& piece, const Body& body) const {
+    const int64_t a_channel = plan.columns_a_channel, width = piece.channels * a_channel;
     each_block(piece, [&](const Block& block) {
       for (int64_t row = 0; row < block.rows; ++row) {
-        for (int64_t c = 0; c < block.columns; ++c) {
-          if (c / plan.columns_a_channel % piece.channels == channel) {
-            body(double(to_acc(x[block.start + row * block.stride + c])));
+        for (int64_t first = 0; first < block.columns; first += width) {
+          const T* at = x + block.start + row * block.stride + first;
+          for (int64_t k = 0; k < piece.channels; ++k) {
+            for (int64_t i = 0; i < a_channel; ++i) body(k, double(to_acc(*at++)));
           }
         }
       }
     });
   }
 
-  void exact(const T* x, const Piece& piece, int64_t k, double n, double& mean, double& m2) const {
-    double sum = 0, squares = 0;
-    each_value(x, piece, k, [&](double v) { sum += v; });
-    const double centre = sum / n;
-    each_value(x, piece, k, [&](double v) { squares += (v - centre) * (v - centre); });
-    mean = centre, m2 = squares;
+  // Of the channels whose squares do not fit in a float, or are not finite: plainly, in double.
+  void exact(const T* x, const Piece& piece, double* mean, double* m2) const {
+    const double n = double(count(piece));
+    double centre[max_columns] = {}, squares[max_columns] = {};
+    each_value(x, piece, [&](int64_t k, double v) { centre[k] += v; });
+    for (int64_t k = 0; k < piece.channels; ++k) centre[k] /= n;
+    each_value(x, piece, [&](int64_t k, double v) { squares[k] += (v - centre[k]) * (v - centre[k]); });
+    for (int64_t k = 0; k < piece.channels; ++k) {
+      if (!__builtin_isfinite(m2[k])) mean[k] = centre[k], m2[k] = squares[k];
+    }
   }
 
-  template <class Terms>
-  void grad_stats(const Terms& terms, const Piece& piece, const double* mean, const double* variance,
+  template <class Source>
+  void grad_stats(const T* x, const Source& source, const Piece& piece, const double* mean, const double* variance,
                   const A* const (&for_z)[3], double* sum, double* dot) const {
     E pivot[max_columns];
+    bool shifted = false;
     for (int64_t k = 0; k < piece.channels; ++k) {
       sum[k] = dot[k] = 0;
       pivot[k] = gradient_pivot<T>(mean[k], variance[k]);
+      shifted |= pivot[k] != 0;
     }
-    each_block(piece, [&](const Block& block) { sum_terms(block, piece, pivot, for_z, sum, dot, terms); });
+    each_block(piece, [&](const Block& block) {
+      shifted ? sum_terms(block, piece, pivot, for_z, sum, dot, GradTerms<T, Source, true>{x, source})
+              : sum_terms(block, piece, pivot, for_z, sum, dot, PlainGradTerms<T, Source>{x, source});
+    });
     for (int64_t k = 0; k < piece.channels; ++k) dot[k] = about_mean(dot[k], sum[k], mean[k], double(pivot[k]));
   }
 
