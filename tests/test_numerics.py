@@ -40,12 +40,14 @@ def test_variance_beside_a_large_mean(device, layout, mean, std):
 @pytest.mark.parametrize("shape", [(4, 3, 7, 7), (3, 2, 33, 5), (64, 5, 1, 1)])
 def test_constant_channel_gives_beta_exactly(device, layout, value, shape):
     x = torch.full(shape, value, device=device).contiguous(memory_format=layout).requires_grad_()
-    weight, bias = torch.randn(shape[1], device=device), torch.randn(shape[1], device=device)
+    weight, bias = torch.randn(shape[1], device=device).requires_grad_(), torch.randn(shape[1], device=device)
     stats = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
     y = batch_norm(x, *stats, weight, bias, True)
     assert torch.equal(y, bias.view(1, -1, 1, 1).expand(shape))
     torch.testing.assert_close(stats[0], torch.full_like(stats[0], 0.1 * value))
     assert torch.equal(stats[1], torch.full_like(stats[1], 0.9)), "the variance of a constant is zero"
+    _, grad_weight = torch.autograd.grad(y, (x, weight), torch.randn(shape, device=device))
+    assert not grad_weight.any(), "the sum of dy * 0"
 
 
 @pytest.mark.parametrize("dtype, value", [(torch.float64, 1e300), (torch.bfloat16, 1e10), (torch.float16, 6e4)])
