@@ -93,13 +93,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
   check_residual(ending.residual, input);
+  const bool spread = !training && moments->dim() == 2 && moments->size(0) == 3;  // a packet, with counts
+  const Tensor given = training ? Tensor() : spread ? moments->narrow(0, 0, 2).clone() : *moments;
   if (!training) {
-    check_beside(*moments, "moments", input);
-    check_moments(*moments, channels);
+    check_beside(given, "moments", input);
+    check_moments(given, channels);
   }
 
   Context context(input);
-  Tensor kept = training ? context.empty({2, channels}, at::kDouble) : moments->contiguous();
+  Tensor kept = training ? context.empty({2, channels}, at::kDouble) : given.contiguous();
   if (input.numel() == 0) {
     return {context.empty_like(input, at::MemoryFormat::Contiguous), training ? kept.zero_() : kept};
   }
@@ -109,9 +111,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   if (training) {
     args.moments = kept.data_ptr<double>();
   } else {
-    const double* const given = kept.const_data_ptr<double>();
-    args.mean = {given, DType::f64};
-    args.var = {given + channels, DType::f64};
+    const double* const mean = kept.const_data_ptr<double>();
+    args.mean = {mean, DType::f64};
+    args.var = {mean + channels, DType::f64};
+    args.spread = spread;
   }
   Tensor output = run_forward(context, input, weight, bias, ending, args, nullptr);
   return {output, kept};

@@ -96,7 +96,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, packet, eps, activation, activation_param, residual, group):
-        return ops.forward(input, weight, bias, packet[:2], eps, activation, activation_param, residual)[0]
+        return ops.forward(input, weight, bias, packet, eps, activation, activation_param, residual)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -232,6 +232,19 @@ def test_one_collective_a_pass(pool):
     assert pool(2).run(check_collectives) == [[1, 1, 1, 0, 0]] * 2
 
 
+def test_moments_may_be_a_packet(device):
+    """What the ranks merged, with its counts: the output is that of the moments alone, and so is what is returned."""
+    x = torch.randn(4, C, 6, 6, device=device)
+    packet = torch.cat([torch.rand(2, C, dtype=torch.float64), torch.full((1, C), 8.0, dtype=torch.float64)]).to(device)
+    y, moments = fastbn.ops.forward(x, None, None, packet, 1e-5)
+    right, _ = fastbn.ops.forward(x, None, None, packet[:2], 1e-5)
+    assert torch.equal(y, right) and torch.equal(moments, packet[:2])
+    moments.zero_()
+    assert packet.all(), "it is not a view of what was given"
+    with pytest.raises(RuntimeError, match=r"sizes \[2, 5\]"):
+        fastbn.ops.forward(x, None, None, packet[:, :4], 1e-5)
+
+
 def check_parameters_only():
     """The gradients that remain where nobody wants that of the input."""
     for activation in (None, "tanh"):

@@ -71,6 +71,8 @@ struct Forward {
   // decide the order. nullptr: not wanted.
   void* mask;
   Param mean, var;  // eval: what to normalize with
+  // They are of a batch that is spread over ranks, of which this is a part that has just been read for them.
+  bool spread;
   double* moments;  // [2, C] out: the mean and biased variance used; in eval nullptr where nobody needs them
   Running running;  // training: brought up to date
   bool training;

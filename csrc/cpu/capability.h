@@ -8,8 +8,9 @@ namespace fastbn::cpu {
 // In the workspace, arrays of so many coefficients for each channel.
 constexpr int coefficients = 5;
 
-// An output of more bytes has left the last-level cache before it can be read again. `alone`: of a pass without sums.
-int64_t stream_bytes(bool alone);
+// Where the tensors of a pass have more bytes together, its outputs go past the last-level cache. `alone`: of a pass
+// with no other before or behind it.
+int64_t cached_bytes(bool alone);
 
 #define FASTBN_DECLARE(name)               \
   namespace name {                         \

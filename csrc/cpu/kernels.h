@@ -41,11 +41,13 @@ struct Pass {
       : shape(problem.shape),
         plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())) {}
 
-  // Of the pass that writes; `summed`: behind one that reads; `both`: a second output may go past the cache.
-  MemoryUse memory_use(bool summed, bool both) const {
-    const bool streamed = shape.elements() * int64_t(sizeof(T)) > stream_bytes(!summed);
-    const bool one_by_one = summed && plan.segments == 1 && plan.items > 1;
-    return {streamed, both, !summed, one_by_one ? plan.item_width() : 0};
+  int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
+
+  // Of the pass that writes, in which `tensors` are read or written; `summed`: behind one that reads; `elsewhere`: that
+  // was a pass of its own; `both`: a second output may go past the cache.
+  MemoryUse memory_use(int64_t tensors, bool summed, bool elsewhere, bool both) const {
+    const bool unread = !summed && !elsewhere, one_by_one = summed && plan.segments == 1 && plan.items > 1;
+    return {bytes(tensors) > cached_bytes(unread), both, unread, one_by_one ? plan.item_width() : 0};
   }
 
   Piece piece(int64_t item, int64_t segment) const {
@@ -58,8 +60,7 @@ struct Pass {
   // thread through its own pieces, from what its cache still holds.
   template <class First, class Finish, class Second>
   void run(int64_t tensors, bool reduce, const First& first, const Finish& finish, const Second& second) const {
-    const int64_t bytes = shape.elements() * sizeof(T) * tensors;
-    const int64_t pieces = plan.items * plan.segments;
+    const int64_t bytes = this->bytes(tensors), pieces = plan.items * plan.segments;
     if (plan.segments == 1) {
       // Alone, the second pass goes backwards too: what was read or written last is in the cache.
       const Order order = reduce ? Order::forwards : Order::backwards;
@@ -88,7 +89,8 @@ void forward(const Forward& args) {
   const Workspace<A> work(args.workspace, C, round_up(C, 16));
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
-  const MemoryUse memory = pass.memory_use(args.training, false);
+  const int64_t tensors = args.epilogue.residual == nullptr ? 2 : 3;
+  const MemoryUse memory = pass.memory_use(tensors, args.training, args.spread, false);
   const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
@@ -138,7 +140,7 @@ void forward(const Forward& args) {
       pass.walk.map(y, p, memory, {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
     });
   };
-  pass.run(2, args.training, stats, finish, apply);
+  pass.run(tensors, args.training, stats, finish, apply);
 }
 
 template <class T, class Walk>
@@ -156,7 +158,8 @@ void backward(const Backward& args) {
   // two streams of half lines in turns took 1.1 to 1.6.
   const bool both = vector_bytes == 64 && dz != nullptr && dz != args.grad_output &&
                     (reinterpret_cast<uintptr_t>(dz) - reinterpret_cast<uintptr_t>(dx)) % vector_bytes == 0;
-  const MemoryUse memory = pass.memory_use(reduce, both);
+  const int64_t tensors = dz == nullptr || dz == args.grad_output ? 3 : 4;
+  const MemoryUse memory = pass.memory_use(tensors, reduce, spread, both);
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
@@ -230,7 +233,7 @@ void backward(const Backward& args) {
       }
     });
   };
-  pass.run(3, reduce, grad_stats, finish, grad_apply);
+  pass.run(tensors, reduce, grad_stats, finish, grad_apply);
 }
 
 void run_forward(const Forward& args) {

@@ -8,7 +8,7 @@ namespace fastbn::cpu {
 // From here on outputs live in these pages: the first touch of fresh memory costs more than batch norm itself
 // (a fault every 4 KiB; on the machine this was written on 45 ms for 100 MB, against 8 ms for the kernel), and the C
 // library gives memory back to the system and takes it anew, every step of a training.
-constexpr int64_t least_bytes = 256 << 10;
+constexpr int64_t least_kept_bytes = 256 << 10;
 
 // Backed by huge pages, and aligned to them, where they fit and the system allows. Throws std::bad_alloc.
 void* take_pages(int64_t bytes);

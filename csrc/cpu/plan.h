@@ -1,5 +1,5 @@
-// In: a Problem. Out: how the CPU kernels walk it. Pure, and blind to the number of threads: the same
-// tensor is cut in the same places on every machine, which is why its results have the same bits.
+// In: a Problem. Out: how the CPU kernels walk it. Pure, and where there are sums blind to the number of threads: the
+// same tensor is cut in the same places on every machine, which is why its results have the same bits.
 #pragma once
 
 #include "../core/problem.h"

@@ -1,7 +1,7 @@
 // In: a plan, an item of channels and a segment of the batch. Out: the four primitives on that piece:
 // sums for stats and grad_stats, and map for apply and grad_apply. One struct for each walk, with the same members.
 
-// Values of one channel that are looked at to guess its mean before it is summed.
+// Values of one channel that are looked at to guess its mean before it is summed, where sums need a pivot.
 constexpr int64_t samples = 8;
 
 struct Piece {
