@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -54,12 +55,17 @@ def clock() -> dict[str, object]:
     return found
 
 
+def code_of(source: str) -> str:
+    """C++ without comments and white space: what is left when somebody formats it, or says something more clearly."""
+    kept = re.sub(r"""//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\])*")""", lambda m: m[1] or "", source, flags=re.DOTALL)
+    return "".join(kept.split())
+
+
 def sources_hash() -> str:
-    """SHA-256 over the names and contents of csrc/: a result with another one is of other kernels."""
+    """SHA-256 over the names and the code of csrc/: a result with another one is of other kernels."""
     digest = hashlib.sha256()
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0{code_of(path.read_text())}\0".encode())
     return digest.hexdigest()
 
 

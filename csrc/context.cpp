@@ -132,7 +132,8 @@ Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
 #if defined(FASTBN_CUDA)
   if (gpu_) return at::detail::empty_cuda(t.sizes(), t.scalar_type(), device_, format);
 #endif
-  if (int64_t(t.nbytes()) < cpu::least_kept_bytes) return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
+  if (int64_t(t.nbytes()) < cpu::least_kept_bytes)
+    return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
   static PagesAllocator* const allocator = new PagesAllocator;  // outlives every tensor
   return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
                                    format);

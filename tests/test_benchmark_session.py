@@ -59,6 +59,13 @@ def units(log, *names, raising=(), interrupting=()):
     return [Unit(name, lambda name=name: work(name)) for name in names]
 
 
+@pytest.mark.parametrize("code", ["int f(){return 1;}", 'const char* s="a b//1";', "#include <1>\n"])
+def test_the_hash_is_of_code_alone(bench, code):
+    from environment import code_of
+
+    assert code_of(f"/* two\nlines */ {code}   // why\n") == code_of(code) != code_of(code.replace("1", "2"))
+
+
 def test_a_failure_is_recorded_and_does_not_stop_the_rest(console, tmp_path):
     from session import Session
 
