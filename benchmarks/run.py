@@ -49,7 +49,7 @@ class Pace:
 
 
 PACES = {
-    "quick": Pace(0.1, 3, (32,), 2 * 10**7, (("ResNet-50", 8, 96),), 3.0),
+    "quick": Pace(0.1, 3, (32,), 2 * 10**6, (("ResNet-50", 8, 96),), 3.0),
     "full": Pace(0.4, 5, (32, 128, 256), 0, (("ResNet-50", 16, 128), ("MobileNetV2", 16, 128)), 30.0),
 }
 # Small cases are many and steady: they get this part of the time.
