@@ -180,11 +180,6 @@ def cpu_units(arguments: argparse.Namespace, here: list[str]) -> list[Unit]:
             Unit("import", lambda: [import_record()], 6),
             Unit("memory", memory_records, 12),
         ]
-    if "model" in arguments.suites:
-        protocol = Protocol(pace.model_seconds, least_rounds=3, most_rounds=20)
-        for name, images, side in pace.models:
-            work = partial(measure_model, name, images, side, protocol, rng)
-            others.append(Unit(f"model {name}", work, 2 * pace.model_seconds))
     if "accuracy" in arguments.suites:
         peers = ["fastbn", "torch", *(p for p in here if p in (arguments.peers or OTHERS) and p != "torch")]
         if arguments.pace != "full" and not arguments.peers:
@@ -192,6 +187,11 @@ def cpu_units(arguments: argparse.Namespace, here: list[str]) -> list[Unit]:
         for name in arguments.dtypes:
             work = partial(measure_accuracy, getattr(torch, name), arguments.layouts[0], peers, arguments.seed)
             others.append(Unit(f"accuracy {name}", work, 5))
+    if "model" in arguments.suites:
+        protocol = Protocol(pace.model_seconds, least_rounds=3, most_rounds=20)
+        for name, images, side in pace.models:
+            work = partial(measure_model, name, images, side, protocol, rng)
+            others.append(Unit(f"model {name}", work, 2 * pace.model_seconds))
     # before the scaling suite and the large batches, which a limit of time may leave out
     first_large = next((i for i, u in enumerate(units) if u.name.startswith("scaling")), len(units))
     units[first_large:first_large] = others

@@ -154,8 +154,7 @@ def test_values_that_are_not_finite_take_no_longer(layout, dtype):
     x = torch.randn(8, 256, 14, 14).to(dtype).contiguous(memory_format=layout)
 
     def seconds(x):
-        times = timeit.repeat(lambda: train(x), number=1, repeat=5)
-        return min(times)
+        return min(timeit.repeat(lambda: train(x), number=1, repeat=5))
 
     finite = seconds(x)
     assert seconds(torch.full_like(x, float("nan"))) < 100 * finite, "in double, plainly: 10 times or so"

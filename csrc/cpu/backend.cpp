@@ -97,8 +97,8 @@ int64_t mask_bytes(const Problem& problem) {
   return make_plan(problem).slots(size, problem.shape) * larger<int64_t>(1, size / 8);
 }
 
-// In training the other pass wants as much. Outputs of 4 to 8 MB that a forward pass left in the cache took 0.62
-// to 1.07 of the time and 0.84 to 1.07 with the backward pass; of more, or with a residual, 1 to 1.2. In eval outputs
+// In training the other pass wants as much. Outputs of 6.4 MB that a forward pass left in the cache took 0.62 to 1.12
+// of the time, and 0.9 to 1.1 with the backward pass; of 12.8 MB, or with a residual, 1 to 1.2 with it. In eval outputs
 // of 12.8 MB took 0.65 to 0.95 so.
 int64_t cached_bytes(bool alone) {
   static const int64_t bytes = third_level_cache();
