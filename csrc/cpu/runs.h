@@ -34,13 +34,6 @@ FASTBN_HD int64_t ahead(const Run& run, int64_t i) {
   return at < run.length ? run.offset + at : run.next + smaller(at - run.length, run.length - 1);
 }
 
-// The values of a vector in double; the halves of one of floats are added.
-FASTBN_HD Vec<double> in_double(Vec<double> v) { return v; }
-FASTBN_HD Vec<double> in_double(Vec<float> v) {
-  const auto halves = lanes_of<double>(Pack<float>{{v}});
-  return halves.v[0] + halves.v[1];
-}
-
 // The two sums over many runs that both passes need, of a and of a * b, where terms makes a and b of a pack.
 template <class T, class Terms>
 struct PairOfSums {
@@ -75,7 +68,7 @@ struct PairOfSums {
         t.prefetch(ahead<T>(here, i));
         L x, y;
         t(WholePack<T>{}, here.offset + i, here.slot + slot_of<T>(i), p, z, x, y);
-        if (before != 0) keep_from<T, E>(x, before), keep_from<T, E>(y, before);
+        if (before != 0) keep_from<T, E>(x, int(before)), keep_from<T, E>(y, int(before));
         for (int k = 0; k < L::vectors; ++k) a[u].v[k] += x.v[k], b[u].v[k] += x.v[k] * y.v[k];
       });
       for (int u = 0; u < unroll; ++u) s[u] = a[u], q[u] = b[u];
@@ -85,8 +78,8 @@ struct PairOfSums {
 
   void flush() {
     for (int u = 0; u < unroll; ++u) {
-      for (const auto& v : s[u].v) first += in_double(v);
-      for (const auto& v : q[u].v) second += in_double(v);
+      for (const auto& v : s[u].v) first += folded(v);
+      for (const auto& v : q[u].v) second += folded(v);
       s[u] = q[u] = {};
     }
     pending = 0;

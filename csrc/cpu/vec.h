@@ -306,18 +306,36 @@ void reorder(E* array, int count) {
   }
 }
 
-// Values before element `first` become zero.
+// The number of each lane's element in a pack.
 template <class T, class E>
-FASTBN_HD void keep_from(Lanes<T, E>& values, int64_t first) {
+FASTBN_HD auto elements(int k) {
   using I = std::conditional_t<sizeof(E) == 8, int64_t, int32_t>;
-  using Index = typename VectorOf<I>::type;
-  for (int k = 0; k < Lanes<T, E>::vectors; ++k) {
-    Index index;
-    for (int i = 0; i < Lanes<T, E>::lanes; ++i) {
-      index[i] = I(std::is_same_v<T, BFloat16> ? 2 * i + k : k * Lanes<T, E>::lanes + i);
-    }
-    values.v[k] = (Vec<E>)((Index)values.v[k] & (index >= broadcast<I>(I(first))));
+  typename VectorOf<I>::type index;
+  for (int i = 0; i < Lanes<T, E>::lanes; ++i) {
+    index[i] = I(std::is_same_v<T, BFloat16> ? 2 * i + k : k * Lanes<T, E>::lanes + i);
   }
+  return index;
+}
+
+// Element `first` and those behind it, of other values or zero.
+template <class T, class E>
+FASTBN_HD void replace_from(Lanes<T, E>& values, int first, const Lanes<T, E>& others = {}) {
+  for (int k = 0; k < Lanes<T, E>::vectors; ++k) {
+    values.v[k] = elements<T, E>(k) < first ? values.v[k] : others.v[k];
+  }
+}
+// Those before it become zero.
+template <class T, class E>
+FASTBN_HD void keep_from(Lanes<T, E>& values, int first) {
+  Lanes<T, E> zero{};
+  replace_from<T, E>(zero, first, values);
+  values = zero;
+}
+// The values of a vector in double; the halves of one of floats are added.
+FASTBN_HD Vec<double> folded(Vec<double> v) { return v; }
+FASTBN_HD Vec<double> folded(Vec<float> v) {
+  const auto halves = lanes_of<double>(Pack<float>{{v}});
+  return halves.v[0] + halves.v[1];
 }
 
 // The sum of the lanes, in double, from left to right.

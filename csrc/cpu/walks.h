@@ -215,26 +215,52 @@ struct ColumnsWalk {
     return elements / piece.channels;
   }
 
+  // body(f(values...)): what packs of the block need of their channels, from one value a channel.
+  template <class V, int Count, class Body>
+  void for_packs(const Block& block, const Piece& piece, const V* const (&values)[Count], const Body& body) const {
+    if (plan.columns_a_channel >= P::size) {
+      PerChannel<T, V, Count> a_channel{};
+      a_channel.a_channel = int(plan.columns_a_channel);
+      for (int i = 0; i < Count; ++i) a_channel.of[i] = values[i];
+      body(a_channel);
+    } else {
+      alignas(64) V expanded[Count][width];
+      PerColumn<T, V, Count> arrays;
+      for (int i = 0; i < Count; ++i) {
+        block.expand(values[i], piece.channels, plan.columns_a_channel, expanded[i]);
+        arrays.of[i] = expanded[i];
+      }
+      body(arrays);
+    }
+  }
+
   // Adds to a and b, one value a channel, the sums of the terms that f makes of the elements of a block.
   template <class F>
   void sum_terms(const Block& block, const Piece& piece, const E* pivot, const A* const (&for_z)[3], double* a,
                  double* b, const F& f) const {
-    alignas(64) E pivots[width], s[width], q[width];
-    alignas(64) A expanded[F::needs_z ? 3 : 1][width];
-    PerColumn<A, 3> arrays{};
-    if (F::shifted) block.expand(pivot, piece.channels, plan.columns_a_channel, pivots);
-    if constexpr (F::needs_z) {
-      for (int i = 0; i < 3; ++i) {
-        block.expand(for_z[i], piece.channels, plan.columns_a_channel, expanded[i]);
-        arrays.of[i] = expanded[i];
+    const auto sum = [&](const auto& pivots, const auto& z) {
+      alignas(64) E s[width], q[width];
+      for (int64_t row = 0; row < block.rows; row += most_rows) {
+        const size_t bytes = size_t(block.packs()) * P::size * sizeof(E);
+        memset(s, 0, bytes), memset(q, 0, bytes);
+        block.accumulate(row, smaller(row + most_rows, block.rows), pivots, z, s, q, f);
+        block.collect(s, piece.channels, plan.columns_a_channel, a);
+        block.collect(q, piece.channels, plan.columns_a_channel, b);
       }
-    }
-    for (int64_t row = 0; row < block.rows; row += most_rows) {
-      const size_t bytes = size_t(block.packs()) * P::size * sizeof(E);
-      memset(s, 0, bytes), memset(q, 0, bytes);
-      block.accumulate(row, smaller(row + most_rows, block.rows), pivots, arrays, s, q, f);
-      block.collect(s, piece.channels, plan.columns_a_channel, a);
-      block.collect(q, piece.channels, plan.columns_a_channel, b);
+    };
+    // Both from registers, or both from arrays.
+    if constexpr (F::shifted && F::needs_z) {
+      for_packs(block, piece, {pivot}, [&](const auto& pivots) {
+        for_packs(block, piece, for_z, [&](const auto& z) {
+          if constexpr (std::decay_t<decltype(pivots)>::narrow == std::decay_t<decltype(z)>::narrow) sum(pivots, z);
+        });
+      });
+    } else if constexpr (F::shifted) {
+      for_packs(block, piece, {pivot}, [&](const auto& pivots) { sum(pivots, PerColumn<T, A, 3>{}); });
+    } else if constexpr (F::needs_z) {
+      for_packs(block, piece, for_z, [&](const auto& z) { sum(PerColumn<T, E, 1>{}, z); });
+    } else {
+      sum(PerColumn<T, E, 1>{}, PerColumn<T, A, 3>{});
     }
   }
 
@@ -335,14 +361,8 @@ struct ColumnsWalk {
 
   template <class F>
   void map(T* out, const Piece& piece, MemoryUse memory, const A* const (&coefficients)[F::count], const F& f) const {
-    alignas(64) A expanded[F::count][width];
-    PerColumn<A, F::count> arrays;
-    for (int i = 0; i < F::count; ++i) arrays.of[i] = expanded[i];
     each_block(piece, [&](const Block& block) {
-      for (int i = 0; i < F::count; ++i) {
-        block.expand(coefficients[i], piece.channels, plan.columns_a_channel, expanded[i]);
-      }
-      block.map(out, arrays, memory, f);
+      for_packs(block, piece, coefficients, [&](const auto& c) { block.map(out, c, memory, f); });
     });
   }
 };
