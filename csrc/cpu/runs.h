@@ -94,7 +94,7 @@ FASTBN_HD void map_run(const Access& access, T* out, int64_t length, const F& f)
   constexpr int unroll = 4;
   const WholePack<T> whole;
   int64_t i = 0;
-  if constexpr (Access::streams) {
+  if (access.streams) {
     constexpr int64_t line = 64;
     const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(out) % line);
     if (misaligned != 0) {

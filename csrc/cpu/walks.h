@@ -148,11 +148,8 @@ struct RunsWalk {
       };
       const auto alone = [&](const Run& run) {
         const bool in_order = reinterpret_cast<uintptr_t>(out + run.offset) % vector_bytes == 0;
-        if (memory.streamed && (in_order || !f.in_slots())) {
-          map_run(StreamedPack<T>(memory.both), out + run.offset, run.length, of_run(run));
-        } else {
-          map_run(WholePack<T>{}, out + run.offset, run.length, of_run(run));
-        }
+        const bool streams = memory.streamed && (in_order || !f.in_slots());
+        map_run(WholePack<T>{streams, streams && memory.both}, out + run.offset, run.length, of_run(run));
       };
       // See map_four_runs.
       const bool several =
@@ -166,11 +163,7 @@ struct RunsWalk {
         waiting[number++] = run;
         if (number < 4) return;
         number = 0;
-        if (streamed) {
-          map_four_runs(StreamedPack<T>(memory.both), out, waiting, of_run);
-        } else {
-          map_four_runs(WholePack<T>{}, out, waiting, of_run);
-        }
+        map_four_runs(WholePack<T>{streamed, streamed && memory.both}, out, waiting, of_run);
       });
       for (int r = 0; r < number; ++r) alone(waiting[r]);
     }
