@@ -1,5 +1,6 @@
 """A case flows in, a record of each pass flows out: its peers set up, checked against float64, and timed in turns."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -7,12 +8,15 @@ from check import Mismatch, Reference
 from limits import OF_PASS, limits
 from peers import PEERS, ModuleRunner, backend_of_torch
 from suite import Case, Tensors, make_tensors
-from timing import Protocol, Times, measure, noise
+from timing import Protocol, Times, measure, noise, pooled
 
 Record = dict[str, object]
 
 # A ratio this uncertain, as a part of it, says nothing: somebody else had the machine meanwhile.
 DISTURBED = 0.5
+# How often there are as many rounds again while it is not certain which of torch and fastbn is faster. The slowest of a
+# hundred cases would else be the one with the most noise.
+PATIENCE = 4
 
 
 def last_line(error: BaseException) -> str:
@@ -43,19 +47,30 @@ def checked_runners(
     return runners, records
 
 
-def measure_undisturbed(
+def measure_until_clear(
     functions: dict[str, Callable[[], object]], protocol: Protocol, rng: random.Random, failed: dict[str, Exception]
 ) -> Times:
-    """Once more, if the ratio of torch and fastbn says nothing; and the less uncertain of the two, whatever it says."""
+    """Once more, if the ratio of torch and fastbn says nothing: the less uncertain of the two counts, whatever it says.
+    Then more rounds, all of which count, until the ratio is further from 1 than its noise, or patience is at an end."""
 
     def uncertain(times: Times) -> float:
         return noise(times, "torch", "fastbn") if {"torch", "fastbn"} <= times.keys() else 0.0
 
-    first = measure(functions, protocol, rng, failed=failed)
-    if uncertain(first) <= DISTURBED:
-        return first
-    again = measure({name: functions[name] for name in first}, protocol, rng)
-    return min(first, again, key=uncertain)
+    def clear(times: Times) -> bool:
+        if not {"torch", "fastbn"} <= times.keys():
+            return True
+        ratio = times["torch"]["median"] / times["fastbn"]["median"]
+        return abs(math.log(ratio)) > uncertain(times)
+
+    times = measure(functions, protocol, rng, failed=failed)
+    left = {name: functions[name] for name in times}
+    if uncertain(times) > DISTURBED:
+        times = min(times, measure(left, protocol, rng), key=uncertain)
+    for _ in range(PATIENCE):
+        if clear(times):
+            break
+        times = pooled(times, measure(left, protocol, rng))
+    return times
 
 
 def measure_case(
@@ -84,7 +99,7 @@ def measure_case(
         if plain and name == "forward":
             functions["fastbn plain"] = plain[name]
         failed: dict[str, Exception] = {}
-        times = measure_undisturbed(functions, protocol, rng, failed)
+        times = measure_until_clear(functions, protocol, rng, failed)
         for variant, error in failed.items():
             yield {"kind": "failed", **case.fields(), "peer": variant, "pass": name, "error": last_line(error)}
         if "fastbn" not in times:

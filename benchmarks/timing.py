@@ -109,6 +109,11 @@ def summary(samples: list[float]) -> dict[str, object]:
     return {"median": median, "low": low, "high": high, "samples": [float(f"{value:.4g}") for value in samples]}
 
 
+def pooled(first: Times, second: Times) -> Times:
+    """The rounds of both."""
+    return {name: summary(first[name]["samples"] + second[name]["samples"]) for name in first}
+
+
 def error(time: dict[str, object]) -> float:
     """How far the median may be from the one of infinitely many rounds, as a part of it, at 99 % confidence."""
     if len(time["samples"]) < 2:

@@ -186,17 +186,41 @@ def test_noise_of_made_up_times(bench):
     assert noise(times, "a", "b") > 0.05
 
 
-def test_what_was_disturbed_is_measured_once_more(bench, monkeypatch):
+def until_clear(monkeypatch, *runs):
+    """What measure_until_clear makes of these runs, and how many it asked for."""
     import comparing
-    from timing import Protocol, summary
+    from timing import Protocol
+
+    left = list(runs)
+    monkeypatch.setattr(comparing, "measure", lambda *_, **__: left.pop(0))
+    found = comparing.measure_until_clear(dict.fromkeys(runs[0]), Protocol(1.0), random.Random(0), {})
+    return found, len(runs) - len(left)
+
+
+def test_what_was_disturbed_is_measured_once_more(bench, monkeypatch):
+    from timing import summary
 
     calm = {"torch": summary([2.0, 2.1, 2.0]), "fastbn": summary([1.0, 1.1, 1.0])}
     wild = {**calm, "fastbn": summary([1.0, 3.0, 5.0])}
-    for runs, expected in (([calm], calm), ([wild, calm], calm), ([wild, {**wild, "torch": wild["fastbn"]}], wild)):
-        left = list(runs)
-        monkeypatch.setattr(comparing, "measure", lambda *_, left=left, **__: left.pop(0))
-        found = comparing.measure_undisturbed(dict.fromkeys(calm), Protocol(1.0), random.Random(0), {})
-        assert found == expected and not left
+    assert until_clear(monkeypatch, calm, calm) == (calm, 1)
+    assert until_clear(monkeypatch, wild, calm, calm) == (calm, 2)
+    far = {"torch": summary([80.0, 90.0, 100.0]), "fastbn": wild["fastbn"]}
+    assert until_clear(monkeypatch, far, {**far, "torch": far["fastbn"]}, far) == (far, 2)
+
+
+def test_rounds_go_on_until_it_is_clear_who_is_faster(bench, monkeypatch):
+    from comparing import PATIENCE
+    from timing import summary
+
+    close = {"torch": summary([1.0, 1.1, 1.2]), "fastbn": summary([1.0, 1.1, 1.0]), "copy": summary([0.9] * 3)}
+    far = {"torch": summary([2.0] * 9), "fastbn": summary([1.0] * 9), "copy": summary([0.8] * 9)}
+    found, runs = until_clear(monkeypatch, close, far, far)
+    assert runs == 2 and found["torch"]["samples"] == [1.0, 1.1, 1.2] + [2.0] * 9
+    assert found["torch"]["median"] == 2.0 and found["copy"]["median"] == 0.8, "all rounds count, of everyone"
+    found, runs = until_clear(monkeypatch, *[close] * (PATIENCE + 2))
+    assert runs == PATIENCE + 1 and len(found["torch"]["samples"]) == 3 * runs
+    alone = {"fastbn": close["fastbn"]}
+    assert until_clear(monkeypatch, alone, alone) == (alone, 1)
 
 
 # --- adapters ---

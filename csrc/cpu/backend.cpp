@@ -87,7 +87,7 @@ void backward(const Backward& args) { chosen().backward(args); }
 int64_t workspace_bytes(const Problem& problem) {
   const int64_t channels = problem.shape.C;
   const int64_t coefficient = problem.dtype == DType::f64 ? 8 : 4;
-  return coefficients * round_up(channels, 16) * coefficient +
+  return coefficients * padded_channels(channels) * coefficient +
          make_plan(problem).segments * 2 * channels * int64_t(sizeof(double));
 }
 

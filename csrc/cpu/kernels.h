@@ -21,7 +21,8 @@ template <class A>
 struct Workspace {
   A* coefficient[coefficients];
   double* partial[2];
-  Workspace(void* memory, int64_t channels, int64_t padded) {
+  Workspace(void* memory, int64_t channels) {
+    const int64_t padded = padded_channels(channels);
     for (int i = 0; i < coefficients; ++i) coefficient[i] = static_cast<A*>(memory) + i * padded;
     partial[0] = reinterpret_cast<double*>(coefficient[coefficients - 1] + padded);
     partial[1] = partial[0] + channels;
@@ -86,7 +87,7 @@ void forward(const Forward& args) {
   using A = acc_t<T>;
   const Pass<T, Walk> pass(args.problem, args.training);
   const int64_t C = pass.C;
-  const Workspace<A> work(args.workspace, C, round_up(C, 16));
+  const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
   const int64_t tensors = args.epilogue.residual == nullptr ? 2 : 3;
@@ -150,7 +151,7 @@ void backward(const Backward& args) {
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
   const Pass<T, Walk> pass(args.problem, reduce);
   const int64_t C = pass.C;
-  const Workspace<A> work(args.workspace, C, round_up(C, 16));
+  const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
   T* dz = static_cast<T*>(args.grad_residual);
@@ -173,7 +174,7 @@ void backward(const Backward& args) {
     const int64_t at = p.segment * 2 * C + first;
     with_source<T>(args, [&](const auto& source) {
       using Source = std::decay_t<decltype(source)>;
-      A z[3][Source::needs_z ? max_columns : 1];
+      A z[3][Source::needs_z ? padded_channels(max_columns) : 1];
       if constexpr (Source::needs_z) {
         for (int64_t k = 0; k < p.channels; ++k) {
           const auto n = for_z(first + k);

@@ -43,6 +43,10 @@ struct Plan {
 // Widest tile of columns: 96 KB of sums and coefficients, which the second-level cache holds.
 constexpr int64_t max_columns = 4096;
 
+// Elements from one array of coefficients to the next: whole lines, and one more, because arrays a multiple of 4 KiB
+// apart would want the same few places of the first-level cache, which rows of as many channels want as well.
+constexpr int64_t padded_channels(int64_t channels) { return round_up(channels, 16) + 16; }
+
 // How many channels of small maps make a row of whole cache lines, 4 to 8 KB long.
 inline int64_t channels_a_row(int64_t map_bytes, int64_t positions) {
   constexpr int64_t line = 64;

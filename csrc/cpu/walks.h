@@ -208,23 +208,19 @@ struct ColumnsWalk {
     return elements / piece.channels;
   }
 
-  // body(f(values...)): what packs of the block need of their channels, from one value a channel.
+  // body(what packs of the block need of their channels), made of `values`, one a channel.
   template <class V, int Count, class Body>
   void for_packs(const Block& block, const Piece& piece, const V* const (&values)[Count], const Body& body) const {
-    if (plan.columns_a_channel >= P::size) {
-      PerChannel<T, V, Count> a_channel{};
-      a_channel.a_channel = int(plan.columns_a_channel);
-      for (int i = 0; i < Count; ++i) a_channel.of[i] = values[i];
-      body(a_channel);
-    } else {
-      alignas(64) V expanded[Count][width];
-      PerColumn<T, V, Count> arrays;
-      for (int i = 0; i < Count; ++i) {
-        block.expand(values[i], piece.channels, plan.columns_a_channel, expanded[i]);
-        arrays.of[i] = expanded[i];
-      }
-      body(arrays);
+    if (plan.columns_a_channel >= P::size) return body(PerChannel<T, V, Count>(values, int(plan.columns_a_channel)));
+    alignas(64) V expanded[Count][width];
+    PerColumn<T, V, Count> arrays;
+    for (int i = 0; i < Count; ++i) {
+      arrays.of[i] = values[i];
+      if (block.in_order(piece.channels)) continue;
+      block.expand(values[i], piece.channels, plan.columns_a_channel, expanded[i]);
+      arrays.of[i] = expanded[i];
     }
+    body(arrays);
   }
 
   // Adds to a and b, one value a channel, the sums of the terms that f makes of the elements of a block.
@@ -241,19 +237,22 @@ struct ColumnsWalk {
         block.collect(q, piece.channels, plan.columns_a_channel, b);
       }
     };
-    // Both from registers, or both from arrays.
-    if constexpr (F::shifted && F::needs_z) {
-      for_packs(block, piece, {pivot}, [&](const auto& pivots) {
+    const auto with_z = [&](const auto& pivots) {
+      if constexpr (F::needs_z) {
         for_packs(block, piece, for_z, [&](const auto& z) {
-          if constexpr (std::decay_t<decltype(pivots)>::narrow == std::decay_t<decltype(z)>::narrow) sum(pivots, z);
+          using Z = std::decay_t<decltype(z)>;
+          // Both are of one kind: nothing else is to be compiled.
+          constexpr bool alike = Z::may_be_narrow == std::decay_t<decltype(pivots)>::may_be_narrow;
+          if constexpr (alike || !F::shifted) sum(pivots, z);
         });
-      });
-    } else if constexpr (F::shifted) {
-      for_packs(block, piece, {pivot}, [&](const auto& pivots) { sum(pivots, PerColumn<T, A, 3>{}); });
-    } else if constexpr (F::needs_z) {
-      for_packs(block, piece, for_z, [&](const auto& z) { sum(PerColumn<T, E, 1>{}, z); });
+      } else {
+        sum(pivots, PerColumn<T, A, 3>{});
+      }
+    };
+    if constexpr (F::shifted) {
+      for_packs(block, piece, {pivot}, with_z);
     } else {
-      sum(PerColumn<T, E, 1>{}, PerColumn<T, A, 3>{});
+      with_z(PerColumn<T, E, 1>{});
     }
   }
 
