@@ -47,8 +47,10 @@ struct Pass {
   // Of the pass that writes, in which `tensors` are read or written; `summed`: behind one that reads; `elsewhere`: that
   // was a pass of its own; `both`: a second output may go past the cache.
   MemoryUse memory_use(int64_t tensors, bool summed, bool elsewhere, bool both) const {
-    const bool unread = !summed && !elsewhere, one_by_one = summed && plan.segments == 1 && plan.items > 1;
-    return {bytes(tensors) > cached_bytes(unread), both, unread, one_by_one ? plan.item_width() : 0};
+    const bool unread = !summed && !elsewhere;
+    // Behind sums items come one by one, forwards; without them backwards, of each segment in turn.
+    const int64_t next = unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() : 0;
+    return {bytes(tensors) > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
   }
 
   Piece piece(int64_t item, int64_t segment) const {
