@@ -351,7 +351,7 @@ FASTBN_HD double total(Vec<A> v) {
 template <class T>
 struct WholePack {
   // Past the cache, in which case results are aligned. Known when they run and not when they are compiled: twice the
-  // loops took 1.6 times as long to compile and no less to run.
+  // loops took 1.5 times as long to compile and no less to run.
   bool streams = false, both_stream = false;
 
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
