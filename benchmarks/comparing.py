@@ -16,7 +16,7 @@ Record = dict[str, object]
 DISTURBED = 0.5
 # How often there are as many rounds again while it is not certain which of torch and fastbn is faster. The slowest of a
 # hundred cases would else be the one with the most noise.
-PATIENCE = 4
+PATIENCE = 9
 
 
 def last_line(error: BaseException) -> str:
@@ -51,7 +51,7 @@ def measure_until_clear(
     functions: dict[str, Callable[[], object]], protocol: Protocol, rng: random.Random, failed: dict[str, Exception]
 ) -> Times:
     """Once more, if the ratio of torch and fastbn says nothing: the less uncertain of the two counts, whatever it says.
-    Then more rounds, all of which count, until the ratio is further from 1 than its noise, or patience is at an end."""
+    If it says something, more rounds until it is further from 1 than its noise, or patience ends. All of them count."""
 
     def uncertain(times: Times) -> float:
         return noise(times, "torch", "fastbn") if {"torch", "fastbn"} <= times.keys() else 0.0
@@ -67,7 +67,7 @@ def measure_until_clear(
     if uncertain(times) > DISTURBED:
         times = min(times, measure(left, protocol, rng), key=uncertain)
     for _ in range(PATIENCE):
-        if clear(times):
+        if clear(times) or uncertain(times) > DISTURBED:
             break
         times = pooled(times, measure(left, protocol, rng))
     return times

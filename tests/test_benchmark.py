@@ -206,6 +206,8 @@ def test_what_was_disturbed_is_measured_once_more(bench, monkeypatch):
     assert until_clear(monkeypatch, wild, calm, calm) == (calm, 2)
     far = {"torch": summary([80.0, 90.0, 100.0]), "fastbn": wild["fastbn"]}
     assert until_clear(monkeypatch, far, {**far, "torch": far["fastbn"]}, far) == (far, 2)
+    hopeless = {"torch": wild["fastbn"], "fastbn": wild["fastbn"]}
+    assert until_clear(monkeypatch, hopeless, hopeless, hopeless) == (hopeless, 2), "more rounds would say nothing"
 
 
 def test_rounds_go_on_until_it_is_clear_who_is_faster(bench, monkeypatch):
