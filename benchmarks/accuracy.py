@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from check import Reference
-from comparing import Record, last_line
+from comparing import last_line
 from peers import PEERS
+from records import Record
 from suite import Case, make_tensors
 
 # Mean and standard deviation of the input.

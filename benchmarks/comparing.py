@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from check import Mismatch, Reference
 from limits import OF_PASS, limits
 from peers import PEERS, ModuleRunner, backend_of_torch
+from records import Record, speedup
 from suite import Case, Tensors, make_tensors
 from timing import Protocol, Times, measure, noise, pooled
-
-Record = dict[str, object]
 
 # A ratio this uncertain, as a part of it, says nothing: somebody else had the machine meanwhile.
 DISTURBED = 0.5
@@ -53,21 +52,19 @@ def measure_until_clear(
     """Once more, if the ratio of torch and fastbn says nothing: the less uncertain of the two counts, whatever it says.
     If it says something, more rounds until it is further from 1 than its noise, or patience ends. All of them count."""
 
-    def uncertain(times: Times) -> float:
-        return noise(times, "torch", "fastbn") if {"torch", "fastbn"} <= times.keys() else 0.0
-
-    def clear(times: Times) -> bool:
+    def apart(times: Times) -> tuple[float, float]:
+        """How far torch and fastbn are from each other, as a logarithm, and the noise of that."""
         if not {"torch", "fastbn"} <= times.keys():
-            return True
-        ratio = times["torch"]["median"] / times["fastbn"]["median"]
-        return abs(math.log(ratio)) > uncertain(times)
+            return math.inf, 0.0
+        return abs(math.log(speedup({"seconds": times}))), noise(times, "torch", "fastbn")
 
     times = measure(functions, protocol, rng, failed=failed)
     left = {name: functions[name] for name in times}
-    if uncertain(times) > DISTURBED:
-        times = min(times, measure(left, protocol, rng), key=uncertain)
+    if apart(times)[1] > DISTURBED:
+        times = min(times, measure(left, protocol, rng), key=lambda t: apart(t)[1])
     for _ in range(PATIENCE):
-        if clear(times) or uncertain(times) > DISTURBED:
+        distance, uncertain = apart(times)
+        if distance > uncertain or uncertain > DISTURBED:
             break
         times = pooled(times, measure(left, protocol, rng))
     return times

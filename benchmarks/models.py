@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from comparing import Record
 from costs import resident
 from networks import NETWORKS
+from records import Record
 from timing import Protocol, measure
 from torch import nn
 from torch.nn import functional as F

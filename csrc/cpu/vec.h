@@ -324,6 +324,7 @@ FASTBN_HD void replace_from(Lanes<T, E>& values, int first, const Lanes<T, E>& o
     values.v[k] = elements<T, E>(k) < first ? values.v[k] : others.v[k];
   }
 }
+
 // Those before it become zero.
 template <class T, class E>
 FASTBN_HD void keep_from(Lanes<T, E>& values, int first) {
@@ -331,6 +332,7 @@ FASTBN_HD void keep_from(Lanes<T, E>& values, int first) {
   replace_from<T, E>(zero, first, values);
   values = zero;
 }
+
 // The values of a vector in double; the halves of one of floats are added.
 FASTBN_HD Vec<double> folded(Vec<double> v) { return v; }
 FASTBN_HD Vec<double> folded(Vec<float> v) {
