@@ -12,6 +12,7 @@
 #include "autograd.h"
 #include "context.h"
 #include "core/backend.h"
+#include "cpu/exchange.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
 #include "cuda/query.h"
@@ -61,30 +62,43 @@ std::string_view text(py::handle object) {
   return {data, size_t(size)};
 }
 
+// A call as modules make it, if nothing but tensors and numbers is in it, and nobody watches.
+struct Call {
+  bool ok, train;
+  OptionalTensor x, w, b, mean, var, counter, residual;
+  std::optional<Ending> end;
+  std::optional<double> momentum;
+  double eps;
+
+  Call(py::handle input, py::handle weight, py::handle bias, py::handle running_mean, py::handle running_var,
+       py::handle num_batches_tracked, py::handle training, py::handle factor, py::handle epsilon,
+       py::handle activation, py::handle activation_param, py::handle added) {
+    ok = !input.is_none() && PyBool_Check(training.ptr()) && !is_watched() && !at::impl::torch_function_mode_enabled();
+    x = plain(input, ok), w = plain(weight, ok), b = plain(bias, ok);
+    mean = plain(running_mean, ok), var = plain(running_var, ok), counter = plain(num_batches_tracked, ok);
+    residual = plain(added, ok);
+    const std::optional<double> param =
+        activation_param.is_none() ? std::nullopt : std::optional(number(activation_param, ok));
+    if (ok && PyUnicode_Check(activation.ptr())) end = ending(text(activation), param, residual);
+    momentum = factor.is_none() ? std::nullopt : std::optional(number(factor, ok));
+    eps = number(epsilon, ok);
+    train = training.ptr() == Py_True;
+    ok = ok && end && is_ordinary(*x, w, b, mean, var, counter, train, eps, residual);
+  }
+};
+
 py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
                             py::handle running_var, py::handle num_batches_tracked, py::handle training,
                             py::handle momentum, py::handle eps, py::handle activation, py::handle activation_param,
                             py::handle residual) {
-  bool ok =
-      !input.is_none() && PyBool_Check(training.ptr()) && !is_watched() && !at::impl::torch_function_mode_enabled();
-  const OptionalTensor x = plain(input, ok), w = plain(weight, ok), b = plain(bias, ok);
-  const OptionalTensor mean = plain(running_mean, ok), var = plain(running_var, ok);
-  const OptionalTensor counter = plain(num_batches_tracked, ok);
-  const OptionalTensor added = plain(residual, ok);
-  const std::optional<double> param =
-      activation_param.is_none() ? std::nullopt : std::optional(number(activation_param, ok));
-  const std::optional<Ending> end =
-      ok && PyUnicode_Check(activation.ptr()) ? ending(text(activation), param, added) : std::nullopt;
-  const std::optional<double> factor = momentum.is_none() ? std::nullopt : std::optional(number(momentum, ok));
-  const double epsilon = number(eps, ok);
-  const bool train = training.ptr() == Py_True;
-  if (!ok || !end || !is_ordinary(*x, w, b, mean, var, counter, train, epsilon, added)) {
-    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  }
+  const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                  activation, activation_param, residual);
+  if (!call.ok) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   Tensor output;
   {
     py::gil_scoped_release release;
-    output = batch_norm(*x, w, b, mean, var, counter, train, factor, epsilon, *end);
+    output = batch_norm(*call.x, call.w, call.b, call.mean, call.var, call.counter, call.train, call.momentum,
+                        call.eps, *call.end);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
 }
@@ -312,6 +326,59 @@ std::tuple<Tensor, Tensor> grad_apply_op(const Tensor& grad_output, const Tensor
   return {dx, dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr};
 }
 
+// Output and packet of a part of a batch; NotImplemented where a call is not ordinary, or the part is a value a channel.
+py::object exchanging_batch_norm(cpu::Exchange& exchange, py::handle input, py::handle weight, py::handle bias,
+                                 py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
+                                 py::handle momentum, py::handle eps, py::handle activation,
+                                 py::handle activation_param, py::handle residual) {
+  const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
+                  activation, activation_param, residual);
+  if (!call.ok || !call.x->is_cpu() || call.x->numel() <= call.x->size(1) || call.x->size(1) > exchange.channels()) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  }
+  std::tuple<Tensor, Tensor> made;
+  {
+    py::gil_scoped_release release;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    made = exchanging_forward(exchange, *call.x, call.w, call.b, {call.mean, call.var, call.counter, call.momentum},
+                              call.eps, *call.end);
+  }
+  return py::cast(made);
+}
+
+void bind_exchange(py::module_& m) {
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<cpu::Exchange>(m, "Exchange")
+      .def(py::init([](int file, int64_t rank, int64_t ranks, int64_t channels, double timeout) {
+             TORCH_CHECK_VALUE(ranks >= 1 && ranks <= 1 << 16, "ranks should be 1 to 65536, not ", ranks);
+             TORCH_CHECK_VALUE(rank >= 0 && rank < ranks, "rank should be 0 to ", ranks - 1, ", not ", rank);
+             TORCH_CHECK_VALUE(channels >= 1 && channels <= 1 << 19, "channels should be 1 to 524288, not ", channels);
+             TORCH_CHECK_VALUE(timeout > 0, "timeout should be positive, not ", timeout);
+             return std::make_unique<cpu::Exchange>(file, rank, ranks, channels, timeout);
+           }),
+           py::arg("file"), py::arg("rank"), py::arg("ranks"), py::arg("channels"), py::arg("timeout"))
+      .def_static("bytes", &cpu::Exchange::bytes, py::arg("ranks"), py::arg("channels"))
+      .def_property_readonly("channels", &cpu::Exchange::channels)
+      .def("gather", &gather, py::arg("values"), without_gil)
+      .def("batch_norm", &exchanging_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"),
+           py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
+           py::arg("eps"), py::arg("activation"), py::arg("activation_param"), py::arg("residual"))
+      .def(
+          "backward",
+          [](cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+             const Tensor& packet, double eps, bool wants_residual, std::string_view activation,
+             std::optional<double> param, const OptionalTensor& bias, const OptionalTensor& residual) {
+            const Ending end = checked_ending(activation, param, residual);
+            py::gil_scoped_release release;
+            at::AutoDispatchBelowADInplaceOrView guard;
+            return optional(
+                exchanging_backward(exchange, grad_output, input, weight, bias, packet, eps, wants_residual, end));
+          },
+          py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("packet"), py::arg("eps"),
+          py::arg("wants_residual"), py::arg("activation"), py::arg("activation_param"), py::arg("bias"),
+          py::arg("residual"));
+}
+
 void implement(torch::Library& m) {
   m.impl("ghost_forward", &ghost_forward);
   m.impl("ghost_backward", &ghost_backward_op);
@@ -344,6 +411,7 @@ TORCH_LIBRARY(fastbn, m) {
       "ghost_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, int virtual_batch_size, "
       "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
   m.def("stats(Tensor input) -> Tensor");
+  m.def("gather(Tensor values, int ranks, str group) -> Tensor");  // implemented by exchange.py
   m.def(
       "finish(Tensor packets, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor? num_batches_tracked) -> Tensor");
@@ -417,6 +485,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("total"), py::arg("eps"), py::arg("wants_residual"), py::arg("activation") = "identity",
         py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none(),
         without_gil);
+  bind_exchange(m);
+  m.def("is_watched", &is_watched);
   m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
   m.def("plan", &plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"));
   m.def("cuda_plan", &cuda_plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"),

@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
 
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Statistics& statistics, bool training, double eps, const Ending& ending,
-                                  bool wants_backward) {
+                                  bool wants_backward, cpu::Turn* ranks) {
   const int64_t channels = input.size(1);
   Context context(input);
   // Where it can, the kernel counts the batch: a launch less. Not where the momentum is made from the count.
@@ -130,11 +130,12 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
                              statistics.momentum && statistics.batches->device() == input.device();
   if (statistics.batches && !kernel_counts) count_batch(*statistics.batches);
   Saved saved;
-  if (training || wants_backward) saved.moments = context.empty({2, channels}, at::kDouble);
+  if (training || wants_backward) saved.moments = context.empty({ranks == nullptr ? 2 : 3, channels}, at::kDouble);
   Tensor* const mask = wants_backward ? &saved.mask : nullptr;
   Forward args{};
   args.training = training;
   args.eps = eps;
+  args.ranks = ranks;
   args.moments = saved.moments.defined() ? saved.moments.data_ptr<double>() : nullptr;
   if (!training) {
     Tensor kept_mean, kept_var;
@@ -223,7 +224,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   args.epilogue = {ending.activation, ending.param, plain ? nullptr : data_of(ending.residual, x, kept_residual)};
   args.mask = saved.mask.defined() ? saved.mask.const_data_ptr() : nullptr;
   args.moments = moments.const_data_ptr<double>();
-  args.total = spread.total, args.counts = spread.counts;
+  args.total = spread.total, args.counts = spread.counts, args.ranks = spread.ranks;
   args.grad_weight = output(dw);
   args.grad_bias = output(db);
   args.training = training;

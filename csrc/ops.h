@@ -13,6 +13,10 @@
 
 #include "core/problem.h"
 
+namespace fastbn::cpu {
+class Exchange;
+}
+
 namespace fastbn {
 
 using at::Tensor;
@@ -62,17 +66,20 @@ struct Saved {
 
 // A batch counted and normalized: in training by its own moments, with which mean and var are brought up to date; in
 // eval by mean and var. Returns output and what backward needs; that is undefined in eval if nobody wants it. Checks
-// nothing but the dtype of input: for calls that is_ordinary (autograd.h) was true of.
+// nothing but the dtype of input: for calls that is_ordinary (autograd.h) was true of. With ranks, the batch is that of
+// all of them, and the moments are a packet.
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Statistics& statistics, bool training, double eps, const Ending& ending,
-                                  bool wants_backward);
+                                  bool wants_backward, cpu::Turn* ranks = nullptr);
 
 // In this order everywhere: of input, weight, bias and residual; undefined where nobody wanted one.
 using Gradients = std::array<Tensor, 4>;
 
-// A batch that is spread over ranks: gradients of weight and bias in all of them, and how many values a channel has.
+// A batch that is spread over ranks: how many values a channel has, and gradients of weight and bias in all of them, or
+// the exchange in which these are summed.
 struct Spread {
   const double *total = nullptr, *counts = nullptr;
+  cpu::Turn* ranks = nullptr;
 };
 
 // ending without its residual where there is a mask for it in `saved`. may_overwrite: nobody else will look at
@@ -115,5 +122,18 @@ Tensor grad_stats(const Tensor& grad_output, const Tensor& input, const Optional
 std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                       const OptionalTensor& bias, const Tensor& packet, const Tensor& total, double eps,
                                       bool wants_residual, const Ending& ending);
+
+// What the primitives come to for ranks of one machine, on the CPU, with the exchange on the way: output and packet, of
+// a part with more than one value a channel, for calls that is_ordinary was true of; gradients, those of weight and bias
+// of this part.
+std::tuple<Tensor, Tensor> exchanging_forward(cpu::Exchange& exchange, const Tensor& input,
+                                              const OptionalTensor& weight, const OptionalTensor& bias,
+                                              const Statistics& statistics, double eps, const Ending& ending);
+Gradients exchanging_backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
+                              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& packet, double eps,
+                              bool wants_residual, const Ending& ending);
+
+// The float64 tensors [rows, C] of all ranks, of at most 3 rows: [ranks, rows, C].
+Tensor gather(cpu::Exchange& exchange, const Tensor& values);
 
 }  // namespace fastbn

@@ -1,8 +1,10 @@
 // In: the part of a batch that this rank has, and what the ranks told each other. Out: the primitives of synchronized
-// batch norm: stats -> finish -> forward with given moments, and grad_stats -> grad_apply.
+// batch norm: stats -> finish -> forward with given moments, and grad_stats -> grad_apply; or all at once, where ranks
+// tell each other on the way.
 #include <ATen/ops/stack.h>
 
 #include "call.h"
+#include "cpu/exchange.h"
 
 namespace fastbn {
 
@@ -86,11 +88,66 @@ std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& i
   check_packet(total, "total", {2, channels});
   check_beside(total, "total", input);
   const Tensor kept = packet.contiguous(), sums = total.contiguous();
-  const Spread spread{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels};
+  const Spread spread{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels, nullptr};
   const Saved saved{kept.narrow(0, 0, 2), Tensor()};
   const auto [dx, dw, db, dz] = backward(grad_output, input, weight, bias, saved, eps, true,
                                          {true, false, false, wants_residual}, ending, false, spread, std::nullopt);
   return {dx, dz};
+}
+
+std::tuple<Tensor, Tensor> exchanging_forward(cpu::Exchange& exchange, const Tensor& input,
+                                              const OptionalTensor& weight, const OptionalTensor& bias,
+                                              const Statistics& statistics, double eps, const Ending& ending) {
+  cpu::Turn turn(exchange, cpu::Topic::moments, input.size(1));
+  const auto [output, saved] = forward(input, weight, bias, statistics, true, eps, ending, false, &turn);
+  turn.end();
+  return {output, saved.moments};
+}
+
+Gradients exchanging_backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
+                              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& packet, double eps,
+                              bool wants_residual, const Ending& ending) {
+  const int64_t channels = channels_of(input);
+  TORCH_CHECK(input.is_cpu(), "input should be on the CPU, not on ", input.device());
+  TORCH_CHECK(input.numel() > 0, "input should have values, not sizes ", input.sizes());
+  check_packet(packet, "packet", {3, channels});
+  const Tensor kept = packet.contiguous();
+  cpu::Turn turn(exchange, cpu::Topic::gradients, channels);
+  const Spread spread{nullptr, kept.const_data_ptr<double>() + 2 * channels, &turn};
+  const Saved saved{kept.narrow(0, 0, 2), Tensor()};
+  Gradients grads = backward(grad_output, input, weight, bias, saved, eps, true, {true, true, true, wants_residual},
+                             ending, false, spread);
+  turn.end();
+  return grads;
+}
+
+Tensor gather(cpu::Exchange& exchange, const Tensor& values) {
+  check_dense(values, "values");
+  constexpr int64_t most_rows = cpu::Turn::most_values;
+  TORCH_CHECK(values.is_cpu() && values.scalar_type() == at::kDouble, "values should be float64 on the CPU, not ",
+              values.scalar_type(), " on ", values.device());
+  TORCH_CHECK(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= most_rows,
+              "values should have sizes [1 to 3, C], not ", values.sizes());
+  const int64_t rows = values.size(0), channels = values.size(1);
+  const Tensor kept = values.contiguous(), all = Context(values).empty({exchange.ranks(), rows, channels}, at::kDouble);
+  const double* const own = kept.const_data_ptr<double>();
+  double* const to = all.data_ptr<double>();
+  // Those that exchange on their way through a pass tell the same.
+  cpu::Turn turn(exchange, rows == 3 ? cpu::Topic::moments : rows == 2 ? cpu::Topic::gradients : cpu::Topic::values,
+                 channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    double row[most_rows] = {};
+    for (int64_t r = 0; r < rows; ++r) row[r] = own[r * channels + c];
+    turn.tell(c, row[0], row[1], row[2]);
+  }
+  for (int64_t k = 0; k < exchange.ranks(); ++k) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const double* const row = turn.heard(k, c);
+      for (int64_t r = 0; r < rows; ++r) to[(k * rows + r) * channels + c] = row[r];
+    }
+  }
+  turn.end();
+  return all;
 }
 
 }  // namespace fastbn

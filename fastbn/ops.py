@@ -1,5 +1,5 @@
 """In: tensors from autograd.py and sync.py. Out: the extension, and its operators fastbn::forward, backward,
-update_running_stats; stats, finish, grad_stats and grad_apply for a batch that is spread over ranks.
+update_running_stats; stats, gather, finish, grad_stats and grad_apply for a batch that is spread over ranks.
 
 Eager calls go to `_C` directly. What traces operators (torch.compile, torch.export, fake tensors, functorch) goes
 through torch.library, to the same functions of ops.cpp.
@@ -36,6 +36,7 @@ forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default
 update_running_stats = torch.ops.fastbn.update_running_stats.default
 stats = torch.ops.fastbn.stats.default
+gather = torch.ops.fastbn.gather.default
 finish = torch.ops.fastbn.finish.default
 grad_stats = torch.ops.fastbn.grad_stats.default
 grad_apply = torch.ops.fastbn.grad_apply.default
@@ -86,6 +87,11 @@ def grad_input_like(input):
 @torch.library.register_fake("fastbn::stats")
 def _stats_fake(input):
     return input.new_empty((3, input.size(1)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastbn::gather")
+def _gather_fake(values, ranks, group):
+    return values.new_empty((ranks, *values.shape))
 
 
 @torch.library.register_fake("fastbn::finish")

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from . import activations, arguments, ops
 from .autograd import batch_norm, composed_backward
+from .exchange import exchange_of, through_group
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -27,32 +28,37 @@ from .modules import (
     _FastBatchNorm,
     _state_of,
 )
-
-# Under the name that this torch does not warn of.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+from .ops import _C
 
 
 def _gathered(packet, group):
-    """The packets of all ranks, in their order: (ranks, 3, C)."""
+    """The packets of all ranks, in their order: (ranks, rows, C)."""
     size = dist.get_world_size(group)
+    if packet.is_cpu:
+        return ops.gather(packet, size, group.group_name)
     if is_compiling():  # the form of it that a graph can hold
         packets = torch.ops._c10d_functional.all_gather_into_tensor(packet, size, group.group_name)
-        packets = torch.ops._c10d_functional.wait_tensor(packets)
-    else:
-        packets = packet.new_empty((size * packet.size(0), *packet.shape[1:]))
-        _all_gather(packets, packet, group)
-    return packets.view(size, *packet.shape)
+        return torch.ops._c10d_functional.wait_tensor(packets).view(size, *packet.shape)
+    return through_group(packet, size, group)
 
 
 def _summed(t, group):
     """The sum of t over all ranks; t itself stays."""
     if t.is_cpu:  # between 2 Gloo ranks 0.4 to 0.9 ms, where all_reduce took 0.4 to 1.8
-        return _gathered(t, group).sum(0)
+        rows = t if t.dim() == 2 and t.size(0) <= 3 else t.reshape(1, -1)
+        return _gathered(rows, group).sum(0).view_as(t)
     if is_compiling():
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name))
     t = t.clone()
     dist.all_reduce(t, group=group)
     return t
+
+
+def _exchange(group, tensor):
+    """What the kernels exchange through themselves; None where they cannot, or an operator is to be seen."""
+    if is_compiling() or ops.SIMULATED or type(tensor) is not Tensor or not tensor.is_cpu or _C.is_watched():
+        return None
+    return exchange_of(group)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -82,12 +88,13 @@ class _Ranks(NamedTuple):
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """`apply(input, weight, bias, packet, eps, activation, activation_param, residual, group) -> output`.
+    """`apply(input, weight, bias, packet, eps, activation, activation_param, residual, group, made=None) -> output`.
 
     Args:
         packet: float64 (3, C), mean, biased variance and count of each channel over all ranks. They are functions of
             input: the gradient of input is that of the whole, for the sum of what all ranks differentiate.
         group: the process group; the rest is as for `fastbn.BatchNormFunction`.
+        made: a list of the output, where it was made on the way to the packet.
 
     Gradients of weight and bias are those of this rank's part, as torch's SyncBatchNorm has them: whoever averages the
     gradients of all parameters (DDP, FSDP) averages these too. The backward pass can be differentiated again, at the
@@ -95,12 +102,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input, weight, bias, packet, eps, activation, activation_param, residual, group):
+    def forward(input, weight, bias, packet, eps, activation, activation_param, residual, group, made=None):
+        if made is not None:
+            return made.pop()
         return ops.forward(input, weight, bias, packet, eps, activation, activation_param, residual)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, packet, ctx.eps, ctx.activation, ctx.activation_param, residual, ctx.group = inputs
+        input, weight, bias, packet, ctx.eps, ctx.activation, ctx.activation_param, residual, ctx.group, *_ = inputs
         if ctx.activation == "identity":
             bias = residual = None  # nothing to compute z for
         ctx.save_for_backward(input, weight, bias, packet, residual)
@@ -108,7 +117,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, bias, packet, residual = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias, *_, wants_residual, _ = ctx.needs_input_grad
+        wants_input, wants_weight, wants_bias, _, _, _, _, wants_residual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             grads = composed_backward(
                 grad_output, input, weight, bias, None, ctx.eps, ctx.activation, ctx.activation_param, residual,
@@ -120,7 +129,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         grad_input, grad_weight, grad_bias, grad_residual = (
             g if w else None for g, w in zip(grads, wanted, strict=True)
         )
-        return grad_input, grad_weight, grad_bias, None, None, None, None, grad_residual, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, grad_residual, None, None
 
 
 def _gradients(ctx, grad_output, input, weight, bias, packet, residual, wants_input, wants_residual):
@@ -134,6 +143,13 @@ def _gradients(ctx, grad_output, input, weight, bias, packet, residual, wants_in
             grad_output, input, weight, packet[:2], ctx.eps, False, mask, *ending
         )
         return None, grad_weight, grad_bias, grad_residual if makes_residual else grad_output
+    if input.numel() > 0 and (exchange := _exchange(ctx.group, grad_output)) is not None:
+        if input.size(1) <= exchange.channels:
+            grads = exchange.backward(
+                grad_output, input, weight, packet, ctx.eps, makes_residual, ctx.activation, ctx.activation_param, bias,
+                residual,
+            )  # fmt: skip
+            return *grads[:3], grads[3] if makes_residual else grad_output
     own = ops.grad_stats(grad_output, input, weight, packet, ctx.eps, *ending)
     grad_input, grad_residual = ops.grad_apply(
         grad_output, input, weight, packet, _summed(own, ctx.group), ctx.eps, makes_residual, *ending
@@ -151,6 +167,16 @@ def sync_batch_norm(
     Everything is as in `fastbn.functional.batch_norm`, the count for the unbiased running variance too. The number of
     samples may differ from rank to rank and be 0; N = 0 takes part in the collectives, and updates the statistics.
     """
+    if (exchange := _exchange(group, input)) is not None:
+        made = exchange.batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
+            activation_param, residual,
+        )  # fmt: skip
+        if made is not NotImplemented:
+            output, packet = made
+            return SyncBatchNormFunction.apply(
+                input, weight, bias, packet, eps, activation, activation_param, residual, group, [output]
+            )
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     momentum, eps = arguments.check_each(

@@ -36,11 +36,13 @@ struct Pass {
   const Plan plan;
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
+  const bool exchanges;
 
-  // `summed`: with a pass that reads for sums before the one that writes.
-  Pass(const Problem& problem, bool summed)
+  // `summed`: with a pass that reads for sums before the one that writes; `exchanges`: with those of other ranks.
+  Pass(const Problem& problem, bool summed, bool exchanges)
       : shape(problem.shape),
-        plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())) {}
+        plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())),
+        exchanges(exchanges) {}
 
   int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
 
@@ -49,7 +51,8 @@ struct Pass {
   MemoryUse memory_use(int64_t tensors, bool summed, bool elsewhere, bool both) const {
     const bool unread = !summed && !elsewhere;
     // Behind sums items come one by one, forwards; without them backwards, of each segment in turn.
-    const int64_t next = unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() : 0;
+    const int64_t next =
+        unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() * (1 + lag()) : 0;
     return {bytes(tensors) > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
   }
 
@@ -58,18 +61,34 @@ struct Pass {
     return {first, smaller(plan.channels_an_item, C - first), segment};
   }
 
-  // Runs first(item, segment) for all pieces, then finish(item), then second(item, segment). An item of one
-  // segment goes through all three while it is in the cache; otherwise the second pass goes backwards, each
-  // thread through its own pieces, from what its cache still holds.
-  template <class First, class Finish, class Second>
-  void run(int64_t tensors, bool reduce, const First& first, const Finish& finish, const Second& second) const {
+  // How many items a rank reads ahead of the one that it waits for the others with: what its cache holds, so that it
+  // seldom has to wait.
+  int64_t lag() const {
+    constexpr int64_t cache = 256 << 10;
+    return exchanges ? larger<int64_t>(1, cache / (bytes(1) / plan.items)) : 0;
+  }
+
+  // Runs first(item, segment) for all pieces, then own(item), finish(item), second(item, segment): sums of a piece,
+  // those of the item, what all ranks' come to, and the output. An item of one segment goes through all of them while
+  // it is in the cache; otherwise the second pass goes backwards, each thread through its own pieces, from what its
+  // cache still holds.
+  template <class First, class Own, class Finish, class Second>
+  void run(int64_t tensors, bool reduce, const First& first, const Own& own, const Finish& finish,
+           const Second& second) const {
     const int64_t bytes = this->bytes(tensors), pieces = plan.items * plan.segments;
+    if (plan.segments == 1 && exchanges) {
+      const auto begin = [&](int64_t item) { first(piece(item, 0)), own(piece(item, 0)); };
+      const auto end = [&](int64_t item) { finish(piece(item, 0)), second(piece(item, 0)); };
+      parallel_for(plan.items, bytes, lag(), begin, end);
+      return;
+    }
     if (plan.segments == 1) {
       // Alone, the second pass goes backwards too: what was read or written last is in the cache.
       const Order order = reduce ? Order::forwards : Order::backwards;
       const auto whole = [&](int64_t item) {
         const Piece p = piece(item, 0);
         if (reduce) first(p);
+        own(p);
         finish(p);
         second(p);
       };
@@ -79,7 +98,13 @@ struct Pass {
     const auto nth = [&](int64_t i) { return piece(i % plan.items, i / plan.items); };
     if (reduce) parallel_for(pieces, bytes, [&](int64_t i) { first(nth(i)); });
     constexpr int64_t some = 128;  // channels, for each thread to finish
-    parallel_for(ceil_div(C, some), bytes, [&](int64_t i) { finish(Piece{i * some, smaller(some, C - i * some), 0}); });
+    const auto part = [&](int64_t i) { return Piece{i * some, smaller(some, C - i * some), 0}; };
+    const int64_t parts = ceil_div(C, some);
+    if (exchanges) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all of them before any wait
+    parallel_for(parts, bytes, [&](int64_t i) {
+      if (!exchanges) own(part(i));
+      finish(part(i));
+    });
     parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i)); }, Order::backwards);
   }
 };
@@ -87,43 +112,57 @@ struct Pass {
 template <class T, class Walk>
 void forward(const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass(args.problem, args.training);
+  const Pass<T, Walk> pass(args.problem, args.training, args.ranks != nullptr);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
   const int64_t tensors = args.epilogue.residual == nullptr ? 2 : 3;
   const MemoryUse memory = pass.memory_use(tensors, args.training, args.spread, false);
-  const double count = double(args.problem.shape.per_channel());
+  const double own_count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
     const int64_t at = p.segment * 2 * C + p.first_channel;
     pass.walk.stats(x, p, work.partial[0] + at, work.partial[1] + at);
   };
+  const auto own = [&](const Piece& p) {
+    if (!args.training) return;
+    const int64_t end = p.first_channel + p.channels;
+    double* const mean = args.moments;
+    double* const variance = args.moments + C;
+    // Chan's formula for all segments at once, about the mean of the first, if it is finite: loops over channels
+    // without branches.
+    const auto each_segment = [&](const auto& body) FASTBN_INLINE {
+      for (int64_t k = 0; k < pass.plan.segments; ++k) {
+        const double here = double(pass.walk.count(pass.piece(0, k)));
+        const double *const m = work.partial[0] + k * 2 * C, *const m2 = work.partial[1] + k * 2 * C;
+        for (int64_t c = p.first_channel; c < end; ++c) body(c, here, m[c], m2[c]);
+      }
+    };
+    const double* const first = work.partial[0];
+    const auto about = [=](int64_t c) FASTBN_INLINE { return __builtin_isfinite(first[c]) ? first[c] : 0; };
+    for (int64_t c = p.first_channel; c < end; ++c) mean[c] = variance[c] = 0;
+    each_segment([=](int64_t c, double here, double m, double) FASTBN_INLINE { mean[c] += here * (m - about(c)); });
+    for (int64_t c = p.first_channel; c < end; ++c) mean[c] = about(c) + mean[c] / own_count;
+    each_segment([=](int64_t c, double here, double m, double m2)
+                     FASTBN_INLINE { variance[c] += m2 + here * (m - mean[c]) * (m - mean[c]); });
+    for (int64_t c = p.first_channel; c < end; ++c) variance[c] /= own_count;
+    for (int64_t c = p.first_channel; args.ranks != nullptr && c < end; ++c) {
+      args.ranks->tell(c, mean[c], variance[c], own_count);
+    }
+  };
   const auto finish = [&](const Piece& p) {
     const int64_t end = p.first_channel + p.channels;
-    if (args.training) {
-      double* const mean = args.moments;
-      double* const variance = args.moments + C;
-      // Chan's formula for all segments at once, about the mean of the first, if it is finite: loops over channels
-      // without branches.
-      const auto each_segment = [&](const auto& body) FASTBN_INLINE {
-        for (int64_t k = 0; k < pass.plan.segments; ++k) {
-          const double here = double(pass.walk.count(pass.piece(0, k)));
-          const double *const m = work.partial[0] + k * 2 * C, *const m2 = work.partial[1] + k * 2 * C;
-          for (int64_t c = p.first_channel; c < end; ++c) body(c, here, m[c], m2[c]);
-        }
-      };
-      const double* const first = work.partial[0];
-      const auto about = [=](int64_t c) FASTBN_INLINE { return __builtin_isfinite(first[c]) ? first[c] : 0; };
-      for (int64_t c = p.first_channel; c < end; ++c) mean[c] = variance[c] = 0;
-      each_segment([=](int64_t c, double here, double m, double) FASTBN_INLINE { mean[c] += here * (m - about(c)); });
-      for (int64_t c = p.first_channel; c < end; ++c) mean[c] = about(c) + mean[c] / count;
-      each_segment([=](int64_t c, double here, double m, double m2)
-                       FASTBN_INLINE { variance[c] += m2 + here * (m - mean[c]) * (m - mean[c]); });
-      for (int64_t c = p.first_channel; c < end; ++c) variance[c] /= count;
-    }
     for (int64_t c = p.first_channel; c < end; ++c) {
+      double count = own_count;
+      if (args.ranks != nullptr) {
+        Moments all{};
+        for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
+          const double* const told = args.ranks->heard(k, c);
+          all = merge(all, {told[2], told[0], told[1] * told[2]});
+        }
+        args.moments[c] = all.mean, args.moments[C + c] = all.m2 / all.n, args.moments[2 * C + c] = count = all.n;
+      }
       const double mean = args.training ? args.moments[c] : read(args.mean, c, 0);
       const double variance = args.training ? args.moments[C + c] : read(args.var, c, 1);
       const auto z = normalization<A>(mean, variance, args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
@@ -143,7 +182,7 @@ void forward(const Forward& args) {
       pass.walk.map(y, p, memory, {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
     });
   };
-  pass.run(tensors, args.training, stats, finish, apply);
+  pass.run(tensors, args.training, stats, own, finish, apply);
 }
 
 template <class T, class Walk>
@@ -151,7 +190,7 @@ void backward(const Backward& args) {
   using A = acc_t<T>;
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Walk> pass(args.problem, reduce);
+  const Pass<T, Walk> pass(args.problem, reduce, args.ranks != nullptr);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -187,10 +226,10 @@ void backward(const Backward& args) {
                            work.partial[1] + at);
     });
   };
-  const auto finish = [&](const Piece& p) {
+  double* const sums = work.partial[0];  // of all segments, in the place of the first
+  double* const dots = work.partial[1];
+  const auto own = [&](const Piece& p) {
     const int64_t first = p.first_channel, end = first + p.channels;
-    double* const sums = work.partial[0];  // of all segments, in the place of the first
-    double* const dots = work.partial[1];
     if (reduce) {
       for (int64_t k = 1; k < pass.plan.segments; ++k) {
         for (int64_t c = first; c < end; ++c) sums[c] += sums[k * 2 * C + c];
@@ -198,14 +237,28 @@ void backward(const Backward& args) {
       }
     }
     for (int64_t c = first; c < end; ++c) {
-      double sum = reduce ? sums[c] : 0, dot = reduce ? dots[c] : 0;
+      const double sum = reduce ? sums[c] : 0, dot = reduce ? dots[c] : 0;
       if (args.grad_weight.data != nullptr) write(args.grad_weight, c, dot * reciprocal_std(variance[c], args.eps));
       write(args.grad_bias, c, sum);
+      if (args.ranks != nullptr) args.ranks->tell(c, dot * reciprocal_std(variance[c], args.eps), sum, 0);
+    }
+  };
+  const auto finish = [&](const Piece& p) {
+    const int64_t first = p.first_channel, end = first + p.channels;
+    for (int64_t c = first; c < end; ++c) {
+      double sum = reduce ? sums[c] : 0, dot = reduce ? dots[c] : 0;
       if (spread) {
         sum = args.total[C + c], dot = args.total[c] / reciprocal_std(variance[c], args.eps);
+      } else if (args.ranks != nullptr) {
+        sum = dot = 0;
+        for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
+          const double* const told = args.ranks->heard(k, c);
+          dot += told[0], sum += told[1];
+        }
+        dot /= reciprocal_std(variance[c], args.eps);
       }
       const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1),
-                                       spread ? args.counts[c] : n, sum, dot);
+                                       args.counts != nullptr ? args.counts[c] : n, sum, dot);
       work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.x_scale;
       work.coefficient[2][c] = g.scale, work.coefficient[3][c] = g.shift;
       work.coefficient[4][c] = for_z(c).shift;
@@ -236,7 +289,7 @@ void backward(const Backward& args) {
       }
     });
   };
-  pass.run(tensors, reduce, grad_stats, finish, grad_apply);
+  pass.run(tensors, reduce, grad_stats, own, finish, grad_apply);
 }
 
 void run_forward(const Forward& args) {

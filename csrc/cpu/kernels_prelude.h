@@ -16,5 +16,6 @@
 #include "../core/formula.h"
 #include "../core/moments.h"
 #include "capability.h"
+#include "exchange.h"
 #include "parallel.h"
 #include "plan.h"
