@@ -25,6 +25,7 @@ struct BatchNormBackward : torch::autograd::Node {
   Ending ending;  // its residual is in `residual`
   double eps = 0;
   bool training = false;
+  std::shared_ptr<cpu::Exchange> exchange;
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     const Tensor dy = std::move(grads[0]);
@@ -38,7 +39,9 @@ struct BatchNormBackward : torch::autograd::Node {
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x)) {
       return differentiable(dy, x, w, b, wanted, end);
     }
-    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy));
+    auto [dx, dw, db, dr] = exchange == nullptr
+                                ? backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy))
+                                : backward(*exchange, dy, x, w, b, saved, eps, wanted, end, is_ours_alone(dy));
     return {dx, dw, db, dr};
   }
 
@@ -54,17 +57,19 @@ struct BatchNormBackward : torch::autograd::Node {
                                                 const Ending& end) {
     const auto& f = differentiable_backward();
     if (!saved.mask.defined()) {
-      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end);
+      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end, exchange);
       return {dx, dw, db, dr};
     }
     // dz = dy * factor, and the factor, which is what the mask says, has no derivative.
     Tensor factor;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      factor = backward(at::ones_like(x), x, w, b, saved, eps, false, {false, false, false, true}, end)[3];
+      const Saved own{saved.moments.narrow(0, 0, 2), saved.mask};
+      factor = backward(at::ones_like(x), x, w, b, own, eps, false, {false, false, false, true}, end)[3];
     }
     const Tensor dz = dy.masked_fill(factor.eq(0), 0).mul(factor);  // an infinite dy times zero would be a NaN
-    auto [dx, dw, db, _] = f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {});
+    auto [dx, dw, db, _] =
+        f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {}, exchange);
     return {dx, dw, db, wanted[3] ? dz : Tensor()};
   }
 
@@ -143,7 +148,7 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const Ending& ending) {
+                  const Ending& ending, const std::shared_ptr<cpu::Exchange>& exchange) {
   const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor()), r = ending.residual.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b, r);
 
@@ -152,7 +157,9 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
-    std::tie(output, saved) = forward(input, weight, bias, statistics, training, eps, ending, wants_grad);
+    std::tie(output, saved) =
+        exchange == nullptr ? forward(input, weight, bias, statistics, training, eps, ending, wants_grad)
+                            : forward(*exchange, input, weight, bias, statistics, eps, ending, wants_grad);
   }
   if (wants_grad) {
     const bool needs_z = ending.activation != Activation::identity && !saved.mask.defined();
@@ -168,6 +175,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
     node->ending = {ending.activation, ending.param, std::nullopt};
     node->eps = eps;
     node->training = training;
+    node->exchange = exchange;
     torch::autograd::set_history(output, node);
   }
   return output;

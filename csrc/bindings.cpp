@@ -85,6 +85,17 @@ struct Call {
     train = training.ptr() == Py_True;
     ok = ok && end && is_ordinary(*x, w, b, mean, var, counter, train, eps, residual);
   }
+
+  py::object run(const std::shared_ptr<cpu::Exchange>& exchange = nullptr) const {
+    Tensor output;
+    {
+      py::gil_scoped_release release;
+      output = batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end, exchange);
+    }
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
+  }
+
+  static py::object refused() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 };
 
 py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
@@ -93,14 +104,7 @@ py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias
                             py::handle residual) {
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                   activation, activation_param, residual);
-  if (!call.ok) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  Tensor output;
-  {
-    py::gil_scoped_release release;
-    output = batch_norm(*call.x, call.w, call.b, call.mean, call.var, call.counter, call.train, call.momentum,
-                        call.eps, *call.end);
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
+  return call.ok ? call.run() : call.refused();
 }
 
 // As the raw functions and the operators take it.
@@ -128,15 +132,20 @@ std::array<OptionalTensor, 4> optional(const Gradients& grads) {
   return result;
 }
 
-void set_python_backward(py::function f) {
+// function: of the backward pass; of_ranks: the same with an Exchange as its last argument.
+void set_python_backward(py::function function, py::function of_ranks) {
   // Never destroyed: at exit the interpreter may be gone before this library.
-  auto* kept = new py::function(std::move(f));
+  auto* kept = new std::pair(std::move(function), std::move(of_ranks));
   set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                                      const OptionalTensor& b, const Tensor& moments, double eps, bool training,
-                                     std::array<bool, 4> wanted, const Ending& end) {
+                                     std::array<bool, 4> wanted, const Ending& end,
+                                     const std::shared_ptr<cpu::Exchange>& exchange) {
     py::gil_scoped_acquire gil;
-    const auto found = (*kept)(dy, x, w, moments, eps, training, wanted, name_of(end), param_of(end), b, end.residual)
-                           .cast<std::array<OptionalTensor, 4>>();
+    const py::tuple arguments =
+        py::make_tuple(dy, x, w, moments, eps, training, wanted, name_of(end), param_of(end), b, end.residual);
+    const py::object result =
+        exchange == nullptr ? kept->first(*arguments) : kept->second(*arguments, py::cast(exchange));
+    const auto found = result.cast<std::array<OptionalTensor, 4>>();
     Gradients grads;
     for (size_t i = 0; i < grads.size(); ++i) grads[i] = found[i].value_or(Tensor());
     return grads;
@@ -326,57 +335,32 @@ std::tuple<Tensor, Tensor> grad_apply_op(const Tensor& grad_output, const Tensor
   return {dx, dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr};
 }
 
-// Output and packet of a part of a batch; NotImplemented where a call is not ordinary, or the part is a value a channel.
-py::object exchanging_batch_norm(cpu::Exchange& exchange, py::handle input, py::handle weight, py::handle bias,
-                                 py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
-                                 py::handle momentum, py::handle eps, py::handle activation,
-                                 py::handle activation_param, py::handle residual) {
+// As eager_batch_norm in training, for the ranks of an exchange.
+py::object exchanging_batch_norm(const std::shared_ptr<cpu::Exchange>& exchange, py::handle input, py::handle weight,
+                                 py::handle bias, py::handle running_mean, py::handle running_var,
+                                 py::handle num_batches_tracked, py::handle momentum, py::handle eps,
+                                 py::handle activation, py::handle activation_param, py::handle residual) {
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
                   activation, activation_param, residual);
-  if (!call.ok || !call.x->is_cpu() || call.x->numel() <= call.x->size(1) || call.x->size(1) > exchange.channels()) {
-    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  }
-  std::tuple<Tensor, Tensor> made;
-  {
-    py::gil_scoped_release release;
-    at::AutoDispatchBelowADInplaceOrView guard;
-    made = exchanging_forward(exchange, *call.x, call.w, call.b, {call.mean, call.var, call.counter, call.momentum},
-                              call.eps, *call.end);
-  }
-  return py::cast(made);
+  return call.ok && call.x->is_cpu() && call.x->size(1) <= exchange->channels() ? call.run(exchange) : call.refused();
 }
 
 void bind_exchange(py::module_& m) {
-  const auto without_gil = py::call_guard<py::gil_scoped_release>();
-  py::class_<cpu::Exchange>(m, "Exchange")
+  py::class_<cpu::Exchange, std::shared_ptr<cpu::Exchange>>(m, "Exchange")
       .def(py::init([](int file, int64_t rank, int64_t ranks, int64_t channels, double timeout) {
              TORCH_CHECK_VALUE(ranks >= 1 && ranks <= 1 << 16, "ranks should be 1 to 65536, not ", ranks);
              TORCH_CHECK_VALUE(rank >= 0 && rank < ranks, "rank should be 0 to ", ranks - 1, ", not ", rank);
              TORCH_CHECK_VALUE(channels >= 1 && channels <= 1 << 19, "channels should be 1 to 524288, not ", channels);
              TORCH_CHECK_VALUE(timeout > 0, "timeout should be positive, not ", timeout);
-             return std::make_unique<cpu::Exchange>(file, rank, ranks, channels, timeout);
+             return std::make_shared<cpu::Exchange>(file, rank, ranks, channels, timeout);
            }),
            py::arg("file"), py::arg("rank"), py::arg("ranks"), py::arg("channels"), py::arg("timeout"))
       .def_static("bytes", &cpu::Exchange::bytes, py::arg("ranks"), py::arg("channels"))
-      .def_property_readonly("channels", &cpu::Exchange::channels)
-      .def("gather", &gather, py::arg("values"), without_gil)
+      .def("gather", &gather, py::arg("values"), py::call_guard<py::gil_scoped_release>())
       .def("batch_norm", &exchanging_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"),
            py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
-           py::arg("eps"), py::arg("activation"), py::arg("activation_param"), py::arg("residual"))
-      .def(
-          "backward",
-          [](cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-             const Tensor& packet, double eps, bool wants_residual, std::string_view activation,
-             std::optional<double> param, const OptionalTensor& bias, const OptionalTensor& residual) {
-            const Ending end = checked_ending(activation, param, residual);
-            py::gil_scoped_release release;
-            at::AutoDispatchBelowADInplaceOrView guard;
-            return optional(
-                exchanging_backward(exchange, grad_output, input, weight, bias, packet, eps, wants_residual, end));
-          },
-          py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("packet"), py::arg("eps"),
-          py::arg("wants_residual"), py::arg("activation"), py::arg("activation_param"), py::arg("bias"),
-          py::arg("residual"));
+           py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
+           py::arg("residual") = py::none());
 }
 
 void implement(torch::Library& m) {
@@ -487,7 +471,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         without_gil);
   bind_exchange(m);
   m.def("is_watched", &is_watched);
-  m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
+  m.def("set_differentiable_backward", &set_python_backward, py::arg("function"), py::arg("of_ranks"));
   m.def("plan", &plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"));
   m.def("cuda_plan", &cuda_plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"),
         py::arg("direction"), py::arg("training"), py::arg("aligned"), py::arg("device"));

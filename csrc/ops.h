@@ -123,15 +123,15 @@ std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& i
                                       const OptionalTensor& bias, const Tensor& packet, const Tensor& total, double eps,
                                       bool wants_residual, const Ending& ending);
 
-// What the primitives come to for ranks of one machine, on the CPU, with the exchange on the way: output and packet, of
-// a part with more than one value a channel, for calls that is_ordinary was true of; gradients, those of weight and bias
-// of this part.
-std::tuple<Tensor, Tensor> exchanging_forward(cpu::Exchange& exchange, const Tensor& input,
-                                              const OptionalTensor& weight, const OptionalTensor& bias,
-                                              const Statistics& statistics, double eps, const Ending& ending);
-Gradients exchanging_backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
-                              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& packet, double eps,
-                              bool wants_residual, const Ending& ending);
+// What the primitives come to for ranks of one machine, on the CPU: the kernels exchange on their way. forward is for
+// calls that is_ordinary (autograd.h) was true of, of at most exchange.channels(), and saves a packet; backward gives
+// the gradients of weight and bias of this part, and exchanges nothing if that of the input is not wanted.
+std::tuple<Tensor, Saved> forward(cpu::Exchange& exchange, const Tensor& input, const OptionalTensor& weight,
+                                  const OptionalTensor& bias, const Statistics& statistics, double eps,
+                                  const Ending& ending, bool wants_backward);
+Gradients backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
+                   const OptionalTensor& weight, const OptionalTensor& bias, const Saved& saved, double eps,
+                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite);
 
 // The float64 tensors [rows, C] of all ranks, of at most 3 rows: [ranks, rows, C].
 Tensor gather(cpu::Exchange& exchange, const Tensor& values);

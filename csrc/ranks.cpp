@@ -95,28 +95,27 @@ std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& i
   return {dx, dz};
 }
 
-std::tuple<Tensor, Tensor> exchanging_forward(cpu::Exchange& exchange, const Tensor& input,
-                                              const OptionalTensor& weight, const OptionalTensor& bias,
-                                              const Statistics& statistics, double eps, const Ending& ending) {
+std::tuple<Tensor, Saved> forward(cpu::Exchange& exchange, const Tensor& input, const OptionalTensor& weight,
+                                  const OptionalTensor& bias, const Statistics& statistics, double eps,
+                                  const Ending& ending, bool wants_backward) {
   cpu::Turn turn(exchange, cpu::Topic::moments, input.size(1));
-  const auto [output, saved] = forward(input, weight, bias, statistics, true, eps, ending, false, &turn);
+  auto made = forward(input, weight, bias, statistics, true, eps, ending, wants_backward, &turn);
   turn.end();
-  return {output, saved.moments};
+  return made;
 }
 
-Gradients exchanging_backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
-                              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& packet, double eps,
-                              bool wants_residual, const Ending& ending) {
-  const int64_t channels = channels_of(input);
-  TORCH_CHECK(input.is_cpu(), "input should be on the CPU, not on ", input.device());
-  TORCH_CHECK(input.numel() > 0, "input should have values, not sizes ", input.sizes());
-  check_packet(packet, "packet", {3, channels});
-  const Tensor kept = packet.contiguous();
-  cpu::Turn turn(exchange, cpu::Topic::gradients, channels);
-  const Spread spread{nullptr, kept.const_data_ptr<double>() + 2 * channels, &turn};
-  const Saved saved{kept.narrow(0, 0, 2), Tensor()};
-  Gradients grads = backward(grad_output, input, weight, bias, saved, eps, true, {true, true, true, wants_residual},
-                             ending, false, spread);
+Gradients backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
+                   const OptionalTensor& weight, const OptionalTensor& bias, const Saved& saved, double eps,
+                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite) {
+  const Saved own{saved.moments.narrow(0, 0, 2), saved.mask};
+  // Of the gradients only that of the input is a matter of other ranks.
+  if (!wanted[0]) {
+    return backward(grad_output, input, weight, bias, own, eps, false, wanted, ending, may_overwrite);
+  }
+  cpu::Turn turn(exchange, cpu::Topic::gradients, input.size(1));
+  const Spread spread{nullptr, saved.moments.const_data_ptr<double>() + 2 * input.size(1), &turn};
+  Gradients grads =
+      backward(grad_output, input, weight, bias, own, eps, true, wanted, ending, may_overwrite, spread);
   turn.end();
   return grads;
 }
@@ -133,20 +132,23 @@ Tensor gather(cpu::Exchange& exchange, const Tensor& values) {
   const double* const own = kept.const_data_ptr<double>();
   double* const to = all.data_ptr<double>();
   // Those that exchange on their way through a pass tell the same.
-  cpu::Turn turn(exchange, rows == 3 ? cpu::Topic::moments : rows == 2 ? cpu::Topic::gradients : cpu::Topic::values,
-                 channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    double row[most_rows] = {};
-    for (int64_t r = 0; r < rows; ++r) row[r] = own[r * channels + c];
-    turn.tell(c, row[0], row[1], row[2]);
-  }
-  for (int64_t k = 0; k < exchange.ranks(); ++k) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const double* const row = turn.heard(k, c);
-      for (int64_t r = 0; r < rows; ++r) to[(k * rows + r) * channels + c] = row[r];
+  const auto topic = rows == 3 ? cpu::Topic::moments : rows == 2 ? cpu::Topic::gradients : cpu::Topic::values;
+  for (int64_t first = 0; first < channels; first += exchange.channels()) {
+    const int64_t here = smaller(exchange.channels(), channels - first);
+    cpu::Turn turn(exchange, topic, here);
+    for (int64_t c = 0; c < here; ++c) {
+      double row[most_rows] = {};
+      for (int64_t r = 0; r < rows; ++r) row[r] = own[r * channels + first + c];
+      turn.tell(c, row[0], row[1], row[2]);
     }
+    for (int64_t k = 0; k < exchange.ranks(); ++k) {
+      for (int64_t c = 0; c < here; ++c) {
+        const double* const row = turn.heard(k, c);
+        for (int64_t r = 0; r < rows; ++r) to[(k * rows + r) * channels + first + c] = row[r];
+      }
+    }
+    turn.end();
   }
-  turn.end();
   return all;
 }
 

@@ -258,7 +258,6 @@ def differentiable_backward(
 torch.library.register_autograd(
     "fastbn::forward", BatchNormFunction.backward, setup_context=BatchNormFunction.setup_context
 )
-ops._C.set_differentiable_backward(differentiable_backward)
 
 
 @torch.library.register_vmap("fastbn::update_running_stats")

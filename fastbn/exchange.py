@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .ops import _C
 
 FOLDER = Path("/dev/shm")  # memory with names, where there is such a thing
-# The most that are exchanged through memory: 512 KB a rank. A batch norm of more goes through the group.
-CHANNELS = 8192
+CHANNELS = 8192  # at once, for which a rank takes 512 KB
 
 WANTED = os.environ.get("FASTBN_SHARED_MEMORY", "1")
 if WANTED not in ("0", "1"):
@@ -50,6 +49,14 @@ def exchange_of(group):
         with _disable_current_modes():  # those who watch tensors have no business with these
             made = _agreed[group] = _agree(group)
         return made
+
+
+def group_of(exchange):
+    """The process group that an exchange is for."""
+    for group, known in _agreed.items():
+        if known is exchange:
+            return group
+    raise RuntimeError("SyncBatchNorm: the process group of the forward pass is gone")
 
 
 def _agree(group):
@@ -107,6 +114,4 @@ def _join(path, rank, ranks, timeout):
 def _gather(values, ranks, group):
     group = _resolve_process_group(group)
     exchange = exchange_of(group)
-    if exchange is None or values.size(1) > exchange.channels:
-        return through_group(values, ranks, group)
-    return exchange.gather(values)
+    return through_group(values, ranks, group) if exchange is None else exchange.gather(values)

@@ -15,8 +15,8 @@ from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from . import activations, arguments, ops
-from .autograd import batch_norm, composed_backward
-from .exchange import exchange_of, through_group
+from .autograd import batch_norm, composed_backward, differentiable_backward
+from .exchange import exchange_of, group_of, through_group
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -55,7 +55,7 @@ def _summed(t, group):
 
 
 def _exchange(group, tensor):
-    """What the kernels exchange through themselves; None where they cannot, or an operator is to be seen."""
+    """What the kernels can exchange through; None where there is nothing, or somebody wants to see operators."""
     if is_compiling() or ops.SIMULATED or type(tensor) is not Tensor or not tensor.is_cpu or _C.is_watched():
         return None
     return exchange_of(group)
@@ -88,13 +88,12 @@ class _Ranks(NamedTuple):
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """`apply(input, weight, bias, packet, eps, activation, activation_param, residual, group, made=None) -> output`.
+    """`apply(input, weight, bias, packet, eps, activation, activation_param, residual, group) -> output`.
 
     Args:
         packet: float64 (3, C), mean, biased variance and count of each channel over all ranks. They are functions of
             input: the gradient of input is that of the whole, for the sum of what all ranks differentiate.
         group: the process group; the rest is as for `fastbn.BatchNormFunction`.
-        made: a list of the output, where it was made on the way to the packet.
 
     Gradients of weight and bias are those of this rank's part, as torch's SyncBatchNorm has them: whoever averages the
     gradients of all parameters (DDP, FSDP) averages these too. The backward pass can be differentiated again, at the
@@ -102,14 +101,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input, weight, bias, packet, eps, activation, activation_param, residual, group, made=None):
-        if made is not None:
-            return made.pop()
+    def forward(input, weight, bias, packet, eps, activation, activation_param, residual, group):
         return ops.forward(input, weight, bias, packet, eps, activation, activation_param, residual)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, packet, ctx.eps, ctx.activation, ctx.activation_param, residual, ctx.group, *_ = inputs
+        input, weight, bias, packet, ctx.eps, ctx.activation, ctx.activation_param, residual, ctx.group = inputs
         if ctx.activation == "identity":
             bias = residual = None  # nothing to compute z for
         ctx.save_for_backward(input, weight, bias, packet, residual)
@@ -117,45 +114,52 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, bias, packet, residual = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias, _, _, _, _, wants_residual, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            grads = composed_backward(
-                grad_output, input, weight, bias, None, ctx.eps, ctx.activation, ctx.activation_param, residual,
-                _Ranks(ctx.group, packet[2, 0]),
-            )  # fmt: skip
-        else:
-            grads = _gradients(ctx, grad_output, input, weight, bias, packet, residual, wants_input, wants_residual)
-        wanted = (wants_input, wants_weight, wants_bias, wants_residual)
-        grad_input, grad_weight, grad_bias, grad_residual = (
-            g if w else None for g, w in zip(grads, wanted, strict=True)
-        )
-        return grad_input, grad_weight, grad_bias, None, None, None, None, grad_residual, None, None
+        wants_input, wants_weight, wants_bias, *_, wants_residual, _ = ctx.needs_input_grad
+        grad_input, grad_weight, grad_bias, grad_residual = _gradients(
+            grad_output, input, weight, packet, ctx.eps, (wants_input, wants_weight, wants_bias, wants_residual),
+            ctx.activation, ctx.activation_param, bias, residual, ctx.group,
+        )  # fmt: skip
+        return grad_input, grad_weight, grad_bias, None, None, None, None, grad_residual, None
 
 
-def _gradients(ctx, grad_output, input, weight, bias, packet, residual, wants_input, wants_residual):
-    """Of input, weight, bias and residual, by the kernels."""
-    ending = (ctx.activation, ctx.activation_param, bias, residual)
-    # Without an activation the residual's gradient is grad_output itself.
-    makes_residual = wants_residual and ctx.activation != "identity"
-    if not wants_input:  # no other is a matter of other ranks
-        mask = (False, True, True, makes_residual)
-        _, grad_weight, grad_bias, grad_residual = ops.backward(
-            grad_output, input, weight, packet[:2], ctx.eps, False, mask, *ending
-        )
-        return None, grad_weight, grad_bias, grad_residual if makes_residual else grad_output
-    if input.numel() > 0 and (exchange := _exchange(ctx.group, grad_output)) is not None:
-        if input.size(1) <= exchange.channels:
-            grads = exchange.backward(
-                grad_output, input, weight, packet, ctx.eps, makes_residual, ctx.activation, ctx.activation_param, bias,
-                residual,
-            )  # fmt: skip
-            return *grads[:3], grads[3] if makes_residual else grad_output
-    own = ops.grad_stats(grad_output, input, weight, packet, ctx.eps, *ending)
-    grad_input, grad_residual = ops.grad_apply(
-        grad_output, input, weight, packet, _summed(own, ctx.group), ctx.eps, makes_residual, *ending
-    )
-    grad_weight, grad_bias = own.to(ops.param_dtype(input, weight)).unbind()
-    return grad_input, grad_weight, grad_bias, grad_residual if makes_residual else grad_output
+def _gradients(
+    grad_output, input, weight, packet, eps, wanted, activation, activation_param, bias, residual, group
+):  # fmt: skip
+    """Of input, weight, bias and residual, None where they are not wanted: by the kernels, or differentiable."""
+    if torch.is_grad_enabled():
+        grads = composed_backward(
+            grad_output, input, weight, bias, None, eps, activation, activation_param, residual,
+            _Ranks(group, packet[2, 0]),
+        )  # fmt: skip
+    else:
+        ending = (activation, activation_param, bias, residual)
+        # Without an activation the residual's gradient is grad_output itself.
+        makes_residual = wanted[3] and activation != "identity"
+        if wanted[0]:
+            own = ops.grad_stats(grad_output, input, weight, packet, eps, *ending)
+            grad_input, grad_residual = ops.grad_apply(
+                grad_output, input, weight, packet, _summed(own, group), eps, makes_residual, *ending
+            )
+            grads = grad_input, *own.to(ops.param_dtype(input, weight)).unbind(), grad_residual
+        else:  # no other is a matter of other ranks
+            mask = (False, True, True, makes_residual)
+            grads = ops.backward(grad_output, input, weight, packet[:2], eps, False, mask, *ending)
+        if not makes_residual:
+            grads = *grads[:3], grad_output
+    return [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
+
+
+def _gradients_beside_exchange(
+    grad_output, input, weight, packet, eps, training, wanted, activation, activation_param, bias, residual, exchange
+):  # fmt: skip
+    """What the kernels exchange in a backward pass, by operators, for a pass that is differentiated or watched."""
+    return _gradients(
+        grad_output, input, weight, packet, eps, wanted, activation, activation_param, bias, residual,
+        group_of(exchange),
+    )  # fmt: skip
+
+
+_C.set_differentiable_backward(differentiable_backward, _gradients_beside_exchange)
 
 
 def sync_batch_norm(
@@ -168,15 +172,12 @@ def sync_batch_norm(
     samples may differ from rank to rank and be 0; N = 0 takes part in the collectives, and updates the statistics.
     """
     if (exchange := _exchange(group, input)) is not None:
-        made = exchange.batch_norm(
+        output = exchange.batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
             activation_param, residual,
         )  # fmt: skip
-        if made is not NotImplemented:
-            output, packet = made
-            return SyncBatchNormFunction.apply(
-                input, weight, bias, packet, eps, activation, activation_param, residual, group, [output]
-            )
+        if output is not NotImplemented:
+            return output
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     momentum, eps = arguments.check_each(

@@ -68,7 +68,7 @@ struct Exchange::Memory {
   int file;
   int64_t rank, ranks, channels;
   double timeout;
-  int64_t spins;  // before others are let on the processor
+  int64_t spins;  // before others are let on the processor: a tenth of a millisecond or two
   Header* headers;
   Entry* entries;
   uint64_t turn = 0, subject = 0;
@@ -150,7 +150,7 @@ Exchange::Exchange(int file, int64_t rank, int64_t ranks, int64_t channels, doub
   if (data == MAP_FAILED) give_up("map");
   // Where there are more ranks than processors, one of them waits for this one's.
   const bool alone = int64_t(std::thread::hardware_concurrency()) >= ranks;
-  memory_->spins = alone ? 2000 : 0;
+  memory_->spins = alone ? 10000 : 0;
   memory_->headers = static_cast<Header*>(data);
   memory_->entries = reinterpret_cast<Entry*>(memory_->headers + ranks);
 }

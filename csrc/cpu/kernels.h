@@ -36,13 +36,13 @@ struct Pass {
   const Plan plan;
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
-  const bool exchanges;
+  cpu::Turn* const ranks;  // that share the machine, or nullptr
 
-  // `summed`: with a pass that reads for sums before the one that writes; `exchanges`: with those of other ranks.
-  Pass(const Problem& problem, bool summed, bool exchanges)
+  // `summed`: with a pass that reads for sums before the one that writes.
+  Pass(const Problem& problem, bool summed, cpu::Turn* ranks)
       : shape(problem.shape),
         plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())),
-        exchanges(exchanges) {}
+        ranks(ranks) {}
 
   int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
 
@@ -51,21 +51,14 @@ struct Pass {
   MemoryUse memory_use(int64_t tensors, bool summed, bool elsewhere, bool both) const {
     const bool unread = !summed && !elsewhere;
     // Behind sums items come one by one, forwards; without them backwards, of each segment in turn.
-    const int64_t next =
-        unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() * (1 + lag()) : 0;
-    return {bytes(tensors) > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
+    const int64_t next = unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() : 0;
+    const int64_t sharers = ranks == nullptr ? 1 : ranks->ranks();  // of the cache
+    return {bytes(tensors) * sharers > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
   }
 
   Piece piece(int64_t item, int64_t segment) const {
     const int64_t first = item * plan.channels_an_item;
     return {first, smaller(plan.channels_an_item, C - first), segment};
-  }
-
-  // How many items a rank reads ahead of the one that it waits for the others with: what its cache holds, so that it
-  // seldom has to wait.
-  int64_t lag() const {
-    constexpr int64_t cache = 256 << 10;
-    return exchanges ? larger<int64_t>(1, cache / (bytes(1) / plan.items)) : 0;
   }
 
   // Runs first(item, segment) for all pieces, then own(item), finish(item), second(item, segment): sums of a piece,
@@ -76,12 +69,6 @@ struct Pass {
   void run(int64_t tensors, bool reduce, const First& first, const Own& own, const Finish& finish,
            const Second& second) const {
     const int64_t bytes = this->bytes(tensors), pieces = plan.items * plan.segments;
-    if (plan.segments == 1 && exchanges) {
-      const auto begin = [&](int64_t item) { first(piece(item, 0)), own(piece(item, 0)); };
-      const auto end = [&](int64_t item) { finish(piece(item, 0)), second(piece(item, 0)); };
-      parallel_for(plan.items, bytes, lag(), begin, end);
-      return;
-    }
     if (plan.segments == 1) {
       // Alone, the second pass goes backwards too: what was read or written last is in the cache.
       const Order order = reduce ? Order::forwards : Order::backwards;
@@ -100,9 +87,9 @@ struct Pass {
     constexpr int64_t some = 128;  // channels, for each thread to finish
     const auto part = [&](int64_t i) { return Piece{i * some, smaller(some, C - i * some), 0}; };
     const int64_t parts = ceil_div(C, some);
-    if (exchanges) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all of them before any wait
+    if (ranks != nullptr) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all before any wait
     parallel_for(parts, bytes, [&](int64_t i) {
-      if (!exchanges) own(part(i));
+      if (ranks == nullptr) own(part(i));
       finish(part(i));
     });
     parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i)); }, Order::backwards);
@@ -112,7 +99,7 @@ struct Pass {
 template <class T, class Walk>
 void forward(const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass(args.problem, args.training, args.ranks != nullptr);
+  const Pass<T, Walk> pass(args.problem, args.training, args.ranks);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -190,7 +177,7 @@ void backward(const Backward& args) {
   using A = acc_t<T>;
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Walk> pass(args.problem, reduce, args.ranks != nullptr);
+  const Pass<T, Walk> pass(args.problem, reduce, args.ranks);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
