@@ -157,9 +157,9 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
-    std::tie(output, saved) =
-        exchange == nullptr ? forward(input, weight, bias, statistics, training, eps, ending, wants_grad)
-                            : forward(*exchange, input, weight, bias, statistics, eps, ending, wants_grad);
+    std::tie(output, saved) = exchange == nullptr
+                                  ? forward(input, weight, bias, statistics, training, eps, ending, wants_grad)
+                                  : forward(*exchange, input, weight, bias, statistics, eps, ending, wants_grad);
   }
   if (wants_grad) {
     const bool needs_z = ending.activation != Activation::identity && !saved.mask.defined();

@@ -356,6 +356,7 @@ void bind_exchange(py::module_& m) {
            }),
            py::arg("file"), py::arg("rank"), py::arg("ranks"), py::arg("channels"), py::arg("timeout"))
       .def_static("bytes", &cpu::Exchange::bytes, py::arg("ranks"), py::arg("channels"))
+      .def_property_readonly("turns", &cpu::Exchange::turns)
       .def("gather", &gather, py::arg("values"), py::call_guard<py::gil_scoped_release>())
       .def("batch_norm", &exchanging_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"),
            py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),

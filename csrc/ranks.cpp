@@ -114,8 +114,7 @@ Gradients backward(cpu::Exchange& exchange, const Tensor& grad_output, const Ten
   }
   cpu::Turn turn(exchange, cpu::Topic::gradients, input.size(1));
   const Spread spread{nullptr, saved.moments.const_data_ptr<double>() + 2 * input.size(1), &turn};
-  Gradients grads =
-      backward(grad_output, input, weight, bias, own, eps, true, wanted, ending, may_overwrite, spread);
+  Gradients grads = backward(grad_output, input, weight, bias, own, eps, true, wanted, ending, may_overwrite, spread);
   turn.end();
   return grads;
 }

@@ -54,7 +54,7 @@ void pause() {
 }
 
 struct flock lock_of(short type, int64_t rank) {
-  struct flock lock {};
+  struct flock lock{};
   lock.l_type = type;
   lock.l_whence = SEEK_SET;
   lock.l_start = off_t(rank);
@@ -98,6 +98,14 @@ struct Exchange::Memory {
     }
   }
 
+  void check_failures() {
+    for (int64_t k = 0; k < ranks; ++k) {
+      if (headers[k].failed.load(std::memory_order_acquire)) {
+        fail("rank " + std::to_string(k) + " of the process group has given up an exchange");
+      }
+    }
+  }
+
   void wait(const Entry& entry, int64_t of_rank) {
     const auto came = [&] { return entry.turn.load(std::memory_order_acquire) == turn; };
     for (int64_t i = 0; i < spins; ++i) {
@@ -119,11 +127,7 @@ struct Exchange::Memory {
       if (waited < next_check) continue;
       next_check = waited + between_checks;
       check_subject(of_rank);
-      for (int64_t k = 0; k < ranks; ++k) {
-        if (headers[k].failed.load(std::memory_order_acquire)) {
-          fail("rank " + std::to_string(k) + " of the process group has given up an exchange");
-        }
-      }
+      check_failures();
       if (!alive(of_rank) && !came()) fail(other + " has ended");
       if (waited > timeout) fail(other + " did not come within " + std::to_string(int64_t(timeout)) + " s");
     }
@@ -163,6 +167,7 @@ Exchange::~Exchange() {
 
 int64_t Exchange::ranks() const { return memory_->ranks; }
 int64_t Exchange::channels() const { return memory_->channels; }
+int64_t Exchange::turns() const { return int64_t(memory_->turn); }
 
 Turn::Turn(Exchange& exchange, Topic topic, int64_t channels) : memory_(*exchange.memory_) {
   memory_.mutex.lock();
@@ -192,6 +197,14 @@ void Turn::tell(int64_t channel, double a, double b, double c) {
   entry.turn.store(memory_.turn, std::memory_order_release);
 }
 
+void Turn::fetch(int64_t first, int64_t channels) const {
+  constexpr int64_t a_line = 64 / int64_t(sizeof(Entry));
+  for (int64_t k = 0; k < memory_.ranks; ++k) {
+    if (k == memory_.rank) continue;
+    for (int64_t c = 0; c < channels; c += a_line) __builtin_prefetch(&memory_.entry(k, first + c));
+  }
+}
+
 const double* Turn::heard(int64_t rank, int64_t channel) {
   const Entry& entry = memory_.entry(rank, channel);
   if (entry.turn.load(std::memory_order_acquire) != memory_.turn) memory_.wait(entry, rank);
@@ -200,6 +213,7 @@ const double* Turn::heard(int64_t rank, int64_t channel) {
 
 void Turn::end() {
   for (int64_t k = 0; k < memory_.ranks; ++k) memory_.check_subject(k);
+  memory_.check_failures();  // of ranks that had told all before they gave up
   ended_ = true;
 }
 

@@ -21,6 +21,7 @@ class Exchange {
 
   int64_t ranks() const;
   int64_t channels() const;
+  int64_t turns() const;  // that have begun
 
  private:
   friend class Turn;
@@ -48,6 +49,9 @@ class Turn {
 
   // By any thread, as is heard.
   void tell(int64_t channel, double a, double b, double c);
+
+  // Before others are heard of these channels: what they told is in another processor's cache.
+  void fetch(int64_t first, int64_t channels) const;
 
   // The values that a rank told of a channel, which stay until the turn ends; waits for them.
   const double* heard(int64_t rank, int64_t channel);

@@ -140,6 +140,7 @@ void forward(const Forward& args) {
   };
   const auto finish = [&](const Piece& p) {
     const int64_t end = p.first_channel + p.channels;
+    if (args.ranks != nullptr) args.ranks->fetch(p.first_channel, p.channels);
     for (int64_t c = p.first_channel; c < end; ++c) {
       double count = own_count;
       if (args.ranks != nullptr) {
@@ -232,6 +233,7 @@ void backward(const Backward& args) {
   };
   const auto finish = [&](const Piece& p) {
     const int64_t first = p.first_channel, end = first + p.channels;
+    if (args.ranks != nullptr) args.ranks->fetch(first, p.channels);
     for (int64_t c = first; c < end; ++c) {
       double sum = reduce ? sums[c] : 0, dot = reduce ? dots[c] : 0;
       if (spread) {
