@@ -108,11 +108,11 @@ def grad_apply(
     """Gradients of input and residual (without elements if not wanted); total: the sum over ranks of `grad_stats`."""
 
 class Exchange:
-    """One rank's end of memory that ranks of one machine have in common. What does not come is a RuntimeError in all."""
+    """One rank's end of memory that ranks of one machine share. What does not come is a RuntimeError in all of them."""
 
     def __init__(self, file: int, rank: int, ranks: int, channels: int, timeout: float) -> None:
-        """file: a descriptor of `bytes` zeros that all ranks have opened, which is closed with this. It must be the only
-        one that this process has of it. channels: at once. timeout: in seconds."""
+        """file: a descriptor of `bytes` zeros that all ranks have opened, which is closed with this; the only one that
+        this process may have of them. channels: at once. timeout: in seconds."""
 
     @staticmethod
     def bytes(ranks: int, channels: int) -> int:

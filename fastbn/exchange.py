@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .ops import _C
@@ -19,10 +18,10 @@ from .ops import _C
 FOLDER = Path("/dev/shm")  # memory with names, where there is such a thing
 CHANNELS = 8192  # at once, for which a rank takes 512 KB
 
-WANTED = os.environ.get("FASTBN_SHARED_MEMORY", "1")
-if WANTED not in ("0", "1"):
-    raise ImportError(f"fastbn: FASTBN_SHARED_MEMORY should be 0 or 1, not {WANTED!r}")
-WANTED = WANTED == "1"
+_choice = os.environ.get("FASTBN_SHARED_MEMORY") or "1"
+if _choice not in ("0", "1"):
+    raise ImportError(f"fastbn: FASTBN_SHARED_MEMORY should be 0 or 1, not {_choice!r}")
+WANTED = _choice == "1"
 
 _agreed = weakref.WeakKeyDictionary()
 
@@ -112,6 +111,6 @@ def _join(path, rank, ranks, timeout):
 
 @torch.library.impl("fastbn::gather", "CPU")
 def _gather(values, ranks, group):
-    group = _resolve_process_group(group)
+    group = dist.distributed_c10d._resolve_process_group(group)
     exchange = exchange_of(group)
     return through_group(values, ranks, group) if exchange is None else exchange.gather(values)

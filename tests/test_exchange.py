@@ -4,7 +4,10 @@ group, bit for bit; and an error in each of them for whatever goes wrong in one.
 import contextlib
 import datetime
 import os
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 
 import pytest
@@ -86,6 +89,7 @@ def two():
     ranks.close()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}x{c[2]}-{c[3].__name__}-{c[4]}-{c[5][0]}-{c[6]}")
 def test_same_bits_as_through_the_group(two, case):
     two.run(check_same_bits, *case)
@@ -279,8 +283,6 @@ def test_too_few_values_are_no_failure(two):
 
 def check_threads():
     """Passes of several threads wait for each other; the order is the same in all ranks, as it has to be."""
-    import threading
-
     module = fastbn.SyncBatchNorm(CHANNELS)
     turn = [threading.Event() for _ in range(8)]
     turn[0].set()
@@ -303,6 +305,7 @@ def test_threads(two):
     assert two.run(check_threads) == [8, 8]
 
 
+@pytest.mark.sanitize
 def test_bad_arguments():
     size = _C.Exchange.bytes(2, CHANNELS)
     for wrong, message in (
@@ -328,6 +331,7 @@ def test_bad_arguments():
         _C.Exchange("file", 0, 2, CHANNELS, 1.0)
 
 
+@pytest.mark.sanitize
 def test_alone():
     """A rank that is all there is: what it hears is what it tells."""
     alone = _C.Exchange(temporary(_C.Exchange.bytes(1, CHANNELS)), 0, 1, CHANNELS, 1.0)
@@ -357,9 +361,6 @@ def test_alone():
 
 
 def test_environment(tmp_path):
-    import subprocess
-    import sys
-
     environment = os.environ | {"FASTBN_SHARED_MEMORY": "maybe"}
     done = subprocess.run(
         [sys.executable, "-c", "import fastbn"], env=environment, capture_output=True, text=True, cwd=tmp_path
