@@ -32,13 +32,19 @@ def temporary(size):
 
 
 @contextlib.contextmanager
-def through_group():
-    """Another world of the same ranks, in which nothing is shared."""
-    wanted, exchange.WANTED = exchange.WANTED, False
+def changed(name, value):
+    """fastbn.exchange with another of its names."""
+    kept = getattr(exchange, name)
+    setattr(exchange, name, value)
     try:
-        yield dist.new_group(timeout=datetime.timedelta(seconds=30))
+        yield
     finally:
-        exchange.WANTED = wanted
+        setattr(exchange, name, kept)
+
+
+def new_group(seconds=30):
+    """Another group of the same ranks: what fails in it fails nowhere else."""
+    return dist.new_group(timeout=datetime.timedelta(seconds=seconds))
 
 
 def step(module, x, residual, dy):
@@ -55,14 +61,14 @@ def check_same_bits(counts, channels, shape, layout, dtype, ending, threads):
     activation, param, adds = ending
     found, world = [], exchange.exchange_of(dist.group.WORLD)
     try:
-        for group in (contextlib.nullcontext(), through_group()):
+        for wanted in (True, False):
             torch.manual_seed(rank)
             x, residual, dy = (layout((counts[rank], channels, *shape)).add_(rank).to(dtype) for _ in range(3))
-            turns = world.turns
-            with group as process_group:
-                module = module_for(activation, param, torch.float32, process_group=process_group, channels=channels)
+            turns, group = world.turns, None if wanted else new_group()
+            module = module_for(activation, param, torch.float32, process_group=group, channels=channels)
+            with changed("WANTED", wanted):
                 found.append(step(module, x, residual if adds else None, dy))
-            assert (world.turns == turns) == (process_group is not None)
+            assert (world.turns > turns) == wanted
     finally:
         torch.set_num_threads(1)
     for a, b in zip(*found, strict=True):
@@ -85,6 +91,13 @@ CASES = [
 @pytest.fixture(scope="module")
 def two():
     ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three():
+    ranks = Ranks(3)
     yield ranks
     ranks.close()
 
@@ -118,6 +131,7 @@ def test_one_exchange_a_pass(two):
 def check_mixed_ways():
     """Ranks that call the kernels, an operator in a graph, and one that somebody watches: each tells the same."""
     torch._dynamo.reset()
+    begun = exchange.exchange_of(dist.group.WORLD).turns
     rank = dist.get_rank()
     right, module = (fastbn.SyncBatchNorm(CHANNELS) for _ in range(2))
     torch.manual_seed(rank)
@@ -132,45 +146,38 @@ def check_mixed_ways():
             found = step(module, x, None, x)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    return exchange.exchange_of(dist.group.WORLD).turns
+    return exchange.exchange_of(dist.group.WORLD).turns - begun
 
 
-def test_ranks_that_call_in_different_ways():
-    ranks = Ranks(3)
-    try:
-        assert ranks.run(check_mixed_ways) == [4, 4, 4]
-    finally:
-        ranks.close()
+def test_ranks_that_call_in_different_ways(three):
+    assert three.run(check_mixed_ways) == [4, 4, 4]
 
 
-def check_not_shared(what):
-    """One rank that cannot share is enough."""
-    if dist.get_rank() == 1:
-        if what == "unwanted":
-            exchange.WANTED = False
-        else:
-            exchange._join = lambda *arguments: None
-    elif what == "full":
-        exchange.os = type("os", (), {**vars(os), "posix_fallocate": staticmethod(_full)})
-    elif what == "no folder":
-        exchange.FOLDER = exchange.Path("/nowhere")
-    x = torch.randn(3, CHANNELS)
-    fastbn.SyncBatchNorm(CHANNELS)(x)
-    assert exchange.exchange_of(dist.group.WORLD) is None
-    return len(list(exchange.Path("/dev/shm").glob("fastbn-*")))
-
-
-def _full(*arguments):
+def full(*arguments):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("what", ["unwanted", "another machine", "full", "no folder"])
-def test_without_shared_memory(what):
-    ranks = Ranks(2)
-    try:
-        assert ranks.run(check_not_shared, what) == [0, 0]
-    finally:
-        ranks.close()
+OBSTACLES = {  # of one rank, and what is different there
+    "unwanted": (1, "WANTED", False),
+    "another machine": (1, "_join", lambda *arguments: None),
+    "no folder": (0, "FOLDER", exchange.Path("/nowhere")),
+    "full": (0, "os", type("os", (), {**vars(os), "posix_fallocate": staticmethod(full)})),
+}
+
+
+def check_not_shared(what):
+    rank, *change = OBSTACLES[what]
+    group = new_group()
+    with changed(*change) if dist.get_rank() == rank else contextlib.nullcontext():
+        x = torch.randn(3, CHANNELS)
+        fastbn.SyncBatchNorm(CHANNELS, process_group=group)(x)
+        assert exchange.exchange_of(group) is None
+    return len(list(exchange.Path("/dev/shm").glob("fastbn-*")))
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_one_rank_that_cannot_share_is_enough(two, what):
+    assert two.run(check_not_shared, what) == [0, 0]
 
 
 def check_new_world(store):
@@ -206,64 +213,55 @@ def error_of(function):
 
 
 def check_different_channels():
-    rank = dist.get_rank()
-    fastbn.SyncBatchNorm(CHANNELS)(torch.randn(3, CHANNELS))
+    rank, group = dist.get_rank(), new_group(8)
+    fastbn.SyncBatchNorm(CHANNELS, process_group=group)(torch.randn(3, CHANNELS))
     channels = (CHANNELS, CHANNELS + 1)[rank]
-    first = error_of(lambda: fastbn.SyncBatchNorm(channels)(torch.randn(3, channels)))
-    return first, error_of(lambda: fastbn.SyncBatchNorm(CHANNELS)(torch.randn(3, CHANNELS)))
+    module = fastbn.SyncBatchNorm(channels, process_group=group)
+    first = error_of(lambda: module(torch.randn(3, channels)))
+    return first, error_of(lambda: module(torch.randn(3, channels)))
 
 
 def check_forward_and_backward():
     x = torch.randn(3, CHANNELS, requires_grad=True)
-    module = fastbn.SyncBatchNorm(CHANNELS)
+    module = fastbn.SyncBatchNorm(CHANNELS, process_group=new_group(8))
     output = module(x)
     return error_of((lambda: module(x)) if dist.get_rank() else lambda: output.sum().backward())
 
 
-def fresh(function, *arguments, ranks=2, timeout=8):
-    """In ranks of their own, as nothing works in them any more."""
-    ranks = Ranks(ranks, timeout=timeout)
-    try:
-        return ranks.run(function, *arguments)
-    finally:
-        ranks.close()
-
-
-def test_ranks_that_exchange_different_things():
-    (first, then), (other, _) = fresh(check_different_channels)
+def test_ranks_that_exchange_different_things(two):
+    (first, then), (other, _) = two.run(check_different_channels)
     assert f"moments of {CHANNELS + 1} channels" in first + other and f"moments of {CHANNELS} channels" in first + other
     assert "has failed before" in then
-    found = fresh(check_forward_and_backward)
+    found = two.run(check_forward_and_backward)
     assert any(f"gradients of {CHANNELS} channels" in text for text in found), found
 
 
-def check_failure(how):
-    """Rank 1 ends, or stays away; what the others say, and after how long."""
-    module = fastbn.SyncBatchNorm(CHANNELS)
-    x = torch.randn(3, CHANNELS, 64, 64, requires_grad=True)
-    output = module(x)
+def check_absence(leaves):
+    """Rank 1 is done with the group, or stays away; what the others say, and after how long."""
+    group = new_group(30 if leaves else 2)
+    module = fastbn.SyncBatchNorm(CHANNELS, process_group=group)
+    output = module(torch.randn(3, CHANNELS, 64, 64, requires_grad=True))
     dist.barrier()
-    if dist.get_rank() == 1:
-        if how == "stays away":
-            time.sleep(6)
-            return error_of(lambda: output.sum().backward()), 0
-        del output, module  # as a rank that has no more to do
-        dist.destroy_process_group()
-        time.sleep(5)
+    if dist.get_rank() == 1 and leaves:
+        del output, module
+        dist.destroy_process_group(group)
+        del group
         return "", 0
+    if dist.get_rank() == 1:
+        time.sleep(4)
     begun = time.monotonic()
     return error_of(lambda: output.sum().backward()), time.monotonic() - begun
 
 
-def test_a_rank_that_stays_away():
-    (first, seconds), (late, _), (third, _) = fresh(check_failure, "stays away", ranks=3, timeout=3)
-    assert "rank 1 of the process group did not come within 3 s" in first + third
-    assert 2.9 < seconds < 5 and "given up" in late
+def test_a_rank_that_stays_away(three):
+    (first, seconds), (late, _), (third, _) = three.run(check_absence, False)
+    assert "rank 1 of the process group did not come within 2 s" in first + third
+    assert 1.9 < seconds < 4 and "given up" in late
 
 
-def test_a_rank_that_leaves_the_group():
-    (first, seconds), _, (third, _) = fresh(check_failure, "leaves", ranks=3, timeout=30)
-    assert "rank 1 of the process group has ended" in first + third and seconds < 3
+def test_a_rank_that_leaves_the_group(three):
+    (first, seconds), _, (third, _) = three.run(check_absence, True)
+    assert "rank 1 of the process group has ended" in first + third and seconds < 5
 
 
 def check_one_value():
