@@ -16,6 +16,7 @@ struct Chunks {
   Problem problem(int64_t i) const {
     Problem p = whole;
     p.shape.N = i + 1 < count ? samples : whole.shape.N - i * samples;
+    p.parts = count;
     return p;
   }
   int64_t bytes() const { return samples * whole.shape.C * whole.shape.S * size_of(whole.dtype); }

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include "call.h"
+#include "cpu/exchange.h"
 
 namespace fastbn {
 
@@ -29,6 +30,7 @@ Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& 
   Tensor kept_weight, kept_bias, kept_residual;
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
   args.problem = x.problem;
+  if (args.ranks != nullptr) args.problem.parts = args.ranks->ranks();
   args.input = x.tensor.const_data_ptr();
   args.output = output.data_ptr();
   args.weight = param(weight, kept_weight);
@@ -215,6 +217,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && both));
   Backward args{};
   args.problem = x.problem;
+  if (spread.ranks != nullptr) args.problem.parts = spread.ranks->ranks();
   args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before dy is looked at, which may be the same
   args.grad_output = dy.const_data_ptr();
   args.input = x.tensor.const_data_ptr();

@@ -102,7 +102,8 @@ def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tra
     sizes: values per channel in a chunk, and in the last one.
     """
     count, _, channels = moments.shape
-    weights = _weights(count, sizes, momentum, moments.device)
+    make = _weights.__wrapped__ if is_compiling() else _weights  # a graph keeps no cache, and torch would warn of it
+    weights = make(count, sizes, momentum, moments.device)
     if momentum is not None:
         kept = (1 - momentum) ** count
     elif num_batches_tracked is not None:  # the mean of all updates so far

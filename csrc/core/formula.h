@@ -8,9 +8,11 @@
 namespace fastbn {
 
 // A coefficient in A. A NaN gets the plain payload: what rounds vectors to bfloat16 counts on finding no other.
+// Choices here and below are between values that are made anyway: loops over channels become vectors so.
 template <class A>
 FASTBN_HD A coefficient(double x) {
-  return x == x ? A(x) : A(__builtin_nanf(""));
+  const A rounded = A(x);
+  return x == x ? rounded : A(__builtin_nanf(""));
 }
 
 FASTBN_HD double reciprocal_std(double variance, double eps) {
@@ -34,7 +36,8 @@ FASTBN_HD Normalization<A> normalization(double mean, double variance, double ep
   const double scale = weight * reciprocal_std(variance, eps);
   const A rounded = coefficient<A>(mean);
   const double lost = mean - double(rounded);
-  return {rounded, coefficient<A>(scale), coefficient<A>(lost == 0 ? bias : bias - lost * scale)};
+  const double shifted = bias - lost * scale;
+  return {rounded, coefficient<A>(scale), coefficient<A>(lost == 0 ? bias : shifted)};
 }
 
 // dx = (dy + (x - mean) * x_scale) * scale + shift (Ioffe & Szegedy 2015, section 3, solved for dx):
@@ -54,7 +57,8 @@ FASTBN_HD InputGradient<A> input_gradient(double mean, double variance, double e
   const double x_scale = -rstd * (rstd * dot / n);
   const A rounded = coefficient<A>(mean);
   const double lost = mean - double(rounded);
-  const double shift = -g * (sum / n + (lost == 0 ? 0 : lost * x_scale));
+  const double lost_part = lost * x_scale;
+  const double shift = -g * (sum / n + (lost == 0 ? 0 : lost_part));
   return {rounded, coefficient<A>(x_scale), coefficient<A>(g), coefficient<A>(shift)};
 }
 

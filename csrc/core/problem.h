@@ -28,7 +28,8 @@ struct Shape {
 
 struct Problem {
   Shape shape;
-  DType dtype;  // of input, output and their gradients
+  DType dtype;        // of input, output and their gradients
+  int64_t parts = 1;  // that are as large as this one and go through the same cache with it: chunks, or ranks
 };
 
 // A per-channel parameter in its own dtype, or absent (data == nullptr).

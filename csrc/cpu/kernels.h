@@ -29,6 +29,62 @@ struct Workspace {
   }
 };
 
+// Numbers of so many channels are made together, a vector at a time; body(first, number) for each of them in turn.
+constexpr int64_t some = 64;
+
+template <class Body>
+FASTBN_HD void each_some(int64_t first, int64_t end, const Body& body) {
+  for (int64_t c = first; c < end; c += some) body(c, smaller(some, end - c));
+}
+
+FASTBN_HD void read_some(const Param& p, int64_t first, int64_t number, double otherwise, double* values) {
+  if (p.data == nullptr) {
+    for (int64_t i = 0; i < number; ++i) values[i] = otherwise;
+    return;
+  }
+  dispatch_dtype(p.dtype, [&](auto t) {
+    const auto* const data = static_cast<const typename decltype(t)::type*>(p.data) + first;
+    for (int64_t i = 0; i < number; ++i) values[i] = double(to_acc(data[i]));
+  });
+}
+
+FASTBN_HD void write_some(const Output& p, int64_t first, int64_t number, const double* values) {
+  if (p.data == nullptr) return;
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    T* const data = static_cast<T*>(p.data) + first;
+    for (int64_t i = 0; i < number; ++i) data[i] = from_acc<T>(acc_t<T>(values[i]));
+  });
+}
+
+// As `update` (core/dispatch.h) of each.
+FASTBN_HD void update_some(const Running& running, int64_t first, int64_t number, const double* mean,
+                           const double* variance, double count) {
+  if (running.mean.data == nullptr) return;
+  const double momentum = running.momentum, unbiased = count / (count - 1);
+  const auto blend = [&](const Output& p, const double* batch, double factor) FASTBN_INLINE {
+    double values[some];
+    read_some({p.data, p.dtype}, first, number, 0, values);
+    for (int64_t i = 0; i < number; ++i) values[i] = (1 - momentum) * values[i] + momentum * (batch[i] * factor);
+    write_some(p, first, number, values);
+  };
+  blend(running.mean, mean, 1);
+  blend(running.var, variance, unbiased);
+}
+
+// normalization (core/formula.h) of each.
+template <class A>
+FASTBN_HD void normalize_some(const double* mean, const double* variance, double eps, const Param& weight,
+                              const Param& bias, int64_t first, int64_t number, A* means, A* scales, A* shifts) {
+  double w[some], b[some];
+  read_some(weight, first, number, 1, w);
+  read_some(bias, first, number, 0, b);
+  for (int64_t i = 0; i < number; ++i) {
+    const auto z = normalization<A>(mean[i], variance[i], eps, w[i], b[i]);
+    means[i] = z.mean, scales[i] = z.scale, shifts[i] = z.shift;
+  }
+}
+
 template <class T, class Walk>
 struct Pass {
   using A = acc_t<T>;
@@ -36,13 +92,15 @@ struct Pass {
   const Plan plan;
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
-  cpu::Turn* const ranks;  // that share the machine, or nullptr
+  const int64_t all_parts;
+  const bool exchanges;
 
-  // `summed`: with a pass that reads for sums before the one that writes.
-  Pass(const Problem& problem, bool summed, cpu::Turn* ranks)
+  // `summed`: with a pass that reads for sums before the one that writes; `exchanges`: with those of other ranks.
+  Pass(const Problem& problem, bool summed, bool exchanges)
       : shape(problem.shape),
         plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())),
-        ranks(ranks) {}
+        all_parts(problem.parts),
+        exchanges(exchanges) {}
 
   int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
 
@@ -52,8 +110,7 @@ struct Pass {
     const bool unread = !summed && !elsewhere;
     // Behind sums items come one by one, forwards; without them backwards, of each segment in turn.
     const int64_t next = unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() : 0;
-    const int64_t sharers = ranks == nullptr ? 1 : ranks->ranks();  // of the cache
-    return {bytes(tensors) * sharers > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
+    return {bytes(tensors) * all_parts > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
   }
 
   Piece piece(int64_t item, int64_t segment) const {
@@ -84,12 +141,12 @@ struct Pass {
     }
     const auto nth = [&](int64_t i) { return piece(i % plan.items, i / plan.items); };
     if (reduce) parallel_for(pieces, bytes, [&](int64_t i) { first(nth(i)); });
-    constexpr int64_t some = 128;  // channels, for each thread to finish
-    const auto part = [&](int64_t i) { return Piece{i * some, smaller(some, C - i * some), 0}; };
-    const int64_t parts = ceil_div(C, some);
-    if (ranks != nullptr) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all before any wait
+    constexpr int64_t share = 128;  // channels, for each thread to finish
+    const auto part = [&](int64_t i) { return Piece{i * share, smaller(share, C - i * share), 0}; };
+    const int64_t parts = ceil_div(C, share);
+    if (exchanges) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all before any wait
     parallel_for(parts, bytes, [&](int64_t i) {
-      if (ranks == nullptr) own(part(i));
+      if (!exchanges) own(part(i));
       finish(part(i));
     });
     parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i)); }, Order::backwards);
@@ -99,7 +156,7 @@ struct Pass {
 template <class T, class Walk>
 void forward(const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass(args.problem, args.training, args.ranks);
+  const Pass<T, Walk> pass(args.problem, args.training, args.ranks != nullptr);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -141,26 +198,34 @@ void forward(const Forward& args) {
   const auto finish = [&](const Piece& p) {
     const int64_t end = p.first_channel + p.channels;
     if (args.ranks != nullptr) args.ranks->fetch(p.first_channel, p.channels);
-    for (int64_t c = p.first_channel; c < end; ++c) {
+    each_some(p.first_channel, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
       double count = own_count;
-      if (args.ranks != nullptr) {
+      for (int64_t i = c; args.ranks != nullptr && i < c + number; ++i) {
         Moments all{};
         for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
-          const double* const told = args.ranks->heard(k, c);
+          const double* const told = args.ranks->heard(k, i);
           all = merge(all, {told[2], told[0], told[1] * told[2]});
         }
-        args.moments[c] = all.mean, args.moments[C + c] = all.m2 / all.n, args.moments[2 * C + c] = count = all.n;
+        args.moments[i] = all.mean, args.moments[C + i] = all.m2 / all.n, args.moments[2 * C + i] = count = all.n;
       }
-      const double mean = args.training ? args.moments[c] : read(args.mean, c, 0);
-      const double variance = args.training ? args.moments[C + c] : read(args.var, c, 1);
-      const auto z = normalization<A>(mean, variance, args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
-      work.coefficient[0][c] = z.mean, work.coefficient[1][c] = z.scale, work.coefficient[2][c] = z.shift;
+      double given[2][some];
+      const double *mean = given[0], *variance = given[1];
       if (args.training) {
-        update(args.running, c, mean, variance, count);
-      } else if (args.moments != nullptr) {
-        args.moments[c] = mean, args.moments[C + c] = variance;
+        mean = args.moments + c, variance = args.moments + C + c;
+      } else {
+        read_some(args.mean, c, number, 0, given[0]);
+        read_some(args.var, c, number, 1, given[1]);
       }
-    }
+      normalize_some<A>(mean, variance, args.eps, args.weight, args.bias, c, number, work.coefficient[0] + c,
+                        work.coefficient[1] + c, work.coefficient[2] + c);
+      if (args.training) {
+        update_some(args.running, c, number, mean, variance, count);
+      } else if (args.moments != nullptr) {
+        for (int64_t i = 0; i < number; ++i) {
+          args.moments[c + i] = mean[i], args.moments[C + c + i] = variance[i];
+        }
+      }
+    });
   };
   const auto apply = [&](const Piece& p) {
     if (y == nullptr) return;
@@ -178,7 +243,7 @@ void backward(const Backward& args) {
   using A = acc_t<T>;
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Walk> pass(args.problem, reduce, args.ranks);
+  const Pass<T, Walk> pass(args.problem, reduce, args.ranks != nullptr);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -194,8 +259,8 @@ void backward(const Backward& args) {
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
 
-  const auto for_z = [&](int64_t c) {
-    return normalization<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1), read(args.bias, c, 0));
+  const auto for_z = [&](int64_t c, int64_t number, A* means, A* scales, A* shifts) FASTBN_INLINE {
+    normalize_some<A>(mean + c, variance + c, args.eps, args.weight, args.bias, c, number, means, scales, shifts);
   };
 
   const auto grad_stats = [&](const Piece& p) {
@@ -205,10 +270,9 @@ void backward(const Backward& args) {
       using Source = std::decay_t<decltype(source)>;
       A z[3][Source::needs_z ? padded_channels(max_columns) : 1];
       if constexpr (Source::needs_z) {
-        for (int64_t k = 0; k < p.channels; ++k) {
-          const auto n = for_z(first + k);
-          z[0][k] = n.mean, z[1][k] = n.scale, z[2][k] = n.shift;
-        }
+        each_some(0, p.channels, [&](int64_t k, int64_t number) FASTBN_INLINE {
+          for_z(first + k, number, z[0] + k, z[1] + k, z[2] + k);
+        });
       }
       pass.walk.grad_stats(x, source, p, mean + first, variance + first, {z[0], z[1], z[2]}, work.partial[0] + at,
                            work.partial[1] + at);
@@ -224,34 +288,55 @@ void backward(const Backward& args) {
         for (int64_t c = first; c < end; ++c) dots[c] += dots[k * 2 * C + c];
       }
     }
-    for (int64_t c = first; c < end; ++c) {
-      const double sum = reduce ? sums[c] : 0, dot = reduce ? dots[c] : 0;
-      if (args.grad_weight.data != nullptr) write(args.grad_weight, c, dot * reciprocal_std(variance[c], args.eps));
-      write(args.grad_bias, c, sum);
-      if (args.ranks != nullptr) args.ranks->tell(c, dot * reciprocal_std(variance[c], args.eps), sum, 0);
-    }
+    if (!reduce) return;
+    each_some(first, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
+      double grad_weight[some];
+      for (int64_t i = 0; i < number; ++i) {
+        grad_weight[i] = dots[c + i] * reciprocal_std(variance[c + i], args.eps);
+      }
+      write_some(args.grad_weight, c, number, grad_weight);
+      write_some(args.grad_bias, c, number, sums + c);
+      for (int64_t i = 0; args.ranks != nullptr && i < number; ++i) {
+        args.ranks->tell(c + i, grad_weight[i], sums[c + i], 0);
+      }
+    });
   };
   const auto finish = [&](const Piece& p) {
     const int64_t first = p.first_channel, end = first + p.channels;
     if (args.ranks != nullptr) args.ranks->fetch(first, p.channels);
-    for (int64_t c = first; c < end; ++c) {
-      double sum = reduce ? sums[c] : 0, dot = reduce ? dots[c] : 0;
+    each_some(first, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
+      double total[2][some], count[some], weight[some];  // sums of dy, and of dy * (x - mean)
+      for (int64_t i = 0; i < number; ++i) count[i] = args.counts != nullptr ? args.counts[c + i] : n;
       if (spread) {
-        sum = args.total[C + c], dot = args.total[c] / reciprocal_std(variance[c], args.eps);
+        for (int64_t i = 0; i < number; ++i) total[0][i] = args.total[C + c + i], total[1][i] = args.total[c + i];
       } else if (args.ranks != nullptr) {
-        sum = dot = 0;
-        for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
-          const double* const told = args.ranks->heard(k, c);
-          dot += told[0], sum += told[1];
+        for (int64_t i = 0; i < number; ++i) {
+          total[0][i] = total[1][i] = 0;
+          for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
+            const double* const told = args.ranks->heard(k, c + i);
+            total[1][i] += told[0], total[0][i] += told[1];
+          }
         }
-        dot /= reciprocal_std(variance[c], args.eps);
+      } else {
+        for (int64_t i = 0; i < number; ++i) {
+          total[0][i] = reduce ? sums[c + i] : 0, total[1][i] = reduce ? dots[c + i] : 0;
+        }
       }
-      const auto g = input_gradient<A>(mean[c], variance[c], args.eps, read(args.weight, c, 1),
-                                       args.counts != nullptr ? args.counts[c] : n, sum, dot);
-      work.coefficient[0][c] = g.mean, work.coefficient[1][c] = g.x_scale;
-      work.coefficient[2][c] = g.scale, work.coefficient[3][c] = g.shift;
-      work.coefficient[4][c] = for_z(c).shift;
-    }
+      if (spread || args.ranks != nullptr) {
+        for (int64_t i = 0; i < number; ++i) total[1][i] /= reciprocal_std(variance[c + i], args.eps);
+      }
+      read_some(args.weight, c, number, 1, weight);
+      A* coefficient[coefficients];
+      for (int k = 0; k < coefficients; ++k) coefficient[k] = work.coefficient[k] + c;
+      for (int64_t i = 0; i < number; ++i) {
+        const auto g =
+            input_gradient<A>(mean[c + i], variance[c + i], args.eps, weight[i], count[i], total[0][i], total[1][i]);
+        coefficient[0][i] = g.mean, coefficient[1][i] = g.x_scale;
+        coefficient[2][i] = g.scale, coefficient[3][i] = g.shift;
+      }
+      A unused[2][some];
+      for_z(c, number, unused[0], unused[1], coefficient[4]);
+    });
   };
   const auto grad_apply = [&](const Piece& p) {
     if (dx == nullptr) return;
