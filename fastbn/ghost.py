@@ -3,7 +3,6 @@
 In: (N, C, ...). Out: what a batch norm called on one chunk after the other makes of it, by one call of the kernels.
 """
 
-import functools
 import math
 
 import torch
@@ -59,21 +58,6 @@ def _gradients(ctx, grad_output, _):
 torch.library.register_autograd("fastbn::ghost_forward", _gradients, setup_context=_setup)
 
 
-class GhostFunction(torch.autograd.Function):
-    """The operator with its derivative, at a third of what torch.library asks for that: for calls that nobody traces.
-
-    `apply(input, weight, bias, virtual_batch_size, eps) -> (output, moments)`.
-    """
-
-    @staticmethod
-    def forward(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(*arguments)
-
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_gradients)
-
-
 def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps, wanted):
     _, last = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
     sizes = [virtual_batch_size] * (moments.size(0) - 1) + [last]
@@ -86,33 +70,25 @@ def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps
     return torch.cat(dx) if wanted[0] else None, *grads
 
 
-@functools.lru_cache
-def _weights(count, sizes, momentum, device):
-    """Of each chunk's mean and variance in the running ones, float64 (2, count); all 1 without a momentum."""
-    weights = [1.0 if momentum is None else momentum * (1 - momentum) ** i for i in range(count - 1, -1, -1)]
-    values = [sizes[0]] * (count - 1) + [sizes[1]]
-    unbiased = [w * n / (n - 1) for w, n in zip(weights, values, strict=True)]
-    return torch.tensor([weights, unbiased], dtype=torch.float64, device=device)
-
-
 def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked):
     """Running statistics after one update for each chunk, in their order: all of them in one sum.
 
     r <- (1 - m) r + m b, for b = b_1 ... b_G, makes (1 - m)^G r + sum of m (1 - m)^(G - i) b_i.
     sizes: values per channel in a chunk, and in the last one.
     """
-    count, _, channels = moments.shape
-    make = _weights.__wrapped__ if is_compiling() else _weights  # a graph keeps no cache, and torch would warn of it
-    weights = make(count, sizes, momentum, moments.device)
+    count, kind = moments.size(0), {"dtype": torch.float64, "device": moments.device}
     if momentum is not None:
-        kept = (1 - momentum) ** count
+        weights = momentum * (1 - momentum) ** torch.arange(count - 1, -1, -1, **kind)
     elif num_batches_tracked is not None:  # the mean of all updates so far
-        weights, kept = weights / num_batches_tracked, 1 - count / num_batches_tracked
+        weights = torch.ones(count, **kind) / num_batches_tracked
     else:
-        return
-    means, variances = weights @ moments.view(count, -1)
-    running_mean.copy_(kept * running_mean.double() + means[:channels])
-    running_var.copy_(kept * running_var.double() + variances[channels:])
+        weights = torch.zeros(count, **kind)
+    kept = 1 - weights.sum()
+    values = torch.full((count,), sizes[0], **kind)
+    values[-1] = sizes[1]
+    unbiased = weights * values / (values - 1)
+    running_mean.copy_(kept * running_mean.double() + weights @ moments[:, 0])
+    running_var.copy_(kept * running_var.double() + unbiased @ moments[:, 1])
 
 
 def ghost_batch_norm(
@@ -176,8 +152,7 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
     if num_batches_tracked is not None:
         num_batches_tracked.add_(count)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
-    call = _forward if is_compiling() or ops._C.is_watched() else GhostFunction.apply
-    output, moments = call(input, weight, bias, virtual_batch_size, eps)
+    output, moments = _forward(input, weight, bias, virtual_batch_size, eps)
     if running_mean is not None:
         sizes = (virtual_batch_size * positions, last * positions)
         _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked)
