@@ -57,7 +57,7 @@ FASTBN_HD void write_some(const Output& p, int64_t first, int64_t number, const 
   });
 }
 
-// As `update` (core/dispatch.h) of each.
+// As `update` (core/dispatch.h) of each; a counter and the batches are read on GPUs alone.
 FASTBN_HD void update_some(const Running& running, int64_t first, int64_t number, const double* mean,
                            const double* variance, double count) {
   if (running.mean.data == nullptr) return;
