@@ -82,9 +82,10 @@ def extension():
     include_dirs = [str(ROOT / "csrc")]
     # OpenMP is compiled in but not linked: its symbols are then those of the runtime that torch brought, and
     # there is one thread pool in the process instead of two.
+    # Nobody asks whether an operation on floats raised a flag: with a choice in them, loops become vectors so.
     # GCC 12 takes the AVX-512 intrinsics of its own headers for uses of what was never set.
     quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
-    flags = ["-O3", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-g0", *quiet]
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-g0", *quiet]
     nvcc = ["-O3", "-lineinfo"]
     link = ["-Wl,--strip-all"]
     if simt:

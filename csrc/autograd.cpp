@@ -10,6 +10,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <algorithm>
+
 namespace fastbn {
 
 namespace {
@@ -17,6 +19,21 @@ namespace {
 DifferentiableBackward& differentiable_backward() {
   static DifferentiableBackward f;
   return f;
+}
+
+DifferentiableGhostBackward& differentiable_ghost_backward() {
+  static DifferentiableGhostBackward f;
+  return f;
+}
+
+OptionalTensor unpack(const torch::autograd::SavedVariable& variable) {
+  const Tensor t = variable.unpack();
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
+// True where a backward pass must be made of operators: it is to be differentiated again, mapped or looked at.
+bool in_operators(const Tensor& dy, const Tensor& x) {
+  return at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x);
 }
 
 struct BatchNormBackward : torch::autograd::Node {
@@ -36,9 +53,7 @@ struct BatchNormBackward : torch::autograd::Node {
     Ending end{ending.activation, ending.param, unpack(residual)};
     const std::array<bool, 4> wanted = {task_should_compute_output(0), task_should_compute_output(1),
                                         task_should_compute_output(2), task_should_compute_output(3)};
-    if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x)) {
-      return differentiable(dy, x, w, b, wanted, end);
-    }
+    if (in_operators(dy, x)) return differentiable(dy, x, w, b, wanted, end);
     auto [dx, dw, db, dr] = exchange == nullptr
                                 ? backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy))
                                 : backward(*exchange, dy, x, w, b, saved, eps, wanted, end, is_ours_alone(dy));
@@ -73,11 +88,6 @@ struct BatchNormBackward : torch::autograd::Node {
     return {dx, dw, db, wanted[3] ? dz : Tensor()};
   }
 
-  OptionalTensor unpack(const torch::autograd::SavedVariable& variable) const {
-    const Tensor t = variable.unpack();
-    return t.defined() ? OptionalTensor(t) : std::nullopt;
-  }
-
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto* variable : {&input, &weight, &bias, &residual}) variable->reset_data();
@@ -85,6 +95,34 @@ struct BatchNormBackward : torch::autograd::Node {
   }
 
   std::string name() const override { return "FastBatchNormBackward"; }
+};
+
+struct GhostBatchNormBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable input, weight;
+  Tensor moments;
+  int64_t samples = 0;
+  double eps = 0;
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    const Tensor dy = std::move(grads[0]);
+    if (!dy.defined()) return torch::autograd::variable_list(3);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor x = input.unpack();
+    const OptionalTensor w = unpack(weight);
+    const std::array<bool, 3> wanted = {task_should_compute_output(0), task_should_compute_output(1),
+                                        task_should_compute_output(2)};
+    auto [dx, dw, db] = in_operators(dy, x) ? differentiable_ghost_backward()(dy, x, w, moments, samples, eps, wanted)
+                                            : ghost_backward(dy, x, w, moments, samples, eps, wanted);
+    return {dx, dw, db};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    input.reset_data();
+    weight.reset_data();
+  }
+
+  std::string name() const override { return "FastGhostBatchNormBackward"; }
 };
 
 // torch counts references to nodes with shared_ptr up to some version, and inside the node after it.
@@ -100,6 +138,10 @@ auto make_node() {
 }  // namespace
 
 void set_differentiable_backward(DifferentiableBackward f) { differentiable_backward() = std::move(f); }
+
+void set_differentiable_ghost_backward(DifferentiableGhostBackward f) {
+  differentiable_ghost_backward() = std::move(f);
+}
 
 bool is_plain(const Tensor& t) {
   static const c10::DispatchKeySet ordinary{
@@ -176,6 +218,31 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
     node->eps = eps;
     node->training = training;
     node->exchange = exchange;
+    torch::autograd::set_history(output, node);
+  }
+  return output;
+}
+
+Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const Statistics& statistics, int64_t samples, double eps) {
+  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+  const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b);
+  Tensor output, moments;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(output, moments) = ghost_forward(input, weight, bias, samples, eps);
+    const int64_t positions = input.numel() / (input.size(0) * input.size(1));
+    const int64_t most = std::min(samples, input.size(0)), last = input.size(0) - (moments.size(0) - 1) * most;
+    ghost_update(moments, most * positions, last * positions, statistics);
+  }
+  if (wants_grad) {
+    const auto node = make_node<GhostBatchNormBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(input, w, b));
+    node->input = torch::autograd::SavedVariable(input, false);
+    node->weight = torch::autograd::SavedVariable(w, false);
+    node->moments = std::move(moments);
+    node->samples = samples;
+    node->eps = eps;
     torch::autograd::set_history(output, node);
   }
   return output;

@@ -35,4 +35,13 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                   const Ending& ending, const std::shared_ptr<cpu::Exchange>& exchange = nullptr);
 
+// Of ghost batch norm, as DifferentiableBackward: grad_output, input, weight, moments, samples in a chunk, eps, wanted.
+using DifferentiableGhostBackward = std::function<std::array<Tensor, 3>(
+    const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t, double, std::array<bool, 3>)>;
+void set_differentiable_ghost_backward(DifferentiableGhostBackward f);
+
+// The whole of ghost batch norm in training, for such calls; chunks of `samples` samples have more than one value.
+Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const Statistics& statistics, int64_t samples, double eps);
+
 }  // namespace fastbn

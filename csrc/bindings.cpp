@@ -86,13 +86,17 @@ struct Call {
     ok = ok && end && is_ordinary(*x, w, b, mean, var, counter, train, eps, residual);
   }
 
-  py::object run(const std::shared_ptr<cpu::Exchange>& exchange = nullptr) const {
+  template <class Body>
+  py::object run(const Body& body) const {
     Tensor output;
     {
       py::gil_scoped_release release;
-      output = batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end, exchange);
+      output = body();
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
+  }
+  py::object run(const std::shared_ptr<cpu::Exchange>& exchange = nullptr) const {
+    return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end, exchange); });
   }
 
   static py::object refused() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -105,6 +109,19 @@ py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                   activation, activation_param, residual);
   return call.ok ? call.run() : call.refused();
+}
+
+py::object eager_ghost_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
+                                  py::handle running_var, py::handle num_batches_tracked, py::handle momentum,
+                                  py::handle eps, int64_t virtual_batch_size) {
+  const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
+                  py::str("identity"), py::none(), py::none());
+  if (!call.ok || virtual_batch_size < 1) return call.refused();
+  if (virtual_batch_size == 1 && call.x->numel() == call.x->size(0) * call.x->size(1)) return call.refused();
+  return call.run([&] {
+    const Statistics statistics{call.mean, call.var, call.counter, call.momentum};
+    return ghost_batch_norm(*call.x, call.w, call.b, statistics, virtual_batch_size, call.eps);
+  });
 }
 
 // As the raw functions and the operators take it.
@@ -314,6 +331,26 @@ std::tuple<Tensor, Tensor, Tensor> ghost_backward_op(const Tensor& grad_output, 
   return {filled(dx), filled(dw), filled(db)};
 }
 
+void ghost_update_op(const Tensor& moments, int64_t values, int64_t last, std::optional<double> momentum,
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                     const OptionalTensor& num_batches_tracked) {
+  ghost_update(moments, values, last, {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+// As set_python_backward, for ghost batch norm.
+void set_python_ghost_backward(py::function function) {
+  auto* kept = new py::function(std::move(function));  // never destroyed, either
+  set_differentiable_ghost_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
+                                           const Tensor& moments, int64_t samples, double eps,
+                                           std::array<bool, 3> wanted) {
+    py::gil_scoped_acquire gil;
+    const auto found = (*kept)(dy, x, w, moments, samples, eps, wanted).cast<std::array<OptionalTensor, 3>>();
+    std::array<Tensor, 3> grads;
+    for (size_t i = 0; i < grads.size(); ++i) grads[i] = found[i].value_or(Tensor());
+    return grads;
+  });
+}
+
 Tensor finish_op(const Tensor& packets, std::optional<double> momentum, const OptionalTensor& running_mean,
                  const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
   return finish(packets, {running_mean, running_var, num_batches_tracked, momentum});
@@ -367,6 +404,7 @@ void bind_exchange(py::module_& m) {
 void implement(torch::Library& m) {
   m.impl("ghost_forward", &ghost_forward);
   m.impl("ghost_backward", &ghost_backward_op);
+  m.impl("ghost_update", &ghost_update_op);
   m.impl("forward", &forward_op);
   m.impl("backward", &backward_op);
   m.impl("update_running_stats", &update_running_stats_op);
@@ -395,6 +433,9 @@ TORCH_LIBRARY(fastbn, m) {
   m.def(
       "ghost_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, int virtual_batch_size, "
       "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ghost_update(Tensor moments, SymInt values, SymInt last, float? momentum, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked) -> ()");
   m.def("stats(Tensor input) -> Tensor");
   m.def("gather(Tensor values, int ranks, str group) -> Tensor");  // implemented by exchange.py
   m.def(
@@ -420,6 +461,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
         py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
         py::arg("residual") = py::none());
+  m.def("ghost_batch_norm", &eager_ghost_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"),
+        py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
+        py::arg("eps"), py::arg("virtual_batch_size"));
   m.def("check_device", &check_device, py::arg("input"));
   m.def(
       "forward",
@@ -473,6 +517,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_exchange(m);
   m.def("is_watched", &is_watched);
   m.def("set_differentiable_backward", &set_python_backward, py::arg("function"), py::arg("of_ranks"));
+  m.def("set_differentiable_ghost_backward", &set_python_ghost_backward, py::arg("function"));
   m.def("plan", &plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"));
   m.def("cuda_plan", &cuda_plan, py::arg("sizes"), py::arg("channels_last"), py::arg("element_bytes"),
         py::arg("direction"), py::arg("training"), py::arg("aligned"), py::arg("device"));

@@ -145,6 +145,16 @@ void bump_version(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
+void count_batches(const Tensor& counter, int64_t number) {
+  if (counter.is_cpu() && counter.scalar_type() == at::kLong) {
+    __atomic_fetch_add(counter.data_ptr<int64_t>(), number, __ATOMIC_RELAXED);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    counter.add_(number);
+  }
+  bump_version(counter);
+}
+
 void check_residual(const OptionalTensor& residual, const Tensor& input) {
   if (!present(residual)) return;
   check_beside(*residual, "residual", input);

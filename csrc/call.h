@@ -75,6 +75,9 @@ void launch(Context& context, const Backward& args);
 
 void bump_version(const Tensor& t);
 
+// On the CPU exact under any number of threads; torch's += is a kernel of its own on every forward pass.
+void count_batches(const Tensor& counter, int64_t number);
+
 // Running statistics as a kernel brings them up to date, C of them in a row; others by way of a copy.
 class RunningArgument {
  public:

@@ -1,6 +1,8 @@
 // In: a batch, and how many samples a chunk has. Out: ghost batch norm: each chunk normalized by itself.
 #include <ATen/Parallel.h>
 
+#include <vector>
+
 #include "call.h"
 #include "cpu/parallel.h"
 
@@ -49,12 +51,42 @@ T* behind(T* data, int64_t bytes) {
   return data == nullptr ? nullptr : static_cast<Byte*>(data) + bytes;
 }
 
+// out = kept * out + the rows, each times its weight; rows are C float64 values, `apart` from one to the next.
+void add_rows(const Output& out, double kept, const double* rows, int64_t apart, const std::vector<double>& weights,
+              int64_t channels) {
+  constexpr int64_t some = 256;  // that stay in the first-level cache while all rows go by
+  dispatch_dtype(out.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    for (int64_t first = 0; first < channels; first += some) {
+      T* const data = static_cast<T*>(out.data) + first;
+      const int64_t number = smaller(some, channels - first);
+      double sums[some];
+      for (int64_t i = 0; i < number; ++i) sums[i] = kept * double(to_acc(data[i]));
+      for (size_t k = 0; k < weights.size(); ++k) {
+        const double weight = weights[k];
+        const double* const row = rows + int64_t(k) * apart + first;
+        for (int64_t i = 0; i < number; ++i) sums[i] += weight * row[i];
+      }
+      for (int64_t i = 0; i < number; ++i) data[i] = from_acc<T>(acc_t<T>(sums[i]));
+    }
+  });
+}
+
+// The sum over chunks of a gradient of parameters, [chunks, C], rounded once.
+Tensor sum_over_chunks(const Context& context, const Tensor& of_chunks, at::ScalarType dtype) {
+  if (context.on_gpu()) return of_chunks.sum(0).to(dtype);
+  const Tensor sum = context.empty({of_chunks.size(1)}, dtype).zero_();
+  add_rows({sum.data_ptr(), dtype_of(sum)}, 1, of_chunks.const_data_ptr<double>(), of_chunks.size(1),
+           std::vector<double>(size_t(of_chunks.size(0)), 1), of_chunks.size(1));
+  return sum;
+}
+
 }  // namespace
 
 int64_t ghost_chunks(at::IntArrayRef sizes, int64_t samples) {
   TORCH_CHECK_VALUE(samples > 0, "virtual_batch_size should be positive, not ", samples);
   const int64_t batch = sizes[0], positions = c10::multiply_integers(sizes.slice(2));
-  const int64_t count = ceil_div(batch, samples);
+  const int64_t count = batch == 0 ? 0 : (batch - 1) / samples + 1;  // samples may be as large as an integer can be
   const bool single = count > 1 && (batch - (count - 1) * samples) * positions == 1;
   return count - single;
 }
@@ -150,9 +182,54 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
   const auto param_dtype = present(weight)                ? weight->scalar_type()
                            : is_half(input.scalar_type()) ? at::kFloat
                                                           : input.scalar_type();
-  if (dw.defined()) dw = dw.sum(0).to(param_dtype);
-  if (db.defined()) db = db.sum(0).to(param_dtype);
+  for (Tensor* t : {&dw, &db}) {
+    if (t->defined()) *t = sum_over_chunks(context, *t, param_dtype);
+  }
   return {dx, dw, db};
+}
+
+void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics) {
+  check_dense(moments, "moments");
+  check_device(moments);
+  TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
+  TORCH_CHECK(moments.dim() == 3 && moments.size(1) == 2, "moments should have sizes [chunks, 2, C], not ",
+              moments.sizes());
+  TORCH_CHECK_VALUE(values > 1 && last > 1, "a chunk should have at least 2 values in a channel, not ",
+                    smaller(values, last));
+  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
+                    "running_mean and running_var must either both be None or neither be None");
+  const int64_t count = moments.size(0), channels = moments.size(2);
+  if (present(statistics.mean)) check_running(statistics, channels, moments, "moments");
+
+  const Context context(moments);
+  if (context.on_gpu()) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (present(statistics.batches)) count_batches(*statistics.batches, 1);
+      update_running_stats(moments.select(0, i), i + 1 < count ? values : last, statistics);
+    }
+    return;
+  }
+  if (present(statistics.batches)) count_batches(*statistics.batches, count);
+  if (!present(statistics.mean) || count == 0) return;
+  RunningArgument argument(statistics, context);
+  const Running& running = argument.get();
+  // r <- (1 - m) r + m b, for b = b_1 ... b_G, makes (1 - m)^G r + sum of m (1 - m)^(G - i) b_i; where m is 1 /
+  // batches, all of them weigh the same in the end.
+  std::vector<double> weights(size_t(count), running.momentum);
+  double kept = 1 - running.momentum * double(count);
+  if (statistics.momentum) {
+    kept = 1;
+    for (auto w = weights.rbegin(); w != weights.rend(); ++w) *w *= kept, kept *= 1 - running.momentum;
+  }
+  const Tensor given = moments.contiguous();
+  const double* const rows = given.const_data_ptr<double>();
+  add_rows(running.mean, kept, rows, 2 * channels, weights, channels);
+  for (int64_t i = 0; i < count; ++i) {  // the variance unbiased
+    const double n = double(i + 1 < count ? values : last);
+    weights[size_t(i)] *= n / (n - 1);
+  }
+  add_rows(running.var, kept, rows + channels, 2 * channels, weights, channels);
+  argument.store();
 }
 
 }  // namespace fastbn

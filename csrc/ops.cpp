@@ -10,17 +10,6 @@ namespace fastbn {
 
 namespace {
 
-// On the CPU exact under any number of threads; torch's += is a kernel of its own on every forward pass.
-void count_batch(const Tensor& counter) {
-  if (counter.is_cpu()) {
-    __atomic_fetch_add(counter.data_ptr<int64_t>(), 1, __ATOMIC_RELAXED);
-  } else {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    counter.add_(1);
-  }
-  bump_version(counter);
-}
-
 // What every forward pass does once its arguments are known to be right. Fills mask if the activation has one that
 // backward can use instead of the residual.
 Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -130,7 +119,7 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
   // Where it can, the kernel counts the batch: a launch less. Not where the momentum is made from the count.
   const bool kernel_counts = training && context.on_gpu() && statistics.batches && statistics.mean &&
                              statistics.momentum && statistics.batches->device() == input.device();
-  if (statistics.batches && !kernel_counts) count_batch(*statistics.batches);
+  if (statistics.batches && !kernel_counts) count_batches(*statistics.batches, 1);
   Saved saved;
   if (training || wants_backward) saved.moments = context.empty({ranks == nullptr ? 2 : 3, channels}, at::kDouble);
   Tensor* const mask = wants_backward ? &saved.mask : nullptr;

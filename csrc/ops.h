@@ -102,6 +102,10 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
 std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                      const Tensor& moments, int64_t samples, double eps, std::array<bool, 3> wanted);
 
+// Batches counted, and mean and var, if they are there, brought up to date as by one chunk after the other, which had
+// these moments; of `values` values a channel, the last chunk of `last`.
+void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics);
+
 // mean and var brought up to date with moments of count values a channel; the variance unbiased.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);
 

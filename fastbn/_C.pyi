@@ -21,6 +21,19 @@ def batch_norm(
 ) -> Tensor | NotImplementedType:
     """Batch norm, running statistics, counter and autograd node at once; NotImplemented if a call is not ordinary."""
 
+def ghost_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    virtual_batch_size: int,
+) -> Tensor | NotImplementedType:
+    """`batch_norm` in training, of chunks of so many samples, each by its own moments."""
+
 def check_device(input: Tensor) -> None:
     """RuntimeError for a tensor of a device that this build has no kernels for, with what to do."""
 
@@ -149,6 +162,9 @@ def set_differentiable_backward(
 ) -> None:
     """What the autograd node calls, with the arguments of backward, when its own pass is differentiated or watched;
     of_ranks: with an Exchange as well."""
+
+def set_differentiable_ghost_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """The same of ghost batch norm, with the arguments of fastbn::ghost_backward."""
 
 def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, str | int]:
     """How the kernels would walk a tensor of these sizes: the fields of fastbn.Plan that they decide."""

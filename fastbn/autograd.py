@@ -260,21 +260,25 @@ torch.library.register_autograd(
 )
 
 
-@torch.library.register_vmap("fastbn::update_running_stats")
-def _update_running_stats_of_each(
-    info, in_dims, moments, count, momentum, running_mean, running_var, num_batches_tracked
-):
-    if in_dims[3] is None or in_dims[4] is None:
-        raise RuntimeError(
-            "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated in "
-            "place, were not batched.\nIf you are using a module and do not need eval mode, please set "
-            "`track_running_stats` to be False."
-        )
-    tensors, dims = (moments, running_mean, running_var, num_batches_tracked), (in_dims[0], *in_dims[3:])
-    for i in range(info.batch_size):
-        first, *rest = (t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True))
-        ops.update_running_stats(first, count, momentum, *rest)
-    return None, None
+def register_update_of_each(name, updated):
+    """vmap of the operator `name`, which brings statistics up to date: one call for each of the batch. updated: which
+    arguments it changes."""
+
+    @torch.library.register_vmap(f"fastbn::{name}")
+    def update_each(info, in_dims, *arguments):
+        if any(arguments[k] is not None and in_dims[k] is None for k in updated):
+            raise RuntimeError(
+                "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated "
+                "in place, were not batched.\nIf you are using a module and do not need eval mode, please set "
+                "`track_running_stats` to be False."
+            )
+        update = getattr(torch.ops.fastbn, name).default
+        for i in range(info.batch_size):
+            update(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        return None, None
+
+
+register_update_of_each("update_running_stats", updated=(3, 4))
 
 
 def batch_norm(

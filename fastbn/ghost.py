@@ -11,11 +11,18 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import arguments, ops
-from .autograd import batch_norm, batch_norm_of_nothing, differentiable_backward, in_forward_mode
+from .autograd import (
+    batch_norm,
+    batch_norm_of_nothing,
+    differentiable_backward,
+    in_forward_mode,
+    register_update_of_each,
+)
 from .modules import BatchNorm1d, BatchNorm2d, _state_of
 
 _forward = torch.ops.fastbn.ghost_forward.default
 _backward = torch.ops.fastbn.ghost_backward.default
+_update = torch.ops.fastbn.ghost_update.default
 
 
 def chunk_sizes(samples, positions, virtual_batch_size):
@@ -38,6 +45,14 @@ def _backward_fake(grad_output, input, weight, moments, virtual_batch_size, eps,
     dtype = ops.param_dtype(input, weight)
     dx = ops.grad_input_like(input) if output_mask[0] else input.new_empty(0)
     return dx, *(input.new_empty(input.size(1) if m else 0, dtype=dtype) for m in output_mask[1:])
+
+
+@torch.library.register_fake("fastbn::ghost_update")
+def _update_fake(moments, values, last, momentum, running_mean, running_var, num_batches_tracked):
+    pass
+
+
+register_update_of_each("ghost_update", updated=(4, 5, 6))
 
 
 def _setup(ctx, inputs, output):
@@ -70,25 +85,7 @@ def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps
     return torch.cat(dx) if wanted[0] else None, *grads
 
 
-def _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked):
-    """Running statistics after one update for each chunk, in their order: all of them in one sum.
-
-    r <- (1 - m) r + m b, for b = b_1 ... b_G, makes (1 - m)^G r + sum of m (1 - m)^(G - i) b_i.
-    sizes: values per channel in a chunk, and in the last one.
-    """
-    count, kind = moments.size(0), {"dtype": torch.float64, "device": moments.device}
-    if momentum is not None:
-        weights = momentum * (1 - momentum) ** torch.arange(count - 1, -1, -1, **kind)
-    elif num_batches_tracked is not None:  # the mean of all updates so far
-        weights = torch.ones(count, **kind) / num_batches_tracked
-    else:
-        weights = torch.zeros(count, **kind)
-    kept = 1 - weights.sum()
-    values = torch.full((count,), sizes[0], **kind)
-    values[-1] = sizes[1]
-    unbiased = weights * values / (values - 1)
-    running_mean.copy_(kept * running_mean.double() + weights @ moments[:, 0])
-    running_var.copy_(kept * running_var.double() + unbiased @ moments[:, 1])
+ops._C.set_differentiable_ghost_backward(_chunk_by_chunk)
 
 
 def ghost_batch_norm(
@@ -130,9 +127,13 @@ def check_virtual_batch_size(size):
 
 
 def _ghost(input, virtual_batch_size, state, momentum, eps):
+    weight, bias, running_mean, running_var, num_batches_tracked, training = state
+    if training and not is_compiling():
+        output = ops._C.ghost_batch_norm(input, *state[:5], momentum, eps, virtual_batch_size)
+        if output is not NotImplemented:
+            return output
     if has_torch_function_unary(input):
         return handle_torch_function(_ghost, (input,), input, virtual_batch_size, state, momentum, eps)
-    weight, bias, running_mean, running_var, num_batches_tracked, training = state
     if not training:
         return batch_norm(input, *state, momentum, eps)
     if not is_compiling() and in_forward_mode():  # the operator would have a tangent of zero
@@ -148,14 +149,12 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
         raise ValueError(
             f"virtual_batch_size 1 leaves one value per channel in a chunk of an input of sizes {(*input.shape,)}"
         )
-    count, last = chunk_sizes(input.size(0), positions, virtual_batch_size)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(count)
+    _, last = chunk_sizes(input.size(0), positions, virtual_batch_size)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     output, moments = _forward(input, weight, bias, virtual_batch_size, eps)
-    if running_mean is not None:
-        sizes = (virtual_batch_size * positions, last * positions)
-        _update(moments, sizes, momentum, running_mean, running_var, num_batches_tracked)
+    if running_mean is not None or num_batches_tracked is not None:
+        values = torch.sym_min(virtual_batch_size, input.size(0)) * positions, last * positions
+        _update(moments, *values, momentum, running_mean, running_var, num_batches_tracked)
     return output
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastbn
-from fastbn import ops
+from fastbn import _C, ops
 from fastbn.functional import ghost_batch_norm
 
 V = 4
@@ -127,8 +127,12 @@ def test_other_transformations_are_right_or_refused():
     with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
         torch.func.jvp(f, (x[0],), (x[1],))
     mean, var = torch.zeros(3), torch.ones(3)
-    with pytest.raises(RuntimeError, match="vmap: inplace arithmetic"):
+    with pytest.raises(RuntimeError, match="running_var, which will be updated in place, were not batched"):
         torch.func.vmap(lambda x: ghost_batch_norm(x, 4, mean, var, training=True))(x)
+    means, variances = torch.zeros(2, 3), torch.ones(2, 3)
+    torch.func.vmap(lambda x, m, v: ghost_batch_norm(x, 4, m, v, training=True))(x, means, variances)
+    ghost_batch_norm(x[1], 4, mean, var, training=True)
+    assert torch.equal(means[1], mean) and torch.equal(variances[1], var) and not torch.equal(means[0], mean)
 
 
 def test_eval_is_batch_norm(device):
@@ -179,6 +183,68 @@ def test_bad_arguments():
 
 
 @pytest.mark.cpu
+def test_which_calls_are_one_call_of_the_extension():
+    x, stats = torch.randn(8, 3), (torch.zeros(3), torch.ones(3))
+    ordinary = {"momentum": 0.1, "eps": 1e-5, "virtual_batch_size": 4}
+    for size in (4, 2**63 - 1):
+        y = _C.ghost_batch_norm(x, None, None, *stats, None, **{**ordinary, "virtual_batch_size": size})
+        torch.testing.assert_close(y, ghost_batch_norm(x, size, None, None, training=True))
+    assert not torch.equal(stats[0], torch.zeros(3))
+    before = [t.clone() for t in stats]
+    for change in ({"virtual_batch_size": 0}, {"virtual_batch_size": 1}, {"eps": -1.0}):
+        assert _C.ghost_batch_norm(x, None, None, *stats, None, **{**ordinary, **change}) is NotImplemented
+    for odd in (x.to("meta"), x[:0], x.numpy(), x.long(), x[0]):
+        assert _C.ghost_batch_norm(odd, None, None, *stats, None, **ordinary) is NotImplemented
+    assert all(torch.equal(a, b) for a, b in zip(before, stats, strict=True))
+
+
+def by_operators(x, weight, bias, mean, var, counter, momentum, eps, size):
+    output, moments = torch.ops.fastbn.ghost_forward(x, weight, bias, size, eps)
+    values = x.numel() // x.size(1) // x.size(0)
+    last = x.size(0) - (len(moments) - 1) * size
+    torch.ops.fastbn.ghost_update(moments, size * values, last * values, momentum, mean, var, counter)
+    return output
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("momentum", [0.3, 0.0, 1.0, None])
+@pytest.mark.parametrize("call", [_C.ghost_batch_norm, by_operators], ids=["short", "operators"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_statistics_and_counter_of_both_ways(dtype, call, momentum):
+    """Statistics that are not contiguous, and in the second round not new, either."""
+    _, torchs = modules((9, 6, 2), "cpu", momentum=momentum)
+    mean, var = (torch.stack([t, t], 1).to(dtype)[:, 0] for t in (torch.zeros(6), torch.ones(6)))
+    counter = torch.tensor(0)
+    for _ in range(2):
+        x = torch.randn(9, 6, 2).to(dtype)  # chunks of 4, 4 and 1 samples
+        for chunk in chunks(x.double()):
+            torchs(chunk)
+        call(x, None, None, mean, var, counter, momentum, 1e-5, V)
+        ulps = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(mean.double(), torchs.running_mean, rtol=ulps, atol=ulps)
+        torch.testing.assert_close(var.double(), torchs.running_var, rtol=ulps, atol=ulps)
+    assert counter == torchs.num_batches_tracked == 6
+
+
+@pytest.mark.cpu
+def test_bad_updates():
+    update, moments = torch.ops.fastbn.ghost_update, torch.ones(2, 2, 3).double()
+    mean, var = torch.zeros(3), torch.ones(3)
+    for change, message in (
+        ({"moments": moments[0]}, r"moments should have sizes \[chunks, 2, C\]"),
+        ({"moments": moments.float()}, "moments should be float64"),
+        ({"values": 1}, "a chunk should have at least 2 values in a channel, not 1"),
+        ({"last": 0}, "a chunk should have at least 2 values in a channel, not 0"),
+        ({"running_mean": None}, "must either both be None or neither"),
+        ({"running_mean": mean[:2]}, "running_mean should contain 3 elements not 2"),
+    ):
+        good = {"moments": moments, "values": 4, "last": 3, "running_mean": mean, "running_var": var}
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            update(**{"momentum": 0.1, "num_batches_tracked": None, **good, **change})
+    assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
+
+
+@pytest.mark.cpu
 def test_repr_state_and_tools_around_it():
     ours = fastbn.GhostBatchNorm2d(3, virtual_batch_size=4, momentum=None)
     assert "virtual_batch_size=4" in repr(ours) and "momentum=None" in repr(ours)
@@ -191,6 +257,8 @@ def test_repr_state_and_tools_around_it():
         torch.library.opcheck(torch.ops.fastbn.ghost_forward, (leaf, torch.ones(3), None, 4, 1e-5))
     arguments = (x, x, torch.ones(3), torch.ones(3, 2, 3).double(), 4, 1e-5, [True] * 3)
     torch.library.opcheck(torch.ops.fastbn.ghost_backward, arguments)
+    statistics = (torch.zeros(3), torch.ones(3), torch.tensor(0))
+    torch.library.opcheck(torch.ops.fastbn.ghost_update, (torch.ones(3, 2, 3).double(), 16, 4, 0.1, *statistics))
 
 
 @pytest.mark.cpu

@@ -89,6 +89,7 @@ def choices():
         "backward": [x, x, p, moments()[1:] + [None], eps, flags, masks, activations, params, p, residuals],
         "update_running_stats": [moments()[1:], counts, momentum, p[1:], p[1:], counter],
         "batch_norm": [x, p, p, p, p, counter, flags, momentum, eps, activations, params, residuals],
+        "ghost_batch_norm": [x, p, p, p, p, counter, momentum, eps, [2, 4, 3, 1, *counts[1:], 2**63 - 1]],
         "stats": [x],
         "finish": [packets(), momentum, p, p, counter],
         "grad_stats": [x, x, p, packets()[1:], eps, activations, params, p, residuals],
@@ -182,12 +183,15 @@ def run_child(*arguments):
 
 
 def refused(name, tally):
-    """batch_norm may leave what is not plain to the Python way, which checks it; the others have to raise."""
-    assert name == "batch_norm" or tally["deferred"] == 0
+    """Batch norm may leave what is not plain to the Python way, which checks it; the others have to raise."""
+    assert name in ("batch_norm", "ghost_batch_norm") or tally["deferred"] == 0
     return tally["raised"] + tally["deferred"]
 
 
-FUNCTIONS = ("forward", "backward", "update_running_stats", "batch_norm", "stats", "finish", "grad_stats", "grad_apply")
+FUNCTIONS = (
+    "forward", "backward", "update_running_stats", "batch_norm", "ghost_batch_norm", "stats", "finish", "grad_stats",
+    "grad_apply",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

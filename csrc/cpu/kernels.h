@@ -110,7 +110,7 @@ struct Pass {
     const bool unread = !summed && !elsewhere;
     // Behind sums items come one by one, forwards; without them backwards, of each segment in turn.
     const int64_t next = unread ? -plan.item_width() : plan.segments == 1 && summed ? plan.item_width() : 0;
-    return {bytes(tensors) * all_parts > cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
+    return {bytes(tensors) * all_parts >= cached_bytes(unread), both, unread, plan.items > 1 ? next : 0};
   }
 
   Piece piece(int64_t item, int64_t segment) const {
@@ -335,7 +335,7 @@ void backward(const Backward& args) {
         coefficient[2][i] = g.scale, coefficient[3][i] = g.shift;
       }
       A unused[2][some];
-      for_z(c, number, unused[0], unused[1], coefficient[4]);
+      if (args.epilogue.activation != Activation::identity) for_z(c, number, unused[0], unused[1], coefficient[4]);
     });
   };
   const auto grad_apply = [&](const Piece& p) {
