@@ -18,7 +18,7 @@ ASAN_TESTS ?= -m sanitize
 BENCH_ARGUMENTS ?=
 PAPER_ARGUMENTS ?=
 # Seconds after which `make bench` begins nothing more: it says what it left out, the network and the series of sizes first.
-QUICK_SECONDS ?= 268
+QUICK_SECONDS ?= 262
 # The same of `make bench-full` (the longest case takes one minute), and where it writes.
 BENCH_SECONDS ?= 1560
 SHOWN := benchmarks/results/cpu.jsonl

@@ -24,19 +24,25 @@ except ImportError as error:
 
 ROOT = Path(__file__).parent
 
+HEADERS = ("include", "targets/*/include")  # where toolkits keep them
+
 
 def want_cuda() -> bool:
-    """A GPU need not be present: the compiler and a torch built for CUDA decide."""
+    """A GPU need not be present: the compiler, its headers and a torch built for CUDA decide."""
     choice = os.environ.get("FASTBN_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"fastbn: FASTBN_CUDA should be 0 or 1, not {choice!r}")
     possible = CUDA_HOME is not None and torch.version.cuda is not None
-    if choice == "1" and not possible:
-        sys.exit(
-            f"fastbn: FASTBN_CUDA=1 needs nvcc (CUDA_HOME is {CUDA_HOME}) and a torch built for CUDA "
-            f"(torch {torch.__version__} has CUDA {torch.version.cuda})"
-        )
-    return possible and choice != "0"
+    # What lies on PATH as nvcc may be a wrapper, and torch takes the folder above it for the toolkit.
+    headers = possible and any(list(Path(CUDA_HOME).glob(f"{folder}/cuda_runtime.h")) for folder in HEADERS)
+    found = f"CUDA_HOME is {CUDA_HOME}, torch {torch.__version__} has CUDA {torch.version.cuda}"
+    if possible and not headers:
+        found += f", but there is no cuda_runtime.h in {CUDA_HOME}/include: set CUDA_HOME to the toolkit's folder"
+    if choice == "1" and not headers:
+        sys.exit(f"fastbn: FASTBN_CUDA=1 needs nvcc, its headers and a torch built for CUDA: {found}")
+    if choice == "" and possible and not headers:
+        print(f"fastbn: building without the CUDA backend: {found}", file=sys.stderr)
+    return headers and choice != "0"
 
 
 def sources(pattern: str) -> list[str]:

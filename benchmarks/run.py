@@ -176,9 +176,9 @@ def cpu_units(arguments: argparse.Namespace, here: list[str]) -> list[Unit]:
     others = []
     if "costs" in arguments.suites:
         others += [
-            Unit("call", partial(call_records, ["fastbn", "torch"], 2 * pace.seconds, rng), 2),
-            Unit("import", lambda: [import_record()], 6),
-            Unit("memory", memory_records, 12),
+            Unit("call", partial(call_records, ["fastbn", "torch"], 2 * pace.seconds, rng), 2, always=True),
+            Unit("import", lambda: [import_record()], 6, always=True),
+            Unit("memory", memory_records, 12, always=True),
         ]
     if "accuracy" in arguments.suites:
         peers = ["fastbn", "torch", *(p for p in here if p in (arguments.peers or OTHERS) and p != "torch")]

@@ -123,6 +123,31 @@ def test_asking_for_cuda_where_there_is_none_is_refused(source_tree):
         assert "FASTBN_CUDA" in last_line(done) and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("place", [None, "include", "targets/x86_64-linux/include"])
+@pytest.mark.parametrize("choice", ["", "0", "1"])
+def test_a_compiler_without_its_headers_is_not_enough(source_tree, tmp_path, place, choice):
+    if place:
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "cuda_runtime.h").touch()
+    code = (
+        "import sys, runpy, setuptools, torch\n"
+        "from torch.utils import cpp_extension\n"
+        f"cpp_extension.CUDA_HOME, torch.version.cuda = {str(tmp_path)!r}, '13.0'\n"
+        "setuptools.setup = lambda **_: print('CUDA' in made)\n"
+        "made = []\n"
+        "cpp_extension.CUDAExtension = lambda *a, **k: made.append('CUDA')\n"
+        "cpp_extension.CppExtension = lambda *a, **k: made.append('CPU')\n"
+        "runpy.run_path('setup.py')"
+    )
+    done = run("-c", code, cwd=source_tree, FASTBN_CUDA=choice)
+    if choice == "1" and not place:
+        assert "no cuda_runtime.h" in last_line(done) and len(done.stderr.strip().splitlines()) == 1
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(bool(place) and choice != "0")
+    assert ("without the CUDA backend" in done.stderr) == (choice == "" and not place)
+
+
 @pytest.fixture(scope="module")
 def sdist(source_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")

@@ -63,7 +63,7 @@ FASTBN_HD void update(const Running& running, int64_t i, double mean, double var
 // are where there is no variance to speak of.
 FASTBN_HD void finish(const double* packets, int64_t K, int64_t C, int64_t channel, double* packet,
                       const Running& running) {
-  const Moments all = merged(packets, K, C, channel);
+  const Moments all = merged(K, C, [=](int64_t k) { return packets + k * 3 * C + channel; });
   const double variance = all.n == 0 ? 0 : all.m2 / all.n;
   packet[channel] = all.mean, packet[C + channel] = variance, packet[2 * C + channel] = all.n;
   if (all.n > 1) update(running, channel, all.mean, variance, all.n);

@@ -33,12 +33,13 @@ FASTBN_HD Moments merge(const Moments& a, const Moments& b) {
   return {n, a.mean + delta * part, a.m2 + b.m2 + delta * delta * a.n * part};
 }
 
-// One channel of packets [K, 3, C], merged in their order: rows of mean, variance and count, as ranks exchange them.
-FASTBN_HD Moments merged(const double* packets, int64_t K, int64_t C, int64_t channel) {
+// Of K parts, merged in their order; part(k) points to a mean, a variance and a count, `apart` from one to the next.
+template <class Part>
+FASTBN_HD Moments merged(int64_t K, int64_t apart, const Part& part) {
   Moments all{};
   for (int64_t k = 0; k < K; ++k) {
-    const double* const p = packets + k * 3 * C + channel;
-    all = merge(all, {p[2 * C], p[0], p[C] * p[2 * C]});
+    const double* const p = part(k);
+    all = merge(all, {p[2 * apart], p[0], p[apart] * p[2 * apart]});
   }
   return all;
 }

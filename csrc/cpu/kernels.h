@@ -201,11 +201,7 @@ void forward(const Forward& args) {
     each_some(p.first_channel, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
       double count = own_count;
       for (int64_t i = c; args.ranks != nullptr && i < c + number; ++i) {
-        Moments all{};
-        for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
-          const double* const told = args.ranks->heard(k, i);
-          all = merge(all, {told[2], told[0], told[1] * told[2]});
-        }
+        const Moments all = merged(args.ranks->ranks(), 1, [&](int64_t k) { return args.ranks->heard(k, i); });
         args.moments[i] = all.mean, args.moments[C + i] = all.m2 / all.n, args.moments[2 * C + i] = count = all.n;
       }
       double given[2][some];
