@@ -190,6 +190,7 @@ def test_which_calls_are_one_call_of_the_extension():
         y = _C.ghost_batch_norm(x, None, None, *stats, None, **{**ordinary, "virtual_batch_size": size})
         torch.testing.assert_close(y, ghost_batch_norm(x, size, None, None, training=True))
     assert not torch.equal(stats[0], torch.zeros(3))
+    assert ghost_batch_norm(x.clone().requires_grad_(), 4, *stats, training=True).grad_fn.name().startswith("FastGhost")
     before = [t.clone() for t in stats]
     for change in ({"virtual_batch_size": 0}, {"virtual_batch_size": 1}, {"eps": -1.0}):
         assert _C.ghost_batch_norm(x, None, None, *stats, None, **{**ordinary, **change}) is NotImplemented
