@@ -10,8 +10,6 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <algorithm>
-
 namespace fastbn {
 
 namespace {
@@ -232,8 +230,8 @@ Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(output, moments) = ghost_forward(input, weight, bias, samples, eps);
     const int64_t positions = input.numel() / (input.size(0) * input.size(1));
-    const int64_t most = std::min(samples, input.size(0)), last = input.size(0) - (moments.size(0) - 1) * most;
-    ghost_update(moments, most * positions, last * positions, statistics);
+    const ChunkSizes chunks = ghost_chunks(input.sizes(), samples);
+    ghost_update(moments, chunks.samples * positions, chunks.last * positions, statistics);
   }
   if (wants_grad) {
     const auto node = make_node<GhostBatchNormBackward>();

@@ -53,10 +53,9 @@ void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTenso
               input.scalar_type(), ", or both be Float beside a half input");
 }
 
-void check_moments(const Tensor& moments, int64_t channels) {
+void check_moments(const Tensor& moments, at::IntArrayRef sizes) {
   TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
-  TORCH_CHECK(moments.dim() == 2 && moments.size(0) == 2 && moments.size(1) == channels,
-              "moments should have sizes [2, ", channels, "], not ", moments.sizes());
+  TORCH_CHECK(moments.sizes() == sizes, "moments should have sizes ", sizes, ", not ", moments.sizes());
 }
 
 int64_t channels_of(const Tensor& input) {

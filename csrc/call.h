@@ -7,6 +7,7 @@
 #include "context.h"
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cpu/pages.h"
 #include "ops.h"
 
 namespace fastbn {
@@ -27,7 +28,7 @@ void check_channels(const OptionalTensor& t, const char* name, int64_t channels,
 
 void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
 
-void check_moments(const Tensor& moments, int64_t channels);
+void check_moments(const Tensor& moments, at::IntArrayRef sizes);
 
 int64_t channels_of(const Tensor& input);
 
@@ -49,17 +50,30 @@ const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& kee
 
 Param param(const OptionalTensor& t, Tensor& keep);
 
-// Memory for one call: on the CPU's stack while it is small, else from torch's allocator.
+// Memory for one call: on the CPU's stack while it is small, else from torch's allocator, or kept pages where it is so
+// large that the C library, when it is freed, would look whether the heap can shrink: what others have freed, 25 MB,
+// cost a call of 1024 channels 4 ms so.
 class Scratch {
  public:
   Scratch(const Context& context, int64_t bytes) {
-    if (bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) large_ = context.empty({bytes}, at::kByte);
+    constexpr int64_t least_trimming = 64 << 10;
+    if (!context.on_gpu() && bytes >= least_trimming) {
+      pages_ = cpu::take_pages(bytes), bytes_ = bytes;
+    } else if (bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) {
+      large_ = context.empty({bytes}, at::kByte);
+    }
   }
-  void* data() { return large_.defined() ? large_.data_ptr() : small_; }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (pages_ != nullptr) cpu::give_pages(pages_, bytes_);
+  }
+  void* data() { return pages_ != nullptr ? pages_ : large_.defined() ? large_.data_ptr() : small_; }
 
  private:
   alignas(64) char small_[4096];
   Tensor large_;
+  void* pages_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 int64_t workspace_bytes(const Context& context, const Problem& problem, cuda::Pass pass, bool training);

@@ -11,13 +11,12 @@ namespace fastbn {
 namespace {
 
 // The chunks of ghost batch norm, cut along the samples: each is contiguous in both layouts.
-struct Chunks {
+struct Chunks : ChunkSizes {
   Problem whole;
-  int64_t samples, count;
 
   Problem problem(int64_t i) const {
     Problem p = whole;
-    p.shape.N = i + 1 < count ? samples : whole.shape.N - i * samples;
+    p.shape.N = i + 1 < count ? samples : last;
     p.parts = count;
     return p;
   }
@@ -35,8 +34,8 @@ struct Chunks {
   void each(const Context& context, cuda::Pass pass, const Call& call) const {
     const bool side_by_side = !context.on_gpu() && count >= at::get_num_threads();
     const int64_t apart = workspace(context, pass);
-    const Tensor memory = context.empty({side_by_side ? count * apart : apart}, at::kByte);
-    char* const data = static_cast<char*>(memory.data_ptr());
+    Scratch memory(context, side_by_side ? count * apart : apart);
+    char* const data = static_cast<char*>(memory.data());
     if (side_by_side) {
       cpu::parallel_for(count, count * bytes(), [&](int64_t i) { call(i, data + i * apart); });
     } else {
@@ -83,12 +82,13 @@ Tensor sum_over_chunks(const Context& context, const Tensor& of_chunks, at::Scal
 
 }  // namespace
 
-int64_t ghost_chunks(at::IntArrayRef sizes, int64_t samples) {
+ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t samples) {
   TORCH_CHECK_VALUE(samples > 0, "virtual_batch_size should be positive, not ", samples);
   const int64_t batch = sizes[0], positions = c10::multiply_integers(sizes.slice(2));
-  const int64_t count = batch == 0 ? 0 : (batch - 1) / samples + 1;  // samples may be as large as an integer can be
-  const bool single = count > 1 && (batch - (count - 1) * samples) * positions == 1;
-  return count - single;
+  int64_t count = batch == 0 ? 0 : (batch - 1) / samples + 1;  // samples may be as large as an integer can be
+  if (count > 1 && (batch - (count - 1) * samples) * positions == 1) --count;
+  if (count < 2) return {count, batch, batch};
+  return {count, samples, batch - (count - 1) * samples};
 }
 
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -98,10 +98,10 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
   check_channels(weight, "weight", channels, input);
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
-  const int64_t count = ghost_chunks(input.sizes(), samples);
+  const ChunkSizes sizes = ghost_chunks(input.sizes(), samples);
 
   Context context(input);
-  Tensor moments = context.empty({count, 2, channels}, at::kDouble);
+  Tensor moments = context.empty({sizes.count, 2, channels}, at::kDouble);
   if (input.numel() == 0) return {context.empty_like(input, at::MemoryFormat::Contiguous), moments.zero_()};
   const Folded x = fold(input);
   Tensor output = context.empty_like(input, x.format);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
   whole.moments = moments.data_ptr<double>();
   whole.training = true;
   whole.eps = eps;
-  const Chunks chunks{x.problem, samples, count};
+  const Chunks chunks{sizes, x.problem};
   chunks.each(context, cuda::Pass::forward, [&](int64_t i, void* workspace) {
     Forward args = whole;
     args.problem = chunks.problem(i);
@@ -132,16 +132,16 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   check_beside(moments, "moments", input);
-  const int64_t channels = channels_of(input), count = ghost_chunks(input.sizes(), samples);
+  const int64_t channels = channels_of(input);
+  const ChunkSizes sizes = ghost_chunks(input.sizes(), samples);
+  const int64_t count = sizes.count;
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
               ", not ", grad_output.sizes());
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
               input.scalar_type(), ", not ", grad_output.scalar_type());
   check_channels(weight, "weight", channels, input);
   check_dtypes(input, {&weight});
-  TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
-  TORCH_CHECK(moments.sizes() == at::IntArrayRef({count, 2, channels}), "moments should have sizes [", count, ", 2, ",
-              channels, "], not ", moments.sizes());
+  check_moments(moments, {count, 2, channels});
 
   Context context(input);
   Tensor dx, dw, db;  // of weight and bias for each chunk, so that one rounding ends the sum over chunks
@@ -164,7 +164,7 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
     whole.grad_bias = {db.defined() ? db.data_ptr() : nullptr, DType::f64};
     whole.training = true;
     whole.eps = eps;
-    const Chunks chunks{x.problem, samples, count};
+    const Chunks chunks{sizes, x.problem};
     chunks.each(context, cuda::Pass::backward, [&](int64_t i, void* workspace) {
       const int64_t row = i * channels * int64_t(sizeof(double));
       Backward args = whole;
@@ -191,9 +191,8 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
 void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics) {
   check_dense(moments, "moments");
   check_device(moments);
-  TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
-  TORCH_CHECK(moments.dim() == 3 && moments.size(1) == 2, "moments should have sizes [chunks, 2, C], not ",
-              moments.sizes());
+  TORCH_CHECK(moments.dim() == 3, "moments should have sizes [chunks, 2, C], not ", moments.sizes());
+  check_moments(moments, {moments.size(0), 2, moments.size(2)});
   TORCH_CHECK_VALUE(values > 1 && last > 1, "a chunk should have at least 2 values in a channel, not ",
                     smaller(values, last));
   TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
@@ -203,8 +202,11 @@ void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Sta
 
   const Context context(moments);
   if (context.on_gpu()) {
+    // A cumulative average reads the count for each chunk.
+    const bool one_by_one = present(statistics.batches) && !statistics.momentum;
+    if (present(statistics.batches) && !one_by_one) count_batches(*statistics.batches, count);
     for (int64_t i = 0; i < count; ++i) {
-      if (present(statistics.batches)) count_batches(*statistics.batches, 1);
+      if (one_by_one) count_batches(*statistics.batches, 1);
       update_running_stats(moments.select(0, i), i + 1 < count ? values : last, statistics);
     }
     return;

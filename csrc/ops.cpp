@@ -69,6 +69,15 @@ std::optional<Ending> ending(std::string_view activation, std::optional<double> 
   return std::nullopt;
 }
 
+Ending checked_ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
+  if (const auto end = ending(activation, param, residual)) return *end;
+  TORCH_CHECK_VALUE(!ending(activation, std::nullopt, residual), "activation_param should be None for ", activation,
+                    ", which has none, not ", param.value_or(0));
+  std::string names;
+  for (const auto& [name, _] : activations()) names += (names.empty() ? "" : ", ") + std::string(name);
+  TORCH_CHECK_VALUE(false, "activation should be one of ", names, ", not '", activation, "'");
+}
+
 std::vector<std::pair<std::string_view, double>> activations() {
   std::vector<std::pair<std::string_view, double>> all;
   for (const auto& a : named_activations) all.emplace_back(a.name, a.param);
@@ -88,7 +97,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   const Tensor given = training ? Tensor() : spread ? moments->narrow(0, 0, 2).clone() : *moments;
   if (!training) {
     check_beside(given, "moments", input);
-    check_moments(given, channels);
+    check_moments(given, {2, channels});
   }
 
   Context context(input);
@@ -160,7 +169,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   check_dtypes(input, {&weight, &bias});
   check_residual(ending.residual, input);
   check_beside(saved.moments, "moments", input);
-  check_moments(saved.moments, channels);
+  check_moments(saved.moments, {2, channels});
 
   const auto own_dtype = present(weight)                ? weight->scalar_type()
                          : is_half(input.scalar_type()) ? at::kFloat
@@ -235,7 +244,7 @@ void update_running_stats(const Tensor& moments, int64_t count, const Statistics
   check_device(moments);
   TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
   const int64_t channels = moments.size(1);
-  check_moments(moments, channels);
+  check_moments(moments, {2, channels});
   check_running(statistics, channels, moments, "moments");
   TORCH_CHECK_VALUE(count >= 0, "count should be the number of values in a channel, not ", count);
   if (count == 0 || channels == 0) return;

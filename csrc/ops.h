@@ -42,6 +42,9 @@ struct Ending {
 // parameter.
 std::optional<Ending> ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
 
+// The same; raises for what is none, and names those that there are.
+Ending checked_ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
+
 // Name and default parameter of every activation, NaN for those that have none.
 std::vector<std::pair<std::string_view, double>> activations();
 
@@ -92,7 +95,10 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
 
 // Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of `samples` samples, each normalized by its own moments; the
 // last one has what is left, and one that would have a single value a channel joins the one before it.
-int64_t ghost_chunks(at::IntArrayRef sizes, int64_t samples);
+struct ChunkSizes {
+  int64_t count, samples, last;  // samples in every chunk but the last, and in that one
+};
+ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t samples);
 
 // Output, and moments, float64 [chunks, 2, C].
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

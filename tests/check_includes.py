@@ -1,7 +1,7 @@
 """Hold the include rules of csrc/: sources flow in; a line for each broken rule, and exit status 1, flow out.
 
-1. Includes point down only: core <- cpu, cuda <- context <- ops, call, ghost, ranks <- autograd <- bindings. cpu and
-   cuda never include each other.
+1. Includes point down only: core <- cpu, cuda <- context <- ops, call, ghost, ranks <- autograd <- operators, plans,
+   bindings. cpu and cuda never include each other.
 2. Torch is seen by these from context on, and by cpu/parallel.*, alone, so that kernels build and run without it; core/
    and cpu/ see no CUDA header either, and the emulator is seen by cuda/device.cuh alone.
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 # One floor: what a call is made of, and the operations made of calls.
 OPS = ("ops", "call", "ghost", "ranks")
+# The top one: what Python and torch's dispatcher call.
+BINDINGS = ("operators", "plans", "bindings")
 # For each part, the parts whose headers it may include.
 MAY_INCLUDE = {
     "core": {"core"},
@@ -22,9 +24,11 @@ MAY_INCLUDE = {
     "context": {"core", "cpu", "context"},
     **{part: {"core", "cpu", "cuda", "context", *OPS} for part in OPS},
     "autograd": {"core", "ops", "autograd"},
-    "bindings": {"core", "cpu", "cuda", "context", "ops", "autograd", "bindings"},
+    "operators": {"ops", "operators"},
+    "plans": {"core", "cpu", "cuda", "context", "ops", "plans"},
+    "bindings": {"core", "cpu", "ops", "autograd", "operators", "plans", "bindings"},
 }
-TORCH_PARTS = {"context", *OPS, "autograd", "bindings"}
+TORCH_PARTS = {"context", *OPS, "autograd", *BINDINGS}
 # The emulator of tests/simt, which stands in for the CUDA headers where g++ compiles the kernels.
 EMULATOR = ("cuda/device.cuh", '"simt.h"')
 SUFFIXES = {".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".inc"}

@@ -1,4 +1,4 @@
-// In: sizes of tensors. Out: memory that is mapped already, if a tensor of about that size was freed before.
+// In: sizes of tensors and workspaces. Out: memory that is mapped already, if one of about that size was freed before.
 #pragma once
 
 #include "../core/platform.h"

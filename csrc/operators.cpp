@@ -1,0 +1,126 @@
+// In: calls of torch's dispatcher. Out: calls of ops.cpp; the operators fastbn::*, which compiled and exported programs
+// have instead of the functions of fastbn._C.
+#include "operators.h"
+
+#include <torch/library.h>
+
+namespace fastbn {
+
+Tensor finish_op(const Tensor& packets, std::optional<double> momentum, const OptionalTensor& running_mean,
+                 const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
+  return finish(packets, {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+Tensor grad_stats_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& packet,
+                     double eps, std::string activation, std::optional<double> param, const OptionalTensor& bias,
+                     const OptionalTensor& residual) {
+  return grad_stats(grad_output, input, weight, bias, packet, eps, checked_ending(activation, param, residual));
+}
+
+std::tuple<Tensor, Tensor> grad_apply_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                         const Tensor& packet, const Tensor& total, double eps, bool wants_residual,
+                                         std::string activation, std::optional<double> param,
+                                         const OptionalTensor& bias, const OptionalTensor& residual) {
+  auto [dx, dr] = grad_apply(grad_output, input, weight, bias, packet, total, eps, wants_residual,
+                             checked_ending(activation, param, residual));
+  if (!dr.defined()) dr = input.new_empty({0});
+  return {dx, dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr};
+}
+
+namespace {
+
+// An operator must return a tensor where the function returns none, and never an argument of its own.
+std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& moments, double eps, std::string activation,
+                                      std::optional<double> param, const OptionalTensor& residual) {
+  auto [output, kept] = forward(input, weight, bias, moments, eps, checked_ending(activation, param, residual));
+  return {output, moments && kept.is_same(*moments) ? kept.clone() : kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output, const Tensor& input,
+                                                       const OptionalTensor& weight, const Tensor& moments, double eps,
+                                                       bool training, std::array<bool, 4> output_mask,
+                                                       std::string activation, std::optional<double> param,
+                                                       const OptionalTensor& bias, const OptionalTensor& residual) {
+  auto [dx, dw, db, dr] = backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask,
+                                   checked_ending(activation, param, residual));
+  const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
+  return {filled(dx), filled(dw), filled(db), filled(dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr)};
+}
+
+void update_running_stats_op(const Tensor& moments, int64_t count, std::optional<double> momentum,
+                             const Tensor& running_mean, const Tensor& running_var,
+                             const OptionalTensor& num_batches_tracked) {
+  update_running_stats(moments, count, {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+std::tuple<Tensor, Tensor, Tensor> ghost_backward_op(const Tensor& grad_output, const Tensor& input,
+                                                     const OptionalTensor& weight, const Tensor& moments,
+                                                     int64_t virtual_batch_size, double eps,
+                                                     std::array<bool, 3> output_mask) {
+  auto [dx, dw, db] = ghost_backward(grad_output, input, weight, moments, virtual_batch_size, eps, output_mask);
+  const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
+  return {filled(dx), filled(dw), filled(db)};
+}
+
+void ghost_update_op(const Tensor& moments, int64_t values, int64_t last, std::optional<double> momentum,
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                     const OptionalTensor& num_batches_tracked) {
+  ghost_update(moments, values, last, {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+void implement(torch::Library& m) {
+  m.impl("ghost_forward", &ghost_forward);
+  m.impl("ghost_backward", &ghost_backward_op);
+  m.impl("ghost_update", &ghost_update_op);
+  m.impl("forward", &forward_op);
+  m.impl("backward", &backward_op);
+  m.impl("update_running_stats", &update_running_stats_op);
+  m.impl("stats", &stats);
+  m.impl("finish", &finish_op);
+  m.impl("grad_stats", &grad_stats_op);
+  m.impl("grad_apply", &grad_apply_op);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastbn, m) {
+  m.def(
+      "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? moments, float eps, str activation='identity', "
+      "float? activation_param=None, Tensor? residual=None) -> (Tensor, Tensor)");
+  m.def(
+      "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, float eps, bool training, "
+      "bool[4] output_mask, str activation='identity', float? activation_param=None, Tensor? bias=None, "
+      "Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "update_running_stats(Tensor moments, SymInt count, float? momentum, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, Tensor? num_batches_tracked) -> ()");
+  m.def(
+      "ghost_forward(Tensor input, Tensor? weight, Tensor? bias, int virtual_batch_size, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "ghost_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, int virtual_batch_size, "
+      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ghost_update(Tensor moments, SymInt values, SymInt last, float? momentum, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked) -> ()");
+  m.def("stats(Tensor input) -> Tensor");
+  m.def("gather(Tensor values, int ranks, str group) -> Tensor");  // implemented by exchange.py
+  m.def(
+      "finish(Tensor packets, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor? num_batches_tracked) -> Tensor");
+  m.def(
+      "grad_stats(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, float eps, "
+      "str activation='identity', float? activation_param=None, Tensor? bias=None, Tensor? residual=None) -> Tensor");
+  m.def(
+      "grad_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, Tensor total, float eps, "
+      "bool wants_residual, str activation='identity', float? activation_param=None, Tensor? bias=None, "
+      "Tensor? residual=None) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fastbn, CPU, m) { implement(m); }
+#if defined(FASTBN_CUDA)
+TORCH_LIBRARY_IMPL(fastbn, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace fastbn
