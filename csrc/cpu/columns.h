@@ -166,6 +166,64 @@ struct Columns {
     finish();
   }
 
+  // Adds to a and b, one value a channel, the sums of the terms that f makes, where a channel has as many neighbouring
+  // columns as a pack, or more, and rows are few: a pack of columns after the other through all rows, whose sums stay
+  // in registers. More rows of two tensors are more pages than the processor knows at once: 32 took 1.05 to 1.15 of the
+  // time of rows one after the other, 16 took 0.9 to 1, 4 took 0.8 to 0.93.
+  static constexpr int64_t few_rows = 16;
+  static_assert(few_rows <= float_terms);
+  template <class F>
+  void sum_maps(int64_t a_channel, PerChannel<T, sum_t<T>, 1> pivots, PerChannel<T, acc_t<T>, 3> for_z, double* a,
+                double* b, const F f) const {
+    using S = Lanes<T, sum_t<T>>;
+    struct Sums {
+      LongSum<sum_t<T>> of_terms, of_products;
+      FASTBN_HD void add(const S& s, const S& q) {
+        for (int k = 0; k < S::vectors; ++k) of_terms.add(s.v[k]), of_products.add(q.v[k]);
+      }
+    };
+    Sums here;  // of the channel
+    int64_t end = a_channel;
+    const auto finish = [&]() FASTBN_INLINE {
+      *a++ += total<double>(here.of_terms.get()), *b++ += total<double>(here.of_products.get());
+      here = Sums{}, end += a_channel;
+    };
+    const int64_t apart = stride, slots_apart = slots_a_row;
+    const int64_t ahead = larger<int64_t>(1, bytes_ahead / int64_t(sizeof(T)) / size / rows) * size;
+    // Of the pack whose first column it is; `known`: elements that the pack before it had.
+    const auto step = [&](int column, int known, int64_t slots) FASTBN_INLINE {
+      S c[1]{};
+      if constexpr (F::shifted) pivots.get(0, column, c);
+      Lanes<T, acc_t<T>> z[3]{};
+      if constexpr (F::needs_z) for_z.get(0, column, z);
+      const ForZ<T> of_z{z[0], z[1], z[2]};
+      S s{}, q{};
+      int64_t row = 0;
+      const auto add_row = [&]() FASTBN_INLINE {
+        const int64_t at = start + row * apart + column;
+        f.prefetch(at + ahead);
+        S x, y;
+        f(WholePack<T>{}, at, slots + row * slots_apart, c[0], of_z, x, y);
+        for (int k = 0; k < S::vectors; ++k) s.v[k] += x.v[k], q.v[k] += x.v[k] * y.v[k];
+        ++row;
+      };
+      while (row + 4 <= rows) add_row(), add_row(), add_row(), add_row();
+      while (row < rows) add_row();
+      if (known > 0) keep_from<T, sum_t<T>>(s, known), keep_from<T, sum_t<T>>(q, known);
+      if (const int left = int(end - column); left < size) {
+        S s_here = s, q_here = q;
+        replace_from<T, sum_t<T>>(s_here, left), replace_from<T, sum_t<T>>(q_here, left);
+        here.add(s_here, q_here);
+        finish();
+        keep_from<T, sum_t<T>>(s, left), keep_from<T, sum_t<T>>(q, left);
+      }
+      here.add(s, q);
+    };
+    for (int p = 0; p < whole(); p += size) step(p, 0, slot + p / size);
+    if (whole() < columns) step(columns - size, size - (columns - whole()), slot + whole() / size);
+    finish();
+  }
+
   // step(access, element, array index, column, slot) for the packs of rows [first, last), Rows of them at a time: the
   // element and the slot are those of the first row.
   template <int Rows, class Access, class Step>

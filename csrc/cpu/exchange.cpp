@@ -205,6 +205,13 @@ void Turn::fetch(int64_t first, int64_t channels) const {
   }
 }
 
+bool Turn::told(int64_t channel) const {
+  for (int64_t k = 0; k < memory_.ranks; ++k) {
+    if (memory_.entry(k, channel).turn.load(std::memory_order_acquire) != memory_.turn) return false;
+  }
+  return true;
+}
+
 const double* Turn::heard(int64_t rank, int64_t channel) {
   const Entry& entry = memory_.entry(rank, channel);
   if (entry.turn.load(std::memory_order_acquire) != memory_.turn) memory_.wait(entry, rank);

@@ -53,6 +53,9 @@ class Turn {
   // Before others are heard of these channels: what they told is in another processor's cache.
   void fetch(int64_t first, int64_t channels) const;
 
+  // Whether all ranks have told of a channel, and so of those that they told of before.
+  bool told(int64_t channel) const;
+
   // The values that a rank told of a channel, which stay until the turn ends; waits for them.
   const double* heard(int64_t rank, int64_t channel);
 

@@ -93,22 +93,15 @@ struct Pass {
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
   const int64_t all_parts;
-  const bool exchanges;
+  Turn* const ranks;
 
-  // `summed`: with a pass that reads for sums before the one that writes; `exchanges`: with those of other ranks.
-  Pass(const Problem& problem, bool summed, bool exchanges)
+  // `summed`: with a pass that reads for sums before the one that writes; `ranks`: that tell each other of theirs, or
+  // nullptr.
+  Pass(const Problem& problem, bool summed, Turn* ranks)
       : shape(problem.shape),
         plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())),
         all_parts(problem.parts),
-        exchanges(exchanges) {}
-
-  // Whether an item is summed, and told, before the one in front of it is normalized, so that no rank waits for what
-  // another has not summed yet: two ranks 0.87 to 0.99 of the time; 1.05 to 1.2 where items are larger.
-  bool sums_ahead() const {
-    constexpr int64_t largest = 128 << 10;
-    return exchanges && plan.segments == 1 &&
-           shape.per_channel() * plan.channels_an_item * int64_t(sizeof(T)) <= largest;
-  }
+        ranks(ranks) {}
 
   int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
 
@@ -116,10 +109,14 @@ struct Pass {
   // was a pass of its own; `both`: a second output may go past the cache.
   MemoryUse memory_use(int64_t tensors, bool summed, bool elsewhere, bool both) const {
     const bool unread = !summed && !elsewhere;
-    // Behind sums items come one by one, forwards; without them backwards, of each segment in turn.
-    const int64_t items_on = unread ? -1 : plan.segments == 1 && summed ? 1 + sums_ahead() : 0;
-    return {bytes(tensors) * all_parts >= cached_bytes(unread), both, unread,
-            plan.items > 1 ? items_on * plan.item_width() : 0};
+    return {bytes(tensors) * all_parts >= cached_bytes(unread), both, unread, 0};
+  }
+
+  // Where the item so many items on is read next.
+  MemoryUse before(MemoryUse memory, int64_t items) const {
+    const bool known = plan.items > 1 && (memory.unread || items > 0);
+    memory.next = known ? items * plan.item_width() : 0;
+    return memory;
   }
 
   Piece piece(int64_t item, int64_t segment) const {
@@ -127,14 +124,15 @@ struct Pass {
     return {first, smaller(plan.channels_an_item, C - first), segment};
   }
 
-  // Runs first(item, segment) for all pieces, then own(item), finish(item), second(item, segment): sums of a piece,
-  // those of the item, what all ranks' come to, and the output. An item of one segment goes through all of them while
-  // it is in the cache; otherwise the second pass goes backwards, each thread through its own pieces, from what its
-  // cache still holds.
+  // Runs first(item, segment) for all pieces, then own(item), finish(item), second(item, segment, items from it to the
+  // one that is read next): sums of a piece, those of the item, what all ranks' come to, and the output. An item of one
+  // segment goes through all of them while it is in the cache; otherwise the second pass goes backwards, each thread
+  // through its own pieces, from what its cache still holds.
   template <class First, class Own, class Finish, class Second>
   void run(int64_t tensors, bool reduce, const First& first, const Own& own, const Finish& finish,
            const Second& second) const {
     const int64_t bytes = this->bytes(tensors), pieces = plan.items * plan.segments;
+    if (plan.segments == 1 && ranks != nullptr) return exchange(tensors, first, own, finish, second);
     if (plan.segments == 1) {
       // Alone, the second pass goes backwards too: what was read or written last is in the cache.
       const Order order = reduce ? Order::forwards : Order::backwards;
@@ -143,40 +141,47 @@ struct Pass {
         if (reduce) first(p);
         own(p);
         finish(p);
-        second(p);
+        second(p, reduce ? 1 : -1);
       };
-      if (!sums_ahead()) return parallel_for(plan.items, bytes, whole, order);
-      const int64_t threads = smaller(thread_count(), plan.items);
-      const auto share = [&](int64_t t) {
-        const int64_t begin = plan.items * t / threads, end = plan.items * (t + 1) / threads;
-        const auto sum = [&](int64_t item) { first(piece(item, 0)), own(piece(item, 0)); };
-        sum(begin);
-        for (int64_t item = begin; item < end; ++item) {
-          if (item + 1 < end) sum(item + 1);
-          finish(piece(item, 0)), second(piece(item, 0));
-        }
-      };
-      parallel_for(threads, bytes, share);
-      return;
+      return parallel_for(plan.items, bytes, whole, order);
     }
     const auto nth = [&](int64_t i) { return piece(i % plan.items, i / plan.items); };
     if (reduce) parallel_for(pieces, bytes, [&](int64_t i) { first(nth(i)); });
     constexpr int64_t share = 128;  // channels, for each thread to finish
     const auto part = [&](int64_t i) { return Piece{i * share, smaller(share, C - i * share), 0}; };
     const int64_t parts = ceil_div(C, share);
-    if (exchanges) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all before any wait
+    if (ranks != nullptr) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all before any wait
     parallel_for(parts, bytes, [&](int64_t i) {
-      if (!exchanges) own(part(i));
+      if (ranks == nullptr) own(part(i));
       finish(part(i));
     });
-    parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i)); }, Order::backwards);
+    parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i), reduce ? 0 : -1); }, Order::backwards);
+  }
+
+  // The same with ranks, for items of one segment. While another has not told of an item, the one behind it is summed:
+  // two ranks 0.87 to 1 of the time. More of them, or always one, were no better.
+  template <class First, class Own, class Finish, class Second>
+  void exchange(int64_t tensors, const First& first, const Own& own, const Finish& finish, const Second& second) const {
+    const int64_t threads = smaller(thread_count(), plan.items);
+    parallel_for(threads, bytes(tensors), [&](int64_t t) {
+      const int64_t begin = plan.items * t / threads, end = plan.items * (t + 1) / threads;
+      int64_t next = begin;  // to be summed
+      const auto sum = [&] { first(piece(next, 0)), own(piece(next, 0)), ++next; };
+      for (int64_t item = begin; item < end; ++item) {
+        const Piece p = piece(item, 0);
+        if (next == item) sum();
+        if (next == item + 1 && next < end && !ranks->told(p.first_channel + p.channels - 1)) sum();
+        finish(p);
+        second(p, next - item);
+      }
+    });
   }
 };
 
 template <class T, class Walk>
 void forward(const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass(args.problem, args.training, args.ranks != nullptr);
+  const Pass<T, Walk> pass(args.problem, args.training, args.ranks);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -243,12 +248,13 @@ void forward(const Forward& args) {
       }
     });
   };
-  const auto apply = [&](const Piece& p) {
+  const auto apply = [&](const Piece& p, int64_t items) {
     if (y == nullptr) return;
     const int64_t c = p.first_channel;
     with_end<T>(args, [&](const auto& end) {
       const Apply<T, std::decay_t<decltype(end)>> f{x, end};
-      pass.walk.map(y, p, memory, {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
+      pass.walk.map(y, p, pass.before(memory, items),
+                    {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
     });
   };
   pass.run(tensors, args.training, stats, own, finish, apply);
@@ -259,7 +265,7 @@ void backward(const Backward& args) {
   using A = acc_t<T>;
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Walk> pass(args.problem, reduce, args.ranks != nullptr);
+  const Pass<T, Walk> pass(args.problem, reduce, args.ranks);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -356,8 +362,9 @@ void backward(const Backward& args) {
       }
     });
   };
-  const auto grad_apply = [&](const Piece& p) {
+  const auto grad_apply = [&](const Piece& p, int64_t items) {
     if (dx == nullptr) return;
+    const MemoryUse use = pass.before(memory, items);
     const int64_t c = p.first_channel;
     A* coefficient[coefficients];
     for (int i = 0; i < coefficients; ++i) coefficient[i] = work.coefficient[i] + c;
@@ -367,16 +374,16 @@ void backward(const Backward& args) {
       if (args.training) {
         const GradApply<T, Source> f{x, dz, source};
         if constexpr (Source::needs_z) {
-          pass.walk.map(dx, p, memory, {m, x_scale, scale, shift, z_shift}, f);
+          pass.walk.map(dx, p, use, {m, x_scale, scale, shift, z_shift}, f);
         } else {
-          pass.walk.map(dx, p, memory, {m, x_scale, scale, shift}, f);
+          pass.walk.map(dx, p, use, {m, x_scale, scale, shift}, f);
         }
       } else {
         const ScaleOnly<T, Source> f{x, dz, source};
         if constexpr (Source::needs_z) {
-          pass.walk.map(dx, p, memory, {scale, m, z_shift}, f);
+          pass.walk.map(dx, p, use, {scale, m, z_shift}, f);
         } else {
-          pass.walk.map(dx, p, memory, {scale}, f);
+          pass.walk.map(dx, p, use, {scale}, f);
         }
       }
     });

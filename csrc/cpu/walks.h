@@ -227,6 +227,10 @@ struct ColumnsWalk {
   template <class F>
   void sum_terms(const Block& block, const Piece& piece, const E* pivot, const A* const (&for_z)[3], double* a,
                  double* b, const F& f) const {
+    const int64_t a_channel = plan.columns_a_channel;
+    if (a_channel >= P::size && block.rows <= Block::few_rows) {
+      return block.sum_maps(a_channel, {{pivot}, int(a_channel)}, {for_z, int(a_channel)}, a, b, f);
+    }
     const auto sum = [&](const auto& pivots, const auto& z) {
       alignas(64) E s[width], q[width];
       for (int64_t row = 0; row < block.rows; row += most_rows) {
