@@ -130,6 +130,43 @@ def test_nan_and_inf_stay_in_their_channel(device, layout, shape):
     assert torch.isfinite(stats[0][others]).all() and torch.isfinite(stats[1][others]).all()
 
 
+def bias_gradient(dy):
+    bias = torch.zeros(dy.size(1), device=dy.device).requires_grad_()
+    y = batch_norm(torch.randn(dy.shape, device=dy.device).to(dy.dtype), None, None, torch.ones_like(bias), bias, True)
+    return torch.autograd.grad(y, bias, dy)[0]
+
+
+# Maps that are summed in registers, of few samples and of more; a pack of columns lies in two channels, or does not.
+FEW = pytest.mark.parametrize("shape", [(1, 3, 45, 45), (4, 3, 16, 16), (5, 6, 14, 14), (16, 4, 7, 7), (40, 2, 14, 14)])
+
+
+@pytest.mark.simt_quick
+@pytest.mark.sanitize
+@FEW
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_that_nearly_cancel_are_summed_exactly(device, shape, dtype):
+    values = torch.randn(shape, device=device) * torch.logspace(-1, 1, shape[-1], device=device)
+    dy = values.to(dtype)
+    half = dy.flatten(2).size(2) // 2
+    dy.flatten(2)[..., :half] = -dy.flatten(2)[..., half : 2 * half].flip(0)
+    exact = rows(wide(dy)).sum(1)
+    error = (wide(bias_gradient(dy)) - exact).abs()
+    # floats would lose 1e-7 of what had been summed on the way
+    assert (error <= 1e-6 * exact.abs() + 1e-9 * rows(wide(dy)).abs().sum(1)).all()
+
+
+@pytest.mark.simt_quick
+@FEW
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_an_infinite_gradient_makes_an_infinite_sum(device, shape, value):
+    dy = torch.randn(shape, device=device).bfloat16()
+    clean = bias_gradient(dy)
+    dy[-1, 1, 3, 4] = value
+    found, expected = bias_gradient(dy), clean.clone()
+    expected[1] = value
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.sanitize
 @LAYOUTS
 @pytest.mark.parametrize("shape", [(4, 5, 6, 6), (8, 40, 14, 14), (4, 3, 40, 40)])

@@ -51,3 +51,16 @@ def test_pages_are_used_again_by_tensors_of_about_their_size(first, then, same):
     y = fastbn.functional.batch_norm(x[..., :then], None, None, training=True)
     assert (y.data_ptr() == address) == same
     torch.testing.assert_close(y, torch.nn.functional.batch_norm(x[..., :then], None, None, training=True))
+
+
+def test_workspaces_hold_what_others_left_in_kept_pages():
+    """2048 channels: workspaces of more than 64 KiB, which take such pages, too."""
+    bn = fastbn.BatchNorm1d(2048)
+    for batch in (16, 8, 300, 16):
+        x = torch.randn(batch, 2048).requires_grad_()
+        dy = torch.randn(batch, 2048)
+        ours = torch.autograd.grad(bn(x), [x, bn.weight, bn.bias], dy)
+        y = torch.nn.functional.batch_norm(x.double(), None, None, bn.weight.double(), bn.bias.double(), training=True)
+        theirs = torch.autograd.grad(y, [x, bn.weight, bn.bias], dy.double())
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
