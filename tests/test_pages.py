@@ -54,7 +54,7 @@ def test_pages_are_used_again_by_tensors_of_about_their_size(first, then, same):
 
 
 def test_workspaces_hold_what_others_left_in_kept_pages():
-    """2048 channels: workspaces of more than 64 KiB, which take such pages, too."""
+    """2048 channels: workspaces of more than 64 KiB, where such pages begin; whatever is in them, results are right."""
     bn = fastbn.BatchNorm1d(2048)
     for batch in (16, 8, 300, 16):
         x = torch.randn(batch, 2048).requires_grad_()

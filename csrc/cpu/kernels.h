@@ -159,7 +159,7 @@ struct Pass {
   }
 
   // The same with ranks, for items of one segment. While another has not told of an item, the one behind it is summed:
-  // two ranks 0.87 to 1 of the time. More of them, or always one, were no better.
+  // two ranks 0.76 to 1.07 of the time, 0.93 in the median. More of them, or always one, were no better.
   template <class First, class Own, class Finish, class Second>
   void exchange(int64_t tensors, const First& first, const Own& own, const Finish& finish, const Second& second) const {
     const int64_t threads = smaller(thread_count(), plan.items);
