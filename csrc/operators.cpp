@@ -6,6 +6,17 @@
 
 namespace fastbn {
 
+namespace {
+
+// What an operator returns for a gradient: it must return a tensor where the function returns none, and never its
+// argument.
+Tensor own(const Tensor& gradient, const Tensor& input, const Tensor& argument = Tensor()) {
+  if (!gradient.defined()) return input.new_empty({0});
+  return gradient.is_same(argument) ? gradient.clone(output_format(input)) : gradient;
+}
+
+}  // namespace
+
 Tensor finish_op(const Tensor& packets, std::optional<double> momentum, const OptionalTensor& running_mean,
                  const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
   return finish(packets, {running_mean, running_var, num_batches_tracked, momentum});
@@ -23,13 +34,11 @@ std::tuple<Tensor, Tensor> grad_apply_op(const Tensor& grad_output, const Tensor
                                          const OptionalTensor& bias, const OptionalTensor& residual) {
   auto [dx, dr] = grad_apply(grad_output, input, weight, bias, packet, total, eps, wants_residual,
                              checked_ending(activation, param, residual));
-  if (!dr.defined()) dr = input.new_empty({0});
-  return {dx, dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr};
+  return {dx, own(dr, input, grad_output)};
 }
 
 namespace {
 
-// An operator must return a tensor where the function returns none, and never an argument of its own.
 std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                       const OptionalTensor& moments, double eps, std::string activation,
                                       std::optional<double> param, const OptionalTensor& residual) {
@@ -44,8 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output
                                                        const OptionalTensor& bias, const OptionalTensor& residual) {
   auto [dx, dw, db, dr] = backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask,
                                    checked_ending(activation, param, residual));
-  const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
-  return {filled(dx), filled(dw), filled(db), filled(dr.is_same(grad_output) ? dr.clone(output_format(input)) : dr)};
+  return {own(dx, input), own(dw, input), own(db, input), own(dr, input, grad_output)};
 }
 
 void update_running_stats_op(const Tensor& moments, int64_t count, std::optional<double> momentum,
@@ -59,8 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> ghost_backward_op(const Tensor& grad_output, 
                                                      int64_t virtual_batch_size, double eps,
                                                      std::array<bool, 3> output_mask) {
   auto [dx, dw, db] = ghost_backward(grad_output, input, weight, moments, virtual_batch_size, eps, output_mask);
-  const auto filled = [&](const Tensor& t) { return t.defined() ? t : input.new_empty({0}); };
-  return {filled(dx), filled(dw), filled(db)};
+  return {own(dx, input), own(dw, input), own(db, input)};
 }
 
 void ghost_update_op(const Tensor& moments, int64_t values, int64_t last, std::optional<double> momentum,

@@ -72,6 +72,7 @@ def measure(run_gpu, **changed):
     return [r for r in records if r["kind"] not in ("environment", "done")], console.file.getvalue().splitlines()
 
 
+@pytest.mark.slow
 def test_every_pass_of_every_case(run_gpu):
     records, printed = measure(run_gpu)
     assert records[0]["kind"] == "big copy"

@@ -140,6 +140,8 @@ def test_each_capability(best, capability):
         return
     done = python("from fastbn import _C; print(_C.cpu_capability())", capability)
     assert done.stdout.strip() == capability, done.stderr
+    if capability == best:
+        return  # which all the other tests run with
     chosen = (
         "test_shapes or test_row_lengths or test_channel_counts or constant_channel or no_multiple or gradients_of_some"
     )

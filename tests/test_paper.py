@@ -131,6 +131,7 @@ def test_a_folder_without_data_ends_the_run(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_numbers_of_one(mnist):
     import batch_size
     from data import load
@@ -282,6 +283,7 @@ def test_every_experiment_gives_its_numbers(first):
     assert "wall_s" not in json.dumps(results)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_picture(first, tmp_path):
     import run
     from data import load

@@ -201,15 +201,14 @@ def test_one_bad_argument(name):
     assert tally["returned"] >= 5 and refused(name, tally) >= least, tally
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_random_mixtures(name, seed):
-    tally = run_child(name, "mixed", seed, 2000)
+def test_random_mixtures(name):
+    tally = run_child(name, "mixed", 0, 2000)
     assert sum(tally.values()) == 2000 and tally["returned"] > 5 and refused(name, tally) > 100, tally
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 4))
+@pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_more_random_mixtures(name, seed):
     assert sum(run_child(name, "mixed", seed, 12000).values()) == 12000

@@ -25,7 +25,7 @@ struct Capability {
 
 // From the widest to the one that every processor has.
 const Capability* capabilities() {
-#if defined(__x86_64__)
+#if defined(FASTBN_WIDER_SETS)
   static const Capability all[] = {
       {"avx512", 64,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

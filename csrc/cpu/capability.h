@@ -3,6 +3,12 @@
 
 #include "../core/problem.h"
 
+// Sets wider than what every processor has. Not for the emulator: that build is about the CUDA kernels, and takes half
+// the time so.
+#if defined(__x86_64__) && !defined(FASTBN_SIMT)
+#define FASTBN_WIDER_SETS
+#endif
+
 namespace fastbn::cpu {
 
 // In the workspace, arrays of so many coefficients for each channel.

@@ -66,13 +66,13 @@ struct Bits {
 // Activations that are known at run time. Calls, because a choice in every loop would make each of them as long as all
 // activations together; what they cost is little beside an exp.
 template <class A>
-__attribute__((noinline)) Vec<A> activate(Vec<A> z, Activation activation, A param) {
+FASTBN_NOINLINE Vec<A> activate(Vec<A> z, Activation activation, A param) {
   return FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
     return std::decay_t<decltype(act)>::template forward<Math<A>>(z, param);
   });
 }
 template <class A>
-__attribute__((noinline)) Vec<A> activation_gradient(Vec<A> dy, Vec<A> z, Activation activation, A param) {
+FASTBN_NOINLINE Vec<A> activation_gradient(Vec<A> dy, Vec<A> z, Activation activation, A param) {
   return FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
     return std::decay_t<decltype(act)>::template backward<Math<A>>(dy, z, param);
   });
@@ -83,9 +83,12 @@ FASTBN_HD auto blocked_by(Vec<A> z, Activation activation) {
   return activation == Activation::relu6 ? Relu6::blocked(z, A(0)) : Relu::blocked(z, A(0));
 }
 
-// What makes y of z, in place. in_slots(): it fills a mask.
+// What makes y of z, in place. in_slots(): it fills a mask. calls: a function for each vector, so that it gains nothing
+// from loops that take several packs at once.
 template <class T>
 struct Plain {
+  static constexpr bool calls = false;
+
   FASTBN_HD void prefetch(int64_t) const {}
   FASTBN_HD bool in_slots() const { return false; }
   template <class Access>
@@ -95,6 +98,7 @@ struct Plain {
 template <class T, bool with_residual>
 struct Rectified {
   using A = acc_t<T>;
+  static constexpr bool calls = false;
   const T* residual;
   void* mask;
 
@@ -120,6 +124,7 @@ struct Rectified {
 template <class T>
 struct Activated {
   using A = acc_t<T>;
+  static constexpr bool calls = true;
   const T* residual;  // or nullptr
   void* mask;
   Activation activation;
@@ -166,11 +171,11 @@ struct ForZ {
   Lanes<T, acc_t<T>> mean, scale, shift;
 };
 
-// What makes dz: from dy, and x where it needs z. in_slots(): it reads a mask. bits: dz as it is in memory, of those
-// that have_bits, where that is less work than to round dz.
+// What makes dz: from dy, and x where it needs z. in_slots(): it reads a mask. calls: as above. bits: dz as it is in
+// memory, of those that have_bits, where that is less work than to round dz.
 template <class T>
 struct PlainGradient {
-  static constexpr bool needs_z = false, has_bits = true;
+  static constexpr bool needs_z = false, has_bits = true, calls = false;
   const T* dy;
 
   FASTBN_HD bool in_slots() const { return false; }
@@ -185,7 +190,7 @@ struct PlainGradient {
 template <class T>
 struct RectifiedGradient {
   using A = acc_t<T>;
-  static constexpr bool needs_z = true, has_bits = false;
+  static constexpr bool needs_z = true, has_bits = false, calls = false;
   const T* dy;
 
   FASTBN_HD bool in_slots() const { return false; }
@@ -204,7 +209,7 @@ struct RectifiedGradient {
 template <class T>
 struct MaskedGradient {
   using A = acc_t<T>;
-  static constexpr bool needs_z = false, has_bits = true;
+  static constexpr bool needs_z = false, has_bits = true, calls = false;
   const T* dy;
   const void* mask;
   A slope;
@@ -228,7 +233,7 @@ struct MaskedGradient {
 template <class T>
 struct ActivatedGradient {
   using A = acc_t<T>;
-  static constexpr bool needs_z = true, has_bits = false;
+  static constexpr bool needs_z = true, has_bits = false, calls = true;
   const T* dy;
   const T* residual;  // or nullptr
   Activation activation;

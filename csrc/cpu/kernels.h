@@ -2,6 +2,7 @@
 // run. Compiled once per instruction set; the file that includes it sets FASTBN_CAPABILITY and FASTBN_VECTOR_BYTES.
 
 #define FASTBN_INLINE __attribute__((always_inline))
+#define FASTBN_NOINLINE __attribute__((noinline))
 
 namespace fastbn::cpu::FASTBN_CAPABILITY {
 
@@ -37,7 +38,7 @@ FASTBN_HD void each_some(int64_t first, int64_t end, const Body& body) {
   for (int64_t c = first; c < end; c += some) body(c, smaller(some, end - c));
 }
 
-FASTBN_HD void read_some(const Param& p, int64_t first, int64_t number, double otherwise, double* values) {
+FASTBN_NOINLINE void read_some(const Param& p, int64_t first, int64_t number, double otherwise, double* values) {
   if (p.data == nullptr) {
     for (int64_t i = 0; i < number; ++i) values[i] = otherwise;
     return;
@@ -48,7 +49,7 @@ FASTBN_HD void read_some(const Param& p, int64_t first, int64_t number, double o
   });
 }
 
-FASTBN_HD void write_some(const Output& p, int64_t first, int64_t number, const double* values) {
+FASTBN_NOINLINE void write_some(const Output& p, int64_t first, int64_t number, const double* values) {
   if (p.data == nullptr) return;
   dispatch_dtype(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
@@ -58,8 +59,8 @@ FASTBN_HD void write_some(const Output& p, int64_t first, int64_t number, const 
 }
 
 // As `update` (core/dispatch.h) of each; a counter and the batches are read on GPUs alone.
-FASTBN_HD void update_some(const Running& running, int64_t first, int64_t number, const double* mean,
-                           const double* variance, double count) {
+FASTBN_NOINLINE void update_some(const Running& running, int64_t first, int64_t number, const double* mean,
+                                 const double* variance, double count) {
   if (running.mean.data == nullptr) return;
   const double momentum = running.momentum, unbiased = count / (count - 1);
   const auto blend = [&](const Output& p, const double* batch, double factor) FASTBN_INLINE {
@@ -74,8 +75,8 @@ FASTBN_HD void update_some(const Running& running, int64_t first, int64_t number
 
 // normalization (core/formula.h) of each.
 template <class A>
-FASTBN_HD void normalize_some(const double* mean, const double* variance, double eps, const Param& weight,
-                              const Param& bias, int64_t first, int64_t number, A* means, A* scales, A* shifts) {
+FASTBN_NOINLINE void normalize_some(const double* mean, const double* variance, double eps, const Param& weight,
+                                    const Param& bias, int64_t first, int64_t number, A* means, A* scales, A* shifts) {
   double w[some], b[some];
   read_some(weight, first, number, 1, w);
   read_some(bias, first, number, 0, b);

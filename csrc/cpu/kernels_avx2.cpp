@@ -1,5 +1,7 @@
 // In: kernels.h. Out: its functions for x86-64 with avx2.
-#if defined(__x86_64__)
+#include "capability.h"
+
+#if defined(FASTBN_WIDER_SETS)
 #include "kernels_prelude.h"
 
 #if defined(__clang__)

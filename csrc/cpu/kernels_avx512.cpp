@@ -1,11 +1,16 @@
 // In: kernels.h. Out: its functions for x86-64 with avx512.
-#if defined(__x86_64__)
+#include "capability.h"
+
+#if defined(FASTBN_WIDER_SETS)
 #include "kernels_prelude.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), \
                              apply_to = function)
 #else
+// GCC 12 takes the AVX-512 intrinsics of its own headers for uses of what was never set.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #endif
 #define FASTBN_CAPABILITY avx512

@@ -16,8 +16,10 @@ FASTBN_HD void each_pack(int64_t from, int64_t to, const F& f) {
   for (; i + size * Unroll <= to; i += size * Unroll) {
     for (int u = 0; u < Unroll; ++u) f(i + u * size, 0, u);
   }
-  for (; i + size <= to; i += size) f(i, 0, 0);
-  if (i < to) f(to - size, size - (to - i), Unroll - 1);
+  for (; i < to; i += size) {
+    const int64_t at = smaller(i, to - size);
+    f(at, i - at, 0);
+  }
 }
 
 struct Run {
@@ -40,7 +42,7 @@ struct PairOfSums {
   using E = sum_t<T>;
   using L = Lanes<T, E>;
   // Enough accumulators to hide the latency of an addition, few enough to stay in registers.
-  static constexpr int unroll = L::vectors >= 4 ? 1 : 2;
+  static constexpr int unroll = Terms::calls || L::vectors >= 4 ? 1 : 2;
   // Elements that are summed before the sums are added to those in double; sums of doubles too, as two levels round
   // less.
   static constexpr int64_t stretch = int64_t(float_terms) * unroll * Pack<T>::size;
@@ -106,8 +108,10 @@ FASTBN_HD void map_run(const Access& access, T* out, int64_t length, const F& f)
   for (; i + size * unroll <= length; i += size * unroll) {
     for (int u = 0; u < unroll; ++u) access.store(f(access, i + u * size), out + i + u * size);
   }
-  for (; i + size <= length; i += size) whole.store(f(whole, i), out + i);
-  if (i < length) whole.store(f(whole, length - size), out + length - size);
+  for (; i < length; i += size) {
+    const int64_t at = smaller(i, length - size);
+    whole.store(f(whole, at), out + at);
+  }
 }
 
 // The same for four runs of one length, of whole packs that are aligned: of(run) is their f. Memory does better with

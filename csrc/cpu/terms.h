@@ -6,7 +6,7 @@ template <class T, bool is_shifted>
 struct Deviations {
   static constexpr bool shifted = is_shifted;
   using S = Lanes<T, sum_t<T>>;
-  static constexpr bool needs_z = false;
+  static constexpr bool needs_z = false, calls = false;
   const T* x;
 
   FASTBN_HD void prefetch(int64_t i) const { fetch(x + i); }
@@ -27,7 +27,7 @@ template <class T, class Source, bool is_shifted>
 struct GradTerms {
   static constexpr bool shifted = is_shifted;
   using S = Lanes<T, sum_t<T>>;
-  static constexpr bool needs_z = Source::needs_z;
+  static constexpr bool needs_z = Source::needs_z, calls = Source::calls;
   const T* x;
   Source source;
 
@@ -48,14 +48,15 @@ struct GradTerms {
   }
 };
 
-// Where all pivots are 0.
+// Where all pivots are 0: not to subtract them is worth code of its own where that is all there is to do.
 template <class T, class Source>
-using PlainGradTerms = GradTerms<T, Source, !wide_sums<T>>;
+using PlainGradTerms = GradTerms<T, Source, !wide_sums<T> || Source::calls>;
 
 // Coefficients are one pack each, `count` of them.
 template <class T, class End>
 struct Apply {
   static constexpr int count = 3;  // mean, scale, shift
+  static constexpr bool calls = End::calls;
   const T* x;
   End end;
 
@@ -81,6 +82,7 @@ FASTBN_HD void keep(const Access& access, const Pack<T>& dz, Vec<float> bits, T*
 template <class T, class Source>
 struct GradApply {
   static constexpr int count = Source::needs_z ? 5 : 4;  // mean, x_scale, scale, shift, shift of z
+  static constexpr bool calls = Source::calls;
   const T* x;
   T* grad_residual;  // or nullptr
   Source source;
@@ -106,6 +108,7 @@ struct GradApply {
 template <class T, class Source>
 struct ScaleOnly {
   static constexpr int count = Source::needs_z ? 3 : 1;  // scale, mean, shift of z
+  static constexpr bool calls = Source::calls;
   const T* x;
   T* grad_residual;  // or nullptr
   Source source;
