@@ -151,7 +151,7 @@ def test_a_compiler_without_its_headers_is_not_enough(source_tree, tmp_path, pla
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the size is that of x86-64's three instruction sets")
 def test_the_extension_has_not_grown():
-    """How long it builds goes with how large it is: on two cores 10.0 MB took 186 s, 6.3 MB take 119, and 120 are allowed."""
+    """How long it builds goes with its size: on two cores 10.0 MB took 186 s, 6.3 MB take 119, and 120 are allowed."""
     if fastbn._C.build_info()["backends"] != ["cpu"]:
         pytest.skip("a build for the CPU alone")
     assert Path(fastbn._C.__file__).stat().st_size < 7.5e6
