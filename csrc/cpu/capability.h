@@ -3,8 +3,8 @@
 
 #include "../core/problem.h"
 
-// Sets wider than what every processor has. Not for the emulator: that build is about the CUDA kernels, and takes half
-// the time so.
+// Sets wider than what every processor has. Not for the emulator: that build is about the CUDA kernels, and is there
+// sooner so.
 #if defined(__x86_64__) && !defined(FASTBN_SIMT)
 #define FASTBN_WIDER_SETS
 #endif
