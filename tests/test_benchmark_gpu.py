@@ -137,7 +137,8 @@ def test_the_tables(run_gpu):
     import report_gpu
     from rich.console import Console
 
-    records, _ = measure(run_gpu, batch=[3])
+    records, _ = measure(run_gpu, batch=[3], dtypes=["bfloat16"], layouts=["contiguous"])
+    records += measure(run_gpu, batch=[3], dtypes=["float32"], layouts=["channels_last"])[0][1:]  # one big copy
     console = Console(width=200, record=True, file=io.StringIO())
     report_gpu.show_gpu_summary(console, records)
     text = console.export_text()

@@ -131,7 +131,9 @@ def best():
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(name, marks=[pytest.mark.slow] * (name == "avx2")) for name in CAPABILITIES]
+)
 def test_each_capability(best, capability):
     """One that the machine has passes a subset of the parity tests; a higher one is refused in one line."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):

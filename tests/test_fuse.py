@@ -369,7 +369,7 @@ class TwoArguments(nn.Module):
 @pytest.mark.parametrize(
     "residual", [None, torch.ones(6, 1, 1, dtype=torch.float64), images()], ids=["none", "small", "full"]
 )
-@pytest.mark.parametrize("kwargs", [{}, {"scale": 2.0}, {"then": (torch.exp,)}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"scale": 2.0}, {"then": (torch.exp,)}], ids=["plain", "scaled", "then"])
 def test_arguments_that_change_what_a_forward_does(residual, kwargs):
     inputs = (images(),) if residual is None else (images(), residual)
     fuse(TwoArguments(), *inputs, fused={"bn": ADD_RELU}, **kwargs)

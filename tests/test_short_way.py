@@ -74,7 +74,7 @@ def tensors_of(call):
         {"momentum": 1}, {"eps": 1}, {"weight": torch.ones(9)[::3]}, {"input": torch.randn(4, 3)},
         {"training": False, "eps": 0.0},
     ],
-    ids=str,
+    ids=" ".join,
 )  # fmt: skip
 def test_ordinary_variants(change):
     assert taken(arguments(**change))

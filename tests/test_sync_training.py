@@ -283,6 +283,7 @@ def test_it_is_what_tools_look_for():
 # ---- the example of the README -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_runs_under_torchrun():
     text = (ROOT / "README.md").read_text()
     command = re.search(r"^torchrun (--\S+ )+(benchmarks/\S+\.py)$", text, re.MULTILINE)

@@ -201,6 +201,7 @@ def test_cifar_is_trained_on(script, tmp_path):
     losses_of(printed)
 
 
+@pytest.mark.slow
 def test_two_ranks():
     done = started("--sync", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
