@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor&
                                       const OptionalTensor& moments, double eps, std::string activation,
                                       std::optional<double> param, const OptionalTensor& residual) {
   auto [output, kept] = forward(input, weight, bias, moments, eps, checked_ending(activation, param, residual));
+  // As with gradients, never an argument.
   return {output, moments && kept.is_same(*moments) ? kept.clone() : kept};
 }
 
