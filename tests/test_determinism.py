@@ -135,7 +135,7 @@ def best():
     "capability", [pytest.param(name, marks=[pytest.mark.slow] * (name == "avx2")) for name in CAPABILITIES]
 )
 def test_each_capability(best, capability):
-    """A lower one than the best passes a subset of the parity tests; one that the machine lacks is refused in one line."""
+    """One lower than the best passes a subset of the parity tests; one that is missing is refused in one line."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         done = python("import fastbn", capability)
         assert done.returncode != 0 and "FASTBN_CPU_CAPABILITY" in done.stderr.splitlines()[-1]
