@@ -307,23 +307,52 @@ def _careful_batch_norm(
 ):  # fmt: skip
     """The long way: it checks every argument, and is made of operators that torch.compile, functorch, modes and fake
     tensors can see."""
-    if num_batches_tracked is not None:
+    compiling = is_compiling()
+    if num_batches_tracked is not None and not compiling:
         num_batches_tracked.add_(1)
     momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
     param = activations.check(activation, activation_param)
     arguments.check_residual(residual, input)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
+        if num_batches_tracked is not None and compiling:
+            num_batches_tracked.add_(1)
         z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)
+    rest = (training, momentum, eps, activation, activation_param, residual)
+    if compiling:  # one node of the captured graph, which counts the batch too
+        return ops.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
+    forward = ops.forward if torch.jit.is_tracing() else BatchNormFunction.apply
+    return _by_operators(forward, input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
+
+
+def _by_operators(
+    forward, input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+    activation, activation_param, residual,
+):  # fmt: skip
+    """Batch norm without argument checks; forward is the operator, or what has its derivatives otherwise."""
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
-    forward = ops.forward if is_compiling() or torch.jit.is_tracing() else BatchNormFunction.apply
     output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
     if training and running_mean is not None:
         count = input.numel() // input.size(1)
         ops.update_running_stats(used, count, momentum, running_mean, running_var, num_batches_tracked)
     return output
+
+
+def _counting_batch_norm(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+    activation="identity", activation_param=None, residual=None,
+):  # fmt: skip
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return _by_operators(
+        ops.forward, input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        activation, activation_param, residual,
+    )  # fmt: skip
+
+
+ops.implement("batch_norm", _counting_batch_norm)
 
 
 def batch_norm_of_nothing(input, weight, bias):

@@ -5,8 +5,8 @@ Modules flow in; the same modules flow out, with other classes.
 
 import torch
 
-from .fuse import described, unfuse
-from .fuse import fuse as _fuse
+from .graph.fusing import fuse as _fuse
+from .graph.fusing import unfuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormAct
 from .report import Report, check_module, forget, keep
 from .sync import SyncBatchNorm
@@ -34,14 +34,14 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) 
     same process group. What is not synchronized becomes so by ``fastbn.SyncBatchNorm.convert_sync_batchnorm``.
 
     With ``fuse`` true, batch norms also take in the activations and residual adds that follow them: batch norm ->
-    activation, -> add -> activation, and -> add, written with modules, functions, methods or operators, within one
-    forward or across the end of a submodule. ``print(fastbn.report(model))`` tells what was fused, and why the
-    rest was not. The tree, its classes (as isinstance sees them), the keys of state_dict and what each module computes
-    when it is called on its own stay as they were. Only forwards that call what is fused run another list of
-    operations, made by torch.fx, for as long as all that their Python code looked at (modes, attributes, hooks, kinds
-    of arguments) is as it was; otherwise, and under torch.compile, torch.export and torch.jit.trace, they run
-    themselves. Global variables and what objects other than modules hold are not looked at: call convert again after
-    changing those.
+    activation, -> add -> activation, and -> add, written with modules, functions, methods or operators. A module that
+    contains batch norms captures its operations by Dynamo when it is first called (one to three seconds for a network,
+    once for each mode, dtype or layout), as ``torch.compile(module, backend="fastbn_eager")`` does, and runs them with
+    fused batch norms from then on, for as long as everything that its Python code looked at is as it was; otherwise it
+    captures them again. No compiler runs. ``print(fastbn.report(model))`` tells after the first call what was fused,
+    and why the rest was not. The tree, its classes (as isinstance sees them), the keys of state_dict, hooks, copies and
+    pickles stay as they were. Under torch.compile, torch.export, torch.jit.trace, torch.fx and torch.func the module's
+    own forward runs; ``torch.compile(model, backend="fastbn")`` fuses there.
 
     Args:
         module: any module; it may be a batch norm itself.
@@ -57,25 +57,21 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) 
     check_module(module, "convert")
     _reclass(module, _TO_FASTBN | _TO_FASTBN_SYNC if sync else _TO_FASTBN)
     if fuse:
-        keep(module, _report(module, *_fuse(module)))
+        keep(module, _report(module, _fuse(module)))
     return module
 
 
-def _report(root, fused, left):
-    names = {m: name for name, m in root.named_modules()}
+def _report(root: torch.nn.Module, refused: dict[torch.nn.Module, str]) -> Report:
+    """What is known before the first call; `fastbn.report` adds what the capture of a forward has found."""
     made = Report()
-    made.fused = described(fused, names)
-    for bn, name in names.items():
+    for name, bn in root.named_modules():
         if type(bn) in _TO_TORCH:
             made.swapped.append(name)
-        elif not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm) or isinstance(bn, _BatchNormAct):
-            continue
-        if bn in fused:
-            continue
-        if type(bn) not in _TO_TORCH:
+        elif isinstance(bn, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(bn, _BatchNormAct):
             made.left[name] = f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
-        else:
-            made.left[name] = "; ".join(dict.fromkeys(left.get(bn, ["no forward that torch.fx traces calls it"])))
+    for owner, why in refused.items():
+        inside = set(owner.modules())
+        made.left.update({name: why for name, m in root.named_modules() if m in inside and name in made.swapped})
     return made
 
 

@@ -5,14 +5,18 @@ channels and b' = (b - mean) * scale + bias (Jacob et al. 2018, section 3.2).
 """
 
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from . import patterns
-from .fuse import Analysis, described, fuse, is_fused
+from .graph.fusing import fuse, is_fused, unfuse
+from .graph.tracing import graphs, is_plain
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .report import Report, check_module, keep
-from .tracing import is_plain
+
+_FASTBN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_FASTBN)
 
 # The batch norm that can follow, and the dimensions of the tensor between.
 _PAIRS = {
@@ -63,75 +67,69 @@ def fold(module: nn.Module) -> nn.Module:
     check_module(module, "fold")
     if module.training:
         raise ValueError("fastbn.fold: the module is in training mode, where batch norm cannot be folded; call eval()")
+    was_fused = any(map(is_fused, module.modules()))
+    unfuse(module)
     folded = {name: m.into for name, m in module.named_modules() if isinstance(m, FoldedBatchNorm)}
     left = {}
     model = _Model(module)
-    for owner, node in model.batch_norms():
-        modules = model.paths[owner]
-        name, why = model.names[modules[node.target]][0], model.objection(owner, node)
+    for node in model.batch_norms():
+        name, why = node.target, model.objection(node)
         if why is None:
-            layer = modules[node.args[0].target]
-            why = _fold_into(layer, modules[node.target])
+            layer = node.args[0].target
+            why = _fold_into(model.modules[layer], model.modules[name])
         if why is None:
-            folded[name] = model.names[layer][0]
-            model.replace(name, FoldedBatchNorm(folded[name], _PAIRS[type(layer)][1]))
+            folded[name] = layer
+            model.replace(name, FoldedBatchNorm(layer, _PAIRS[type(model.modules[layer])][1]))
         else:
             left[name] = why
-    for bn, names in model.names.items():
-        if isinstance(bn, nn.modules.batchnorm._BatchNorm) and names[0] not in folded:
-            left.setdefault(names[0], model.untraced(bn))
-    fused = fuse(module)[0] if any(map(is_fused, module.modules())) else {}
-    names = {m: name for name, m in module.named_modules()}
-    swapped = [name for m, name in names.items() if type(m) in patterns.OURS]
-    keep(module, Report(swapped, described(fused, names), folded, left))
+    for name, bn in module.named_modules():
+        if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            left.setdefault(name, model.untraced(bn))
+    if was_fused:
+        fuse(module)
+    swapped = [name for name, m in module.named_modules() if type(m) in _FASTBN]
+    keep(module, Report(swapped, {}, folded, left))
     return module
 
 
 class _Model:
-    """A model's forwards in eval mode, and who uses what how often."""
+    """A model's forwards, and who uses what how often."""
 
-    def __init__(self, root):
+    def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.analysis = Analysis(root, modes=(False,))
-        self.names, self.calls, self.owners, self.taken = {}, Counter(), Counter(), set()
-        for name, m in root.named_modules(remove_duplicate=False):
-            self.names.setdefault(m, []).append(name)
-        for m in self.names:
-            self.owners.update(map(id, m._parameters.values()))
-        self.paths = {m: dict(m.named_modules(remove_duplicate=False)) for m in self.analysis.traces}
-        for owner, graph in self._graphs():
-            for node in graph.nodes:
-                if node.op == "call_module":
-                    self.calls[self.paths[owner][node.target]] += 1
-                elif node.op == "get_attr":
-                    self.taken.add(id(patterns.tensor_at(node.target, self.paths[owner])))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.names = Counter(self.modules.values())
+        self.graphs, self.reasons = graphs(root)
+        self.calls = Counter(self.modules[n.target] for g in self.graphs for n in g.nodes if n.op == "call_module")
+        self.taken = {id(self._tensor(n.target)) for g in self.graphs for n in g.nodes if n.op == "get_attr"}
+        self.owners = Counter(id(p) for m in self.names for p in m._parameters.values())
 
-    def _graphs(self):
-        for owner, traces in self.analysis.traces.items():
-            yield owner, traces[0].graph
+    def _tensor(self, target: str) -> object:
+        path, _, name = target.rpartition(".")
+        return getattr(self.modules.get(path), name, None)
 
-    def batch_norms(self):
+    def batch_norms(self) -> Iterator[fx.Node]:
+        """The calls of batch norms, each batch norm once."""
         seen = set()
-        for owner, graph in self._graphs():
+        for graph in self.graphs:
             for node in graph.nodes:
-                if patterns.is_batch_norm(node, self.paths[owner]) and self.paths[owner][node.target] not in seen:
-                    seen.add(self.paths[owner][node.target])
-                    yield owner, node
+                if node.op == "call_module" and type(m := self.modules[node.target]) in _NORMS and m not in seen:
+                    seen.add(m)
+                    yield node
 
-    def objection(self, owner, node):
+    def objection(self, node: fx.Node) -> str | None:
         """Why a batch norm cannot be folded, or None."""
-        modules, before = self.paths[owner], node.args[0]
-        bn = modules[node.target]
-        layer = modules[before.target] if before.op == "call_module" else None
+        bn, before = self.modules[node.target], node.args[0]
+        layer = self.modules[before.target] if before.op == "call_module" else None
         if type(layer) not in _PAIRS:
-            return f"follows {patterns.describe(before, modules)}, which has no weights to take it in"
+            what = f"{before.target} ({type(layer).__name__})" if layer is not None else _name_of(before)
+            return f"follows {what}, which has no weights to take it in"
         if type(bn).__name__ != _PAIRS[type(layer)][0]:
             return f"{type(bn).__name__} does not go with {type(layer).__name__}"
         if len(before.users) != 1:
             return f"the output of {before.target} is used {len(before.users)} times"
-        for m in (layer, bn):
-            name = self.names[m][0]
-            if self.calls[m] != 1 or len(self.names[m]) != 1:
+        for m, name in ((layer, before.target), (bn, node.target)):
+            if self.calls[m] != 1 or self.names[m] != 1:
                 return f"{name} is used in more than one place"
             if not is_plain(m):
                 return f"{name} has hooks, or a forward of its own"
@@ -146,17 +144,21 @@ class _Model:
             return f"{before.target} is called with more than its input"
         return None
 
-    def untraced(self, bn):
-        if type(bn) not in (*patterns.TORCHS, *patterns.OURS):
+    def untraced(self, bn: nn.Module) -> str:
+        if type(bn) not in _NORMS:
             return f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
-        for m, why in self.analysis.reasons.items():
-            if bn in set(m.modules()):
+        for m, why in self.reasons.items():
+            if m is not bn and bn in set(m.modules()):
                 return f"{type(m).__name__}: {why}"
         return "no forward that torch.fx traces calls it"
 
-    def replace(self, name, new):
+    def replace(self, name: str, new: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         self.root.get_submodule(parent)._modules[child] = new
+
+
+def _name_of(node: fx.Node) -> str:
+    return "an input" if node.op == "placeholder" else str(getattr(node.target, "__name__", node.target))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import modules
 from .autograd import batch_norm
-from .fuse import unfuse
+from .graph.fusing import unfuse
 from .report import check_module, forget
 
 _STATE = ("weight", "bias", "running_mean", "running_var")

@@ -5,7 +5,10 @@ Eager calls go to `_C` directly. What traces operators (torch.compile, torch.exp
 through torch.library, to the same functions of ops.cpp.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 
 def _load():
@@ -40,6 +43,21 @@ gather = torch.ops.fastbn.gather.default
 finish = torch.ops.fastbn.finish.default
 grad_stats = torch.ops.fastbn.grad_stats.default
 grad_apply = torch.ops.fastbn.grad_apply.default
+
+# All of a batch norm as one node of a captured graph, which `graph.matching` finds; its implementation, in autograd.py,
+# is made of the operators above.
+_library = torch.library.Library("fastbn", "FRAGMENT")
+_library.define(
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, str activation='identity', "
+    "float? activation_param=None, Tensor? residual=None) -> Tensor"
+)
+batch_norm = torch.ops.fastbn.batch_norm.default
+
+
+def implement(name: str, function: Callable[..., Tensor]) -> None:
+    """Make function the implementation of fastbn::name for every dispatch key, by operators that have their own."""
+    _library.impl(name, function, "CompositeImplicitAutograd")
 
 
 def output_format(input):

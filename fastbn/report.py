@@ -1,8 +1,12 @@
-"""In: what convert and fold did to each batch norm. Out: the same as something to read, kept with the model."""
+"""What convert, fold and the backends of torch.compile did to each batch norm of a model, as something to read."""
 
+import copy
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .graph.records import recorded
 
 _ATTRIBUTE = "_fastbn_report"
 
@@ -12,7 +16,7 @@ class Report:
     """What became of a model's batch norms, by their names in it.
 
     swapped: names of those that are fastbn's now.
-    fused: name -> "batch_norm + add + relu in layer1.0", the module whose forward runs it.
+    fused: name -> "batch_norm + add + relu", with "(training only)" or "(eval only)" where that is so.
     folded: name -> name of the convolution or linear layer that has taken it in.
     left: name -> why it was not fused, or not folded.
     """
@@ -22,7 +26,7 @@ class Report:
     folded: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
-    def __str__(self):
+    def __str__(self) -> str:
         kinds = ("swapped", "fused", "folded", "left")
         counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in kinds)
         rows = [(name, "fused", what) for name, what in self.fused.items()]
@@ -33,17 +37,49 @@ class Report:
 
 
 def report(module: nn.Module) -> Report:
-    """What the last :func:`convert` with ``fuse=True`` and :func:`fold` did to this model; print it for a table.
+    """What became of the batch norms of this model; print it for a table.
+
+    That is what :func:`convert` with ``fuse=True`` and :func:`fold` did, and what was fused in the graphs that were
+    captured since, by ``convert(model, fuse=True)`` or ``torch.compile(model, backend="fastbn")``. A graph is captured
+    when the model is first called in a mode, so call it before you ask. A copy of a model has to be called itself.
+
+    Args:
+        module: the model, or what torch.compile made of it.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
-        ValueError: neither was called on it.
+        ValueError: nothing is known of it.
     """
     check_module(module, "report")
-    found = module.__dict__.get(_ATTRIBUTE)
-    if found is None:
-        raise ValueError("fastbn.report: none yet; fastbn.convert(model, fuse=True) and fastbn.fold(model) make it")
+    module = getattr(module, "_orig_mod", module)
+    kept = module.__dict__.get(_ATTRIBUTE)
+    found = Report() if kept is None else copy.deepcopy(kept)
+    norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and name not in found.folded}
+    captured = {name: results for name, m in norms.items() if (results := recorded(m))}
+    if kept is None and not captured:
+        raise ValueError(
+            "fastbn.report: nothing is known of this model: fastbn.convert(model, fuse=True), fastbn.fold(model) and the "
+            'first call of torch.compile(model, backend="fastbn") make a report'
+        )
+    for name, results in captured.items():
+        if (fused := _described(results)) is None:
+            found.left[name] = "; ".join(dict.fromkeys(why for _, why in results.values()))
+        else:
+            found.left.pop(name, None)
+            found.fused[name] = fused
+    for name in norms:
+        if name not in found.fused and name not in found.left:
+            found.left[name] = "no forward that was captured calls it: the report is complete after the model's first call"
     return found
+
+
+def _described(results: dict[bool, tuple[str | None, str]]) -> str | None:
+    """The pattern of a batch norm, or those of its modes where they differ; None if it has none."""
+    patterns = {pattern for pattern, _ in results.values()}
+    if len(patterns) == 1:
+        return patterns.pop()
+    modes = {True: "training", False: "eval"}
+    return "; ".join(f"{pattern} ({modes[mode]} only)" for mode, (pattern, _) in results.items() if pattern is not None)
 
 
 def check_module(module: object, caller: str) -> None:
@@ -51,9 +87,9 @@ def check_module(module: object, caller: str) -> None:
         raise TypeError(f"fastbn.{caller}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
-def keep(module, made):
+def keep(module: nn.Module, made: Report) -> None:
     module.__dict__[_ATTRIBUTE] = made
 
 
-def forget(module):
+def forget(module: nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)

@@ -1,0 +1,58 @@
+"""torch.compile(model, backend="fastbn") and backend="fastbn_eager".
+
+Both rewrite the graph that Dynamo captured (`matching`). "fastbn" hands it to Inductor, "fastbn_eager" runs it as it
+is. Python packaging announces them to torch by the entry point group torch_dynamo_backends, so that nobody needs to
+import fastbn for them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import matching
+from .records import record
+
+
+def rewrite(module: fx.GraphModule, inputs: Sequence[Any] = ()) -> None:
+    """Fuse the batch norms of a captured graph, and of the graphs that it calls, in place.
+
+    inputs: what the graph's placeholders stand for, to tell `fastbn.report` whose batch norms these are.
+    """
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            rewrite(child)
+    found = matching.find(module.graph)
+    if not found:
+        return
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    values = {
+        node: value for node, value in zip(placeholders, inputs, strict=False) if isinstance(value, Tensor)
+    }  # fmt: skip
+    # Matches last: a batch norm that is called twice, and fused once, is fused.
+    for node, result in sorted(found, key=lambda pair: isinstance(pair[1], matching.Match)):
+        call = matching.call_of(node)
+        assert call is not None
+        pattern, why = (str(result), "") if isinstance(result, matching.Match) else (None, result)
+        record(values.get(call["weight"]), values.get(call["running_mean"]), call["training"], pattern, why)
+    matching.replace(module.graph, found)
+    module.recompile()
+
+
+def fastbn_eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Run the rewritten graph by torch's and fastbn's own operators."""
+    rewrite(module, example_inputs)
+    return module.forward
+
+
+def fastbn(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile the rewritten graph by Inductor; mode and options are those of torch.compile for Inductor."""
+    rewrite(module, example_inputs)
+    return torch._TorchCompileInductorWrapper(mode, options, None)(module, example_inputs)

@@ -1,0 +1,82 @@
+"""Which tensors a node of a Dynamo graph writes, and which nodes share memory.
+
+Dynamo propagates fake tensors through the graph it captures (`node.meta["example_value"]`). Views and the results of
+in-place operations share the fake storage of their base, so aliasing is known without a table of view operations.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+    operator.iconcat, operator.setitem, operator.delitem,
+}  # fmt: skip
+# Modules whose functions write to no argument, but for those that `writes` names.
+_KNOWN_MODULES = ("_operator", "operator", "math", "builtins", "torch", "torch.functional", "torch._C._nn")
+_KNOWN_PREFIXES = ("torch.nn.functional", "torch._C._special", "torch._C._fft", "torch._C._linalg")
+
+
+def fake_value(node: fx.Node) -> Tensor | None:
+    """The fake tensor that Dynamo computed for a node; None if it is no tensor or has no metadata."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, Tensor) else None
+
+
+def storages(*nodes: Any) -> set[int]:
+    """The fake storages behind the values of nodes; what is no node has none."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, fx.Node):
+            values: list[Any] = [node.meta.get("example_value", node.meta.get("val"))]
+            while values:
+                value = values.pop()
+                if isinstance(value, Tensor):
+                    found.add(value.untyped_storage()._cdata)
+                elif isinstance(value, (tuple, list)):
+                    values += value
+    return found
+
+
+def writes(node: fx.Node, batch_norm_buffers: Callable[[fx.Node], Iterable[Any] | None]) -> set[int] | None:
+    """The storages that a node may write to; None where that is unknown, or where it changes a global mode.
+
+    batch_norm_buffers: the running statistics that a node updates if it is a batch norm, None if it is not one.
+    """
+    if node.op in ("placeholder", "get_attr", "output"):
+        return set()
+    if (buffers := batch_norm_buffers(node)) is not None:
+        return storages(*buffers)
+    written: list[Any] = [node.kwargs["out"]] if "out" in node.kwargs else []
+    first = node.args[:1]
+    if node.op == "call_method":
+        if node.target.endswith("_") and not node.target.endswith("__"):
+            written += first
+        return storages(*written)
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        arguments = zip(target._schema.arguments, node.args, strict=False)
+        return storages(*(a for schema, a in arguments if schema.alias_info is not None and schema.alias_info.is_write))
+    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or "torch"
+    if name.startswith("_") or not (module in _KNOWN_MODULES or module.startswith(_KNOWN_PREFIXES)):
+        return None
+    # A positional True may be `inplace`; whatever else it is, taking it for a write refuses a match at most.
+    if target in _IN_PLACE_OPERATORS or name.endswith("_") or node.kwargs.get("inplace") or any(
+        a is True for a in node.args
+    ):  # fmt: skip
+        written += first
+    return storages(*written)
+
+
+def between(start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after start and before end."""
+    node = start.next
+    while node is not end:
+        yield node
+        node = node.next

@@ -1,0 +1,134 @@
+"""convert(model, fuse=True): modules that capture their forward by Dynamo and run it with fused batch norms.
+
+Nothing moves in the tree. A module that contains batch norms gets a subclass of its own class, whose `__call__` goes
+through torch.compile with the backend `fastbn_eager`. What the captured graph depends on is guarded by Dynamo. Whatever
+records operations itself (torch.compile, torch.export, torch.jit.trace, torch.fx, torch.func) sees the module's own
+forward.
+"""
+
+import abc
+import copyreg
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..autograd import in_forward_mode
+from ..ops import _C
+from . import backends
+
+_ORIGINAL = "_fastbn_original"
+# Each module has a function, and so a code object, of its own: Dynamo counts recompilations by code object.
+_runners: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+# Hooks count that are registered after the capture. An error in a capture is the module's own, or none: run it to see.
+# Modes, dtypes and layouts are a graph each.
+_DYNAMO = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "recompile_limit": 64}
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before fastbn fused it."""
+    return getattr(type(module), _ORIGINAL, type(module))
+
+
+def is_fused(module: nn.Module) -> bool:
+    return _ORIGINAL in type(module).__dict__
+
+
+def fuse(root: nn.Module) -> dict[nn.Module, str]:
+    """Give every module that has a forward of its own, and batch norms, its fused class.
+
+    Returns why not, for those that cannot have one.
+    """
+    refused = {}
+    for module in root.modules():
+        if is_fused(module) or not _has_forward(module) or not any(isinstance(m, _BatchNorm) for m in module.modules()):
+            continue
+        why = _objection(type(module))
+        if why is None:
+            module.__class__ = _fused_class(type(module))
+        else:
+            refused[module] = why
+    return refused
+
+
+def unfuse(root: nn.Module) -> None:
+    """Give every fused module in root its own class again."""
+    for module in root.modules():
+        if is_fused(module):
+            module.__class__ = original_class(module)
+            _runners.pop(module, None)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is someone's own, or that of a Sequential."""
+    cls = type(module)
+    if isinstance(module, torch.jit.ScriptModule) or cls.forward is nn.Module.forward:
+        return False
+    return cls is nn.Sequential or not cls.__module__.startswith(("torch.", "fastbn."))
+
+
+def _objection(cls: type) -> str | None:
+    """Why a class cannot have a subclass that nobody notices, or None."""
+    if type(cls) not in (type, abc.ABCMeta):
+        return f"{cls.__name__} has a metaclass"
+    for name in ("__reduce_ex__", "__reduce__", "__deepcopy__", "__copy__", "__init_subclass__"):
+        if any(name in vars(base) for base in cls.__mro__[:-1]):
+            return f"{cls.__name__} defines {name}"
+    return None
+
+
+@functools.cache
+def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that cannot be told from cls, but for its calls, and whose pickles do not name it."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_observed(self):
+            return cls.__call__(self, *args, **kwargs)
+        with torch._dynamo.config.patch(**_DYNAMO):
+            return _runner(self)(self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        _, args, *rest = super(fused, self).__reduce_ex__(max(protocol, 2))
+        return _remake, (cls, *args[1:]), *rest
+
+    members = {
+        "__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__, _ORIGINAL: cls,
+    }  # fmt: skip
+    fused = type(cls)(cls.__name__, (cls,), members)
+    return fused
+
+
+def _remake(cls: type[nn.Module], *args: Any) -> nn.Module:
+    return copyreg.__newobj__(_fused_class(cls), *args)
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether somebody watches the operations of this call one by one, or it is one of DataParallel's replicas, which
+    live for one call."""
+    return (
+        _C.is_watched()
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or in_forward_mode()
+        or _torch_module._has_any_global_hook()
+        or "_is_replica" in module.__dict__
+    )
+
+
+def _runner(module: nn.Module) -> Callable[..., Any]:
+    runner = _runners.get(module)
+    if runner is None:
+        code = _call.__code__.replace(co_name=f"fused_{type(module).__name__}")
+        function = types.FunctionType(code, globals(), code.co_name)
+        runner = _runners[module] = torch.compile(function, backend=backends.fastbn_eager)
+    return runner
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return original_class(module).__call__(module, *args, **kwargs)
