@@ -6,11 +6,11 @@ AD, double backward, torch.compile, fake tensors) takes `BatchNormFunction`, whi
 
 import torch
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, arguments, ops
 from .activations import ACTIVATIONS
+from .ops import is_compiling
 
 
 def _per_channel(t, like):

@@ -6,7 +6,8 @@ In: a training step within `update_stats_once`. Out: statistics and counters tha
 import contextlib
 
 import torch
-from torch.compiler import is_compiling
+
+from .ops import is_compiling
 
 # Contexts that are open, in any thread: what backward recomputes on a GPU runs in a thread of torch's.
 _open = 0

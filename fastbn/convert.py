@@ -7,7 +7,7 @@ import torch
 
 from .graph.fusing import fuse as _fuse
 from .graph.fusing import unfuse
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormAct
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .report import Report, check_module, forget, keep
 from .sync import SyncBatchNorm
 
@@ -63,12 +63,7 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) 
 
 def _report(root: torch.nn.Module, refused: dict[torch.nn.Module, str]) -> Report:
     """What is known before the first call; `fastbn.report` adds what the capture of a forward has found."""
-    made = Report()
-    for name, bn in root.named_modules():
-        if type(bn) in _TO_TORCH:
-            made.swapped.append(name)
-        elif isinstance(bn, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(bn, _BatchNormAct):
-            made.left[name] = f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
+    made = Report(swapped=[name for name, bn in root.named_modules() if type(bn) in _TO_TORCH])
     for owner, why in refused.items():
         inside = set(owner.modules())
         made.left.update({name: why for name, m in root.named_modules() if m in inside and name in made.swapped})

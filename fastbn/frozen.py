@@ -4,11 +4,12 @@ In: the state of a batch norm. Out: modules that compute y = (x - mean) / sqrt(v
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import modules
 from .autograd import batch_norm
 from .graph.fusing import unfuse
+from .modules import leaf_call
 from .report import check_module, forget
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
@@ -46,8 +47,9 @@ class _FrozenBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, trainable={isinstance(self.weight, nn.Parameter)}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):
-            self._check_input_dim(input)
+        if isinstance(input, fx.Proxy):
+            return leaf_call(self, input)
+        self._check_input_dim(input)
         state = self.weight, self.bias, self.running_mean, self.running_var
         return batch_norm(input, *state, None, False, 0.0, self.eps)
 

@@ -6,8 +6,7 @@ In: (N, C, ...). Out: what a batch norm called on one chunk after the other make
 import math
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
+from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import arguments, ops
@@ -18,7 +17,8 @@ from .autograd import (
     in_forward_mode,
     register_update_of_each,
 )
-from .modules import BatchNorm1d, BatchNorm2d, _state_of
+from .modules import BatchNorm1d, BatchNorm2d, _state_of, leaf_call
+from .ops import is_compiling
 
 _forward = torch.ops.fastbn.ghost_forward.default
 _backward = torch.ops.fastbn.ghost_backward.default
@@ -170,8 +170,9 @@ class _Ghost:
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):
-            self._check_input_dim(input)
+        if isinstance(input, fx.Proxy):
+            return leaf_call(self, input)
+        self._check_input_dim(input)
         return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
 
 

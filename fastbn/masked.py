@@ -5,10 +5,10 @@ gathered into a matrix (M, C), which the kernels normalize as any other, and sca
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .autograd import batch_norm as _batch_norm
-from .modules import BatchNorm1d, _state_of
+from .modules import BatchNorm1d, _state_of, leaf_call
 
 
 def valid_positions(input, mask):
@@ -93,5 +93,7 @@ class MaskedBatchNorm1d(BatchNorm1d):
         return gather(input, valid_positions(input, mask))
 
     def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return leaf_call(self, input, mask)
         self._check_input_dim(input)
         return _masked(input, mask, _state_of(self), self.momentum, self.eps)

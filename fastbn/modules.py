@@ -1,6 +1,6 @@
 """In: the arguments of torch.nn.BatchNorm*d. Out: modules that are those, but for the forward pass."""
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import activations
@@ -26,9 +26,19 @@ class _FastBatchNorm:
             super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):  # a proxy of torch.fx has no number of dimensions to look at
-            self._check_input_dim(input)
+        if isinstance(input, fx.Proxy):
+            return leaf_call(self, input)
+        self._check_input_dim(input)
         return batch_norm(input, *_state_of(self), self.momentum, self.eps)
+
+
+def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy:
+    """The node call_module of a module whose forward torch.fx has entered, as it enters all outside torch.nn.
+
+    So batch norms are leaves of a traced model, as torch's own are: it keeps their state and follows their mode.
+    """
+    tracer = inputs[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
 def _state_of(module):
@@ -115,8 +125,9 @@ class _BatchNormAct(_NormBase):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(input) + residual); residual, if there is one, has the sizes and dtype of input."""
-        if isinstance(input, Tensor):
-            self._check_input_dim(input)
+        if isinstance(input, fx.Proxy):
+            return leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
+        self._check_input_dim(input)
         return batch_norm(
             input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
         )

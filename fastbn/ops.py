@@ -60,6 +60,18 @@ def implement(name: str, function: Callable[..., Tensor]) -> None:
     _library.impl(name, function, "CompositeImplicitAutograd")
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # of torch 2.7 and later
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo or torch.export traces the Python code that asks.
+
+    torch.compiler.is_compiling() is a flag of the process (torch 2.13): it is set while any thread compiles, and stays
+    set after two threads did so at once.
+    """
+    return torch.compiler.is_dynamo_compiling() or _is_exporting()
+
+
 def output_format(input):
     """The memory format of the output, as in ops.cpp: that of input, or what torch suggests if it has none."""
     if input.is_contiguous():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .graph.records import recorded
+from .graph import records
 
 _ATTRIBUTE = "_fastbn_report"
 
@@ -55,29 +55,29 @@ def report(module: nn.Module) -> Report:
     kept = module.__dict__.get(_ATTRIBUTE)
     found = Report() if kept is None else copy.deepcopy(kept)
     norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and name not in found.folded}
-    captured = {name: results for name, m in norms.items() if (results := recorded(m))}
+    captured = {name: results for name, m in norms.items() if (results := records.recorded(m))}
     if kept is None and not captured:
         raise ValueError(
-            "fastbn.report: nothing is known of this model: fastbn.convert(model, fuse=True), fastbn.fold(model) and the "
-            'first call of torch.compile(model, backend="fastbn") make a report'
+            "fastbn.report: nothing is known of this model: fastbn.convert(model, fuse=True), fastbn.fold(model) and "
+            'the first call of torch.compile(model, backend="fastbn") make a report'
         )
-    for name, results in captured.items():
-        if (fused := _described(results)) is None:
-            found.left[name] = "; ".join(dict.fromkeys(why for _, why in results.values()))
-        else:
-            found.left.pop(name, None)
-            found.fused[name] = fused
     for name in norms:
-        if name not in found.fused and name not in found.left:
-            found.left[name] = "no forward that was captured calls it: the report is complete after the model's first call"
+        results = captured.get(name, {})
+        if (fused := _described(results)) is not None:
+            found.fused[name] = fused
+        elif name not in found.left:
+            found.left[name] = "; ".join(dict.fromkeys(why for _, why in results.values())) or _NOT_CAPTURED
     return found
+
+
+_NOT_CAPTURED = "no captured forward calls it; the report is complete after the model's first call"
 
 
 def _described(results: dict[bool, tuple[str | None, str]]) -> str | None:
     """The pattern of a batch norm, or those of its modes where they differ; None if it has none."""
     patterns = {pattern for pattern, _ in results.values()}
-    if len(patterns) == 1:
-        return patterns.pop()
+    if len(patterns) < 2:
+        return patterns.pop() if patterns else None
     modes = {True: "training", False: "eval"}
     return "; ".join(f"{pattern} ({modes[mode]} only)" for mode, (pattern, _) in results.items() if pattern is not None)
 
@@ -93,3 +93,4 @@ def keep(module: nn.Module, made: Report) -> None:
 
 def forget(module: nn.Module) -> None:
     module.__dict__.pop(_ATTRIBUTE, None)
+    records.forget(module)

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from . import activations, arguments, ops
@@ -28,8 +27,9 @@ from .modules import (
     _BatchNormAct,
     _FastBatchNorm,
     _state_of,
+    leaf_call,
 )
-from .ops import _C
+from .ops import _C, is_compiling
 
 
 def _gathered(packet, group):
@@ -208,8 +208,9 @@ def _group_of(module):
 
 
 def _forward(module, input, *ending):
-    if isinstance(input, Tensor):
-        module._check_input_dim(input)
+    if isinstance(input, fx.Proxy):
+        return leaf_call(module, input, *(t for t in ending[2:] if t is not None))
+    module._check_input_dim(input)
     weight, bias, mean, var, counter, training = _state_of(module)
     if (group := _group_of(module)) is None:
         return batch_norm(input, weight, bias, mean, var, counter, training, module.momentum, module.eps, *ending)

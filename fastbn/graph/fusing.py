@@ -7,25 +7,30 @@ forward.
 """
 
 import abc
+import contextlib
 import copyreg
 import functools
+import logging
+import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import in_forward_mode
-from ..ops import _C
+from ..ops import _C, is_compiling
 from . import backends
 
 _ORIGINAL = "_fastbn_original"
 # Each module has a function, and so a code object, of its own: Dynamo counts recompilations by code object.
 _runners: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+_failures: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_RETRIES = 8  # as many recompilations as Dynamo allows a function by default
 # Hooks count that are registered after the capture. An error in a capture is the module's own, or none: run it to see.
 # Modes, dtypes and layouts are a graph each.
 _DYNAMO = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "recompile_limit": 64}
@@ -68,7 +73,7 @@ def unfuse(root: nn.Module) -> None:
 def _has_forward(module: nn.Module) -> bool:
     """Whether a module's forward is someone's own, or that of a Sequential."""
     cls = type(module)
-    if isinstance(module, torch.jit.ScriptModule) or cls.forward is nn.Module.forward:
+    if isinstance(module, (torch.jit.ScriptModule, _BatchNorm)) or cls.forward is nn.Module.forward:
         return False
     return cls is nn.Sequential or not cls.__module__.startswith(("torch.", "fastbn."))
 
@@ -88,9 +93,9 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass that cannot be told from cls, but for its calls, and whose pickles do not name it."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_observed(self):
+        if is_compiling() or _is_observed(self):
             return cls.__call__(self, *args, **kwargs)
-        with torch._dynamo.config.patch(**_DYNAMO):
+        with _capturing(self):
             return _runner(self)(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -121,12 +126,52 @@ def _is_observed(module: nn.Module) -> bool:
     )
 
 
+class _Quiet(logging.Filter):
+    """Hides Dynamo's warnings about frames that it leaves as they are: nobody asked for a compiler here."""
+
+    calls = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(self.calls, "depth", 0)
+
+
+_quiet = _Quiet()
+
+
+@contextlib.contextmanager
+def _capturing(module: nn.Module) -> Iterator[None]:
+    for name in ("convert_frame", "variables.tensor"):
+        logging.getLogger(f"torch._dynamo.{name}").addFilter(_quiet)  # does nothing from the second time on
+    depth = getattr(_quiet.calls, "depth", 0)
+    _quiet.calls.depth = depth + 1
+    try:
+        with torch._dynamo.config.patch(**_DYNAMO):
+            yield
+    except Exception:
+        # Bad input fails in a capture too, and Dynamo leaves the function alone from then on: the next call gets
+        # another one. Not for ever, for models that end every forward by an exception.
+        _failures[module] = _failures.get(module, 0) + 1
+        if _failures[module] < _RETRIES:
+            _runners.pop(module, None)
+        raise
+    finally:
+        _quiet.calls.depth = depth
+
+
+def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    if any(node.target is torch.ops.higher_order.tag_activation_checkpoint for node in graph.graph.nodes):
+        # Outside a compiler it takes running statistics for inputs that must not change. The checkpointed module runs
+        # as it is, and captures the modules inside by themselves.
+        raise NotImplementedError("activation checkpointing within a captured graph")
+    return backends.fastbn_eager(graph, inputs)
+
+
 def _runner(module: nn.Module) -> Callable[..., Any]:
     runner = _runners.get(module)
     if runner is None:
         code = _call.__code__.replace(co_name=f"fused_{type(module).__name__}")
         function = types.FunctionType(code, globals(), code.co_name)
-        runner = _runners[module] = torch.compile(function, backend=backends.fastbn_eager)
+        runner = _runners[module] = torch.compile(function, backend=_backend)
     return runner
 
 

@@ -1,7 +1,7 @@
 """Batch norm with the residual add and the activation that follow it, found in a graph that Dynamo captured.
 
 In such a graph everything is a function of tensors: modules are inlined, parameters and buffers are placeholders, and
-every node carries the fake tensor of its value. A match is replaced by one call of `fastbn.autograd.batch_norm`, which
+every node carries the fake tensor of its value. A match is replaced by one call of `fused_batch_norm`, which
 takes the activation and the residual as arguments.
 """
 
@@ -12,12 +12,13 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .. import ops
 from ..autograd import batch_norm
+from ..checkpointing import is_repeated
 from .effects import between, fake_value, storages, writes
 
 # The activation of a function or tensor method, and the parameters after its input.
@@ -26,7 +27,8 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.relu: ("relu", _IN_PLACE), torch.relu: ("relu", _PLAIN), torch.relu_: ("relu", _PLAIN),
     "relu": ("relu", _PLAIN), "relu_": ("relu", _PLAIN),
     F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")), F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
-    F.relu6: ("relu6", _IN_PLACE), F.hardtanh: ("relu6", ("min_val", "max_val", "inplace")), F.elu: ("elu", ("alpha", "inplace")), F.elu_: ("elu", ("alpha",)),
+    F.relu6: ("relu6", _IN_PLACE), F.hardtanh: ("relu6", ("min_val", "max_val", "inplace")),
+    F.elu: ("elu", ("alpha", "inplace")), F.elu_: ("elu", ("alpha",)),
     F.silu: ("silu", _IN_PLACE), F.hardswish: ("hardswish", _IN_PLACE), F.gelu: ("gelu", ("approximate",)),
     F.sigmoid: ("sigmoid", _PLAIN), torch.sigmoid: ("sigmoid", _PLAIN), torch.sigmoid_: ("sigmoid", _PLAIN),
     "sigmoid": ("sigmoid", _PLAIN), "sigmoid_": ("sigmoid", _PLAIN),
@@ -37,7 +39,26 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SIGNATURE = inspect.signature(batch_norm)
 _SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), batch_norm: _SIGNATURE, ops.batch_norm: _SIGNATURE}
 
-OTHER_OPERAND = "the sum it goes into is fused with the batch norm of the other operand"
+
+def fused_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    *rest: Any,
+) -> Tensor:
+    """`fastbn.autograd.batch_norm`, as a captured graph calls it: whether this forward pass is a repetition
+    (`fastbn.update_stats_once`) is asked when the graph runs."""
+    if training and is_repeated():
+        running_mean = running_var = num_batches_tracked = None
+    return batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, training, *rest)
+
+
+_OTHER_MODE = "the autograd or autocast mode changes behind it"
+_OTHER_OPERAND = "the sum it goes into is fused with the batch norm of the other operand"
 
 
 def call_of(node: fx.Node) -> dict[str, Any] | None:
@@ -119,9 +140,11 @@ def _follow(bn: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node]) -> Matc
     if isinstance(user, str):
         return user
     if (act := _activation(user, bn)) is not None:
-        return Match(bn, None, user, *act) if _same_modes(bn, user) else "the autograd or autocast mode changes behind it"
+        return (
+            Match(bn, None, user, *act) if _same_modes(bn, user) else "the autograd or autocast mode changes behind it"
+        )
     if user in taken:
-        return OTHER_OPERAND
+        return _OTHER_OPERAND
     if not _is_addition(user):
         return f"followed by {describe(user)}"
     if call["residual"] is not None:
@@ -184,7 +207,7 @@ def _objection_to_residual(bn: fx.Node, add: fx.Node, residual: Any, order: dict
     if not _same_numbers(total.stride(), z.stride()):
         return "the sum has other strides"
     if not _same_modes(bn, add):
-        return "the autograd or autocast mode changes behind it"
+        return _OTHER_MODE
     if add.target in (operator.iadd, "add_") and add.args[0] is residual:
         mine = storages(residual)
         if any(node.op == "placeholder" and storages(node) & mine for node in order):
@@ -245,7 +268,7 @@ def module_name(source: str) -> str:
 
 
 def replace(graph: fx.Graph, found: list[tuple[fx.Node, Match | str]]) -> None:
-    """Put one call of `fastbn.autograd.batch_norm` in the place of each match, and of each torch batch norm without one.
+    """Put one call of `fused_batch_norm` in the place of each match, and of each torch batch norm without one.
 
     The graph is valid afterwards (`graph.lint`), in whatever order matches use each other's results: operands are read
     from the nodes as they are when a match is replaced.
@@ -260,7 +283,7 @@ def replace(graph: fx.Graph, found: list[tuple[fx.Node, Match | str]]) -> None:
             call["activation"], call["activation_param"] = match.activation, match.param
         last = match.act or match.add or match.bn
         with graph.inserting_before(match.bn if match.early else match.add):
-            new = graph.call_function(batch_norm, tuple(call[name] for name in _SIGNATURE.parameters))
+            new = graph.call_function(fused_batch_norm, tuple(call[name] for name in _SIGNATURE.parameters))
         new.meta = dict(last.meta)
         last.replace_all_uses_with(new)
         for old in (match.act, match.add, match.bn):

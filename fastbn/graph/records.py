@@ -6,6 +6,7 @@ A graph knows tensors, not modules, so a batch norm is recognized by its weight,
 import threading
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _results: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -21,8 +22,20 @@ def record(weight: Tensor | None, running_mean: Tensor | None, training: bool, p
 
 
 def recorded(bn: nn.Module) -> dict[bool, tuple[str | None, str]]:
-    """For each mode (training or not) in which a batch norm was captured: its pattern or None, and why there is none."""
-    weight, running_mean = getattr(bn, "weight", None), getattr(bn, "running_mean", None)
-    key = running_mean if weight is None else weight
+    """For each mode (training or not) in which a batch norm was captured: its pattern or None, and why it has none."""
+    key = _key(bn)
     with _lock:
         return {} if key is None else dict(_results.get(key) or {})
+
+
+def forget(root: nn.Module) -> None:
+    """Drop what is known of the batch norms in root."""
+    for bn in root.modules():
+        if isinstance(bn, _NormBase) and (key := _key(bn)) is not None:
+            with _lock:
+                _results.pop(key, None)
+
+
+def _key(bn: nn.Module) -> Tensor | None:
+    weight, running_mean = getattr(bn, "weight", None), getattr(bn, "running_mean", None)
+    return running_mean if weight is None else weight

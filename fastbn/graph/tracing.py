@@ -1,4 +1,4 @@
-"""The forwards of a model as torch.fx graphs of module calls, for `fastbn.fold`, which has no input to run them with."""
+"""The forwards of a model as torch.fx graphs of module calls, for `fastbn.fold`, which has no input to run them."""
 
 import contextlib
 import copy
@@ -67,7 +67,8 @@ def _trace(module: nn.Module) -> fx.Graph:
         raise Untraceable("no forward that torch.fx traces calls it")
     if "forward" in module.__dict__:
         raise Untraceable("it has a forward of its own")
-    tensors = {id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())}
+    held = (v for m in module.modules() for d in (m._parameters, m._buffers, m.__dict__) for v in d.values())
+    tensors = {id(t): t for t in held if isinstance(t, Tensor)}
     try:
         twin = copy.deepcopy(module, tensors)
         defaults = {
