@@ -367,27 +367,41 @@ def test_parametrized_and_pruned():
 
 
 def test_threads_convert_and_call_at_once():
-    """Each converts models of its own, calls them, and draws random numbers, which come from one generator."""
-    problems, drawn = [], []
+    """All are fused, also after Dynamo has captured in two threads at once."""
+    problems = []
 
-    def work(seed):
+    def work():
         try:
             for _ in range(3):
                 model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
-                drawn.append(tuple(torch.rand(4).tolist()))
                 model(images(dtype=torch.float32))
                 if fastbn.report(model).fused != {"1": RELU}:
                     problems.append(fastbn.report(model))
         except Exception as error:
             problems.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not problems
-    assert len(set(drawn)) == len(drawn) == 12
+
+
+def test_convert_changes_nothing_of_the_process():
+    """No trace runs until the model is called: random generators, builtins and torch.nn.Module stay as they are."""
+    before = torch.get_rng_state(), random.getstate(), isinstance, dict(vars(nn.Module))
+    fastbn.convert(ResNet(), fuse=True)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = fastbn.convert(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+    assert torch.equal(torch.rand(3), expected)
+    assert (random.getstate(), isinstance, dict(vars(nn.Module))) == before[1:]
+    x = images(dtype=torch.float32)
+    torch.manual_seed(5)
+    model(x)
+    assert torch.equal(torch.rand(3), expected), "nor does the capture draw"
 
 
 def test_an_error_in_a_forward_is_the_models_own():

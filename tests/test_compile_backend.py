@@ -1,0 +1,169 @@
+"""torch.compile(model, backend="fastbn") and "fastbn_eager". In: models that were never converted, converted ones, and
+those of BatchNormAct modules. Out: fused graphs whose values, gradients and statistics are those of torch."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from fusing import ADD_RELU, RELU, RESNET, ResNet, assert_same_steps, conv, images, simple
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import fastbn
+from fastbn.graph.backends import fastbn_eager
+
+pytestmark = pytest.mark.cpu
+
+compilers = pytest.mark.parametrize("compiler", ["fastbn_eager", pytest.param("fastbn", marks=pytest.mark.slow)])
+CONVERSIONS = {"torch": lambda m: m, "converted": fastbn.convert, "fused": lambda m: fastbn.convert(m, fuse=True)}
+
+
+@pytest.fixture(autouse=True)
+def clean_slate():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_the_names_are_known_without_importing_fastbn():
+    code = (
+        "import sys, torch\n"
+        "model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU())\n"
+        "assert 'fastbn' not in sys.modules\n"
+        "torch.compile(model, backend='fastbn_eager')(torch.randn(2, 3, 4, 4))\n"
+        "import fastbn\n"
+        "print(fastbn.report(model).fused)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "{'0': 'batch_norm + relu'}\n", done.stderr
+    assert {"fastbn", "fastbn_eager"} <= set(torch._dynamo.list_backends())
+
+
+@compilers
+@pytest.mark.parametrize("convert", CONVERSIONS)
+def test_a_resnet(compiler, convert):
+    model = ResNet().double()
+    ours = CONVERSIONS[convert](copy.deepcopy(model))
+    compiled = torch.compile(ours, backend=compiler, fullgraph=True)
+    for training in (True, False, True):
+        results = []
+        for m, owner in ((compiled, ours), (model, model)):
+            m.train(training)
+            owner.zero_grad()
+            x = (images() + training).detach().requires_grad_()
+            torch.manual_seed(0)
+            x = torch.randn_like(x).requires_grad_()
+            for _ in range(2):
+                y = m(x)
+                y.square().sum().backward()
+            results.append([y, x.grad, {n: p.grad for n, p in owner.named_parameters()}, owner.state_dict()])
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+    assert fastbn.report(ours).fused == RESNET
+    assert fastbn.report(compiled).fused == RESNET
+
+
+@compilers
+def test_no_graph_for_each_batch_size(compiler):
+    counter = CompileCounterWithBackend(compiler)
+    model = simple(lambda self, x: F.relu(self.bn(self.conv(x)) + x))
+    compiled = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
+    for n in (4, 7, 9, 5):
+        x = images(n, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_batch_norms_alone_and_as_functions():
+    """What nothing follows is replaced by fastbn's kernel too; integers and meta tensors are left."""
+
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+            self.register_buffer("mean", torch.zeros(6))
+            self.register_buffer("var", torch.ones(6))
+
+        def forward(self, x):
+            y = F.batch_norm(x, self.mean, self.var, self.weight, None, self.training, 0.2, eps=1e-3)
+            y = y + F.batch_norm(x, None, None, training=True)
+            return fastbn.functional.batch_norm(y, None, None, training=True, activation="silu")
+
+    seen = []
+
+    def backend(graph, inputs):
+        found = fastbn_eager(graph, inputs)
+        seen.extend(node.target for node in graph.graph.nodes)
+        return found
+
+    model = Functions().double()
+    compiled = torch.compile(copy.deepcopy(model), backend=backend)
+    for training in (True, False):
+        x = images()
+        torch.testing.assert_close(compiled.train(training)(x), model.train(training)(x))
+        torch.testing.assert_close(compiled._orig_mod.state_dict(), model.state_dict())
+    assert F.batch_norm not in seen
+
+
+def test_options_and_mode_reach_inductor(monkeypatch):
+    given = []
+
+    class Wrapper:
+        def __init__(self, mode, options, dynamic):
+            given.append((mode, options))
+
+        def __call__(self, graph, inputs):
+            return graph.forward
+
+    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", Wrapper)
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())
+    torch.compile(model, backend="fastbn", options={"max_autotune": True})(images(dtype=torch.float32))
+    torch._dynamo.reset()
+    torch.compile(model, backend="fastbn", mode="reduce-overhead")(images(dtype=torch.float32))
+    assert given == [(None, {"max_autotune": True}), ("reduce-overhead", None)]
+
+
+@compilers
+def test_autocast_and_channels_last(compiler):
+    model = simple(lambda self, x: F.relu(self.bn(self.conv(x)) + x.to(torch.bfloat16)))
+    ours = copy.deepcopy(model)
+    compiled = torch.compile(ours, backend=compiler)
+    x = images(dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled(x), model(x)
+    assert found.dtype == torch.bfloat16 and found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    assert fastbn.report(ours).fused == {"bn": ADD_RELU}
+
+
+@compilers
+def test_modules_with_the_activation_inside(compiler):
+    model = nn.Sequential(conv(), fastbn.BatchNormAct2d(6, activation="silu")).double()
+    compiled = torch.compile(copy.deepcopy(model), backend=compiler, fullgraph=True)
+    x = images()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_training_alone_in_eval_and_checkpointed():
+    """A frozen batch norm in a model that trains, inside torch.utils.checkpoint."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU(), conv(), nn.BatchNorm2d(6), nn.ReLU())
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+    model = Checkpointed().double()
+    ours = fastbn.convert(copy.deepcopy(model), fuse=True)
+    assert_same_steps(ours, model, images())
+    assert fastbn.report(ours).fused == {"part.1": RELU, "part.4": RELU}
+    for m in (ours, model):
+        m.train()
+        m.part[1].eval()
+    x = images()
+    torch.testing.assert_close(ours(x), model(x))
+    torch.testing.assert_close(ours.state_dict(), model.state_dict())
