@@ -223,6 +223,18 @@ def test_the_input_changes_between_batch_norm_and_add():
     fuse(simple(lambda self, x: F.relu(self.bn(self.conv(x)) + self.other(x)), other=conv()), fused={"bn": ADD_RELU})
 
 
+def test_the_residual_changes_between_batch_norm_and_add():
+    """The fused operation has to run where the add is, which reads the changed one."""
+
+    def forward(self, x):
+        residual = self.other(x)
+        z = self.bn(self.conv(x))
+        torch.relu_(residual)
+        return F.relu(z + residual)
+
+    fuse(simple(forward, other=conv()), fused={"bn": ADD_RELU})
+
+
 def test_the_same_batch_norm_runs_between_batch_norm_and_add():
     """The order of its two calls decides what the running statistics are."""
     model = simple(lambda self, x: F.relu(self.bn(self.conv(x)) + torch.sin(self.bn(x * 7))))
@@ -386,11 +398,20 @@ def test_matches_that_use_one_another(forward, fused):
 
 
 def test_a_mode_that_changes_between():
-    """Outside no_grad the sum has a gradient, which the fused operation would lose."""
+    """A fused operation in the mode of the batch norm would lose the sum's gradient, or give the activation one."""
 
-    def forward(self, x):
+    def without(self, x):
+        residual = x * 2
         with torch.no_grad():
             z = self.bn(self.conv(x))
-        return F.relu(z + x * 2)
+        return F.relu(z + residual)
 
-    fuse(simple(forward), fused={})
+    def with_grad(self, x):
+        with torch.enable_grad():
+            z = self.bn(self.conv(x))
+        return F.relu(z)
+
+    fuse(simple(without), fused={})
+    ours = fastbn.convert(simple(with_grad), fuse=True)
+    with torch.no_grad():
+        assert not ours(images(dtype=torch.float32)).requires_grad

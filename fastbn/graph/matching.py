@@ -206,8 +206,6 @@ def _objection_to_residual(bn: fx.Node, add: fx.Node, residual: Any, order: dict
         return "added to a tensor of another size, dtype or device"
     if not _same_numbers(total.stride(), z.stride()):
         return "the sum has other strides"
-    if not _same_modes(bn, add):
-        return _OTHER_MODE
     if add.target in (operator.iadd, "add_") and add.args[0] is residual:
         mine = storages(residual)
         if any(node.op == "placeholder" and storages(node) & mine for node in order):
