@@ -63,10 +63,14 @@ int64_t channels_of(const Tensor& input) {
   return input.size(1);
 }
 
+Tensor contiguous_in(const Tensor& t, at::MemoryFormat format) {
+  return with_kept_memory([&] { return t.contiguous(format); });
+}
+
 Folded fold(const Tensor& input) {
   Folded f;
   f.format = output_format(input);
-  f.tensor = input.contiguous(f.format);
+  f.tensor = contiguous_in(input, f.format);
   const int64_t channels = input.size(1);
   const int64_t samples = input.size(0);
   f.problem.dtype = dtype_of(input);
@@ -81,7 +85,7 @@ at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
 
 const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep) {
   if (!present(residual)) return nullptr;
-  keep = residual->contiguous(x.format);
+  keep = contiguous_in(*residual, x.format);
   return keep.const_data_ptr();
 }
 

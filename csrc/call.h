@@ -7,7 +7,6 @@
 #include "context.h"
 #include "core/backend.h"
 #include "core/dispatch.h"
-#include "cpu/pages.h"
 #include "ops.h"
 
 namespace fastbn {
@@ -39,6 +38,9 @@ struct Folded {
   Problem problem;
 };
 
+// t.contiguous(format).
+Tensor contiguous_in(const Tensor& t, at::MemoryFormat format);
+
 Folded fold(const Tensor& input);
 
 // Where both formats mean the same order in memory (one channel, say), torch's gradient has the strides of
@@ -57,9 +59,8 @@ class Scratch {
  public:
   Scratch(const Context& context, int64_t bytes) {
     constexpr int64_t least_trimming = 64 << 10;
-    if (!context.on_gpu() && bytes >= least_trimming) {
-      pages_ = cpu::take_pages(bytes), bytes_ = bytes;
-    } else if (bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) {
+    if (!context.on_gpu() && bytes >= least_trimming) pages_ = cpu::take_pages(bytes), bytes_ = bytes;
+    if (pages_ == nullptr && bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) {
       large_ = context.empty({bytes}, at::kByte);
     }
   }
