@@ -20,6 +20,10 @@ void set_differentiable_backward(DifferentiableBackward f);
 // or a subclass that sees operators.
 bool is_plain(const Tensor& t);
 
+// check_memory, before torch's own operations read a tensor of any kind: they do not look. Of those that are not
+// strided and of a device that has kernels, or that are wrapped (fake, mapped), nothing is said.
+void check_memory_of_any(const Tensor& t, const char* name);
+
 // True while a mode (functorch, a dispatch mode, tracing) wants to see every operator.
 bool is_watched();
 

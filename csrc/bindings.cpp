@@ -240,6 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
         py::arg("eps"), py::arg("virtual_batch_size"));
   m.def("check_device", &check_device, py::arg("input"));
+  m.def("check_memory", &check_memory_of_any, py::arg("tensor"), py::arg("name"));
   m.def(
       "forward",
       [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& moments,

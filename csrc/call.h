@@ -17,6 +17,7 @@ bool is_half(at::ScalarType t);
 
 bool present(const OptionalTensor& t);
 
+// A dense tensor; whether it is of a device that has kernels is not asked, and so nothing of its memory.
 void check_dense(const Tensor& t, const char* name);
 
 void check_input(const Tensor& input);
@@ -143,6 +144,9 @@ class RunningArgument {
   const Tensor* target_[2] = {};
   Tensor copy_[2], batches_;
 };
+
+// The memory of a counter of batches, where it is one that can be looked at.
+void check_counter(const Statistics& statistics);
 
 void check_residual(const OptionalTensor& residual, const Tensor& input);
 

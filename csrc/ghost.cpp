@@ -151,7 +151,7 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
     if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
   } else if (wanted[0] || wanted[1] || wanted[2]) {
     const Folded x = fold(input);
-    const Tensor dy = grad_output.contiguous(x.format), given = moments.contiguous();
+    const Tensor dy = contiguous_in(grad_output, x.format), given = moments.contiguous();
     if (wanted[0]) dx = context.empty_like(input, gradient_format(x, input));
     Tensor kept_weight;
     Backward whole{};
@@ -191,6 +191,8 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
 void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics) {
   check_dense(moments, "moments");
   check_device(moments);
+  check_memory(moments, "moments");
+  check_counter(statistics);
   TORCH_CHECK(moments.dim() == 3, "moments should have sizes [chunks, 2, C], not ", moments.sizes());
   check_moments(moments, {moments.size(0), 2, moments.size(2)});
   TORCH_CHECK_VALUE(values > 1 && last > 1, "a chunk should have at least 2 values in a channel, not ",

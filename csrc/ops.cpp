@@ -93,12 +93,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
   check_residual(ending.residual, input);
+  if (!training) check_beside(*moments, "moments", input);
   const bool spread = !training && moments->dim() == 2 && moments->size(0) == 3;  // a packet, with counts
   const Tensor given = training ? Tensor() : spread ? moments->narrow(0, 0, 2).clone() : *moments;
-  if (!training) {
-    check_beside(given, "moments", input);
-    check_moments(given, {2, channels});
-  }
+  if (!training) check_moments(given, {2, channels});
 
   Context context(input);
   Tensor kept = training ? context.empty({2, channels}, at::kDouble) : given.contiguous();
@@ -191,7 +189,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   if (!wanted[0] && !wanted[1] && !wanted[2] && (plain || !wanted[3])) return grads;
 
   const Folded x = fold(input);
-  Tensor dy = grad_output.contiguous(x.format);
+  Tensor dy = contiguous_in(grad_output, x.format);
   if (saved.mask.defined()) {
     const int64_t bytes = mask_bytes(context, x.problem);
     TORCH_CHECK(
@@ -242,6 +240,8 @@ void update_running_stats(const Tensor& moments, int64_t count, const Statistics
   if (!present(statistics.mean)) return;
   check_dense(moments, "moments");
   check_device(moments);
+  check_memory(moments, "moments");
+  check_counter(statistics);
   TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
   const int64_t channels = moments.size(1);
   check_moments(moments, {2, channels});

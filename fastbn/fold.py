@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import patterns
+from .arguments import check_memory
 from .fuse import Analysis, described, fuse, is_fused
 from .report import Report, check_module, keep
 from .tracing import is_plain
@@ -59,10 +60,14 @@ def fold(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: it is in training mode.
+        RuntimeError: the memory of a batch norm or of such a layer was freed. Then nothing is changed.
     """
     check_module(module, "fold")
     if module.training:
         raise ValueError("fastbn.fold: the module is in training mode, where batch norm cannot be folded; call eval()")
+    for name, m in module.named_modules():
+        if type(m) in _PAIRS or isinstance(m, nn.modules.batchnorm._BatchNorm):
+            check_memory(**{f"{name}.{own}": t for own, t in {**m._parameters, **m._buffers}.items()})
     folded = {name: m.into for name, m in module.named_modules() if isinstance(m, FoldedBatchNorm)}
     left = {}
     model = _Model(module)
