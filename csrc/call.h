@@ -2,7 +2,9 @@
 // launch. Shared by ops.cpp, ghost.cpp and ranks.cpp; nothing here is for those above.
 #pragma once
 
+#include <ATen/SequenceNumber.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
 
 #include "context.h"
 #include "core/backend.h"
@@ -10,6 +12,25 @@
 #include "ops.h"
 
 namespace fastbn {
+
+// An event of torch.profiler as long as it lives; make_inputs() is called where somebody listens. in_graph: autograd
+// makes a node next, which the profiler connects with this event. Not RECORD_FUNCTION, which makes a RecordFunction
+// whether anybody listens or not, and is seen in the time of the smallest calls.
+class ProfilerEvent {
+ public:
+  template <class MakeInputs>
+  ProfilerEvent(const char* name, const MakeInputs& make_inputs, bool in_graph = false) {
+    auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+    if (!callbacks) return;
+    event_.emplace(std::move(*callbacks));
+    const std::vector<c10::IValue> inputs = make_inputs();
+    at::detail::record_function_with_scope(*event_, name, inputs,
+                                           in_graph ? int64_t(at::sequence_number::peek()) : int64_t(-1));
+  }
+
+ private:
+  std::optional<at::RecordFunction> event_;
+};
 
 DType dtype_of(const Tensor& t);
 

@@ -93,6 +93,7 @@ ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t samples) {
 
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                          int64_t samples, double eps) {
+  const ProfilerEvent event("fastbn::batch_norm", [&] { return std::vector<c10::IValue>{input, weight, bias}; });
   check_input(input);
   const int64_t channels = channels_of(input);
   check_channels(weight, "weight", channels, input);
@@ -129,6 +130,8 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
 
 std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                      const Tensor& moments, int64_t samples, double eps, std::array<bool, 3> wanted) {
+  const ProfilerEvent event("fastbn::batch_norm_backward",
+                            [&] { return std::vector<c10::IValue>{grad_output, input, weight}; });
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   check_beside(moments, "moments", input);

@@ -86,6 +86,8 @@ std::vector<std::pair<std::string_view, double>> activations() {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& moments, double eps, const Ending& ending) {
+  const ProfilerEvent event("fastbn::batch_norm",
+                            [&] { return std::vector<c10::IValue>{input, weight, bias, moments, ending.residual}; });
   check_input(input);
   const int64_t channels = channels_of(input);
   const bool training = !present(moments);
@@ -121,6 +123,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Statistics& statistics, bool training, double eps, const Ending& ending,
                                   bool wants_backward, cpu::Turn* ranks) {
+  const ProfilerEvent event(
+      "fastbn::batch_norm",
+      [&] { return std::vector<c10::IValue>{input, weight, bias, statistics.mean, statistics.var, ending.residual}; },
+      wants_backward);
   const int64_t channels = input.size(1);
   Context context(input);
   // Where it can, the kernel counts the batch: a launch less. Not where the momentum is made from the count.
@@ -155,6 +161,9 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
                    std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite, const Spread& spread,
                    std::optional<at::ScalarType> param_dtype) {
+  const ProfilerEvent event("fastbn::batch_norm_backward", [&] {
+    return std::vector<c10::IValue>{grad_output, input, weight, bias, ending.residual};
+  });
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);

@@ -72,6 +72,9 @@ at::MemoryFormat output_format(const Tensor& input);
 // True if params have the dtype of input, or are all float32 beside a half input.
 bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
 
+// Passes forward and backward, of every kind, show in torch.profiler as fastbn::batch_norm and
+// fastbn::batch_norm_backward, with the sizes of their arguments.
+
 // moments: float64 [2, C], mean and biased variance; absent: those of the batch. Returns output and moments.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& moments, double eps, const Ending& ending);
