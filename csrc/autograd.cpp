@@ -172,23 +172,29 @@ bool is_watched() {
 bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
                  const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual) {
-  if (input.dim() < 2 || input.numel() == 0 || !has_memory(input)) return false;
+  check_memory(input, "input");
+  for (const auto& [t, name] : {std::pair(&weight, "weight"),
+                                {&bias, "bias"},
+                                {&running_mean, "running_mean"},
+                                {&running_var, "running_var"},
+                                {&num_batches_tracked, "num_batches_tracked"},
+                                {&residual, "residual"}}) {
+    if (*t) check_memory(**t, name);
+  }
+  if (input.dim() < 2 || input.numel() == 0) return false;
   const int64_t channels = input.size(1);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
-    if (*t && ((*t)->dim() != 1 || (*t)->size(0) != channels || (*t)->device() != input.device() || !has_memory(**t))) {
-      return false;
-    }
+    if (*t && ((*t)->dim() != 1 || (*t)->size(0) != channels || (*t)->device() != input.device())) return false;
   }
   for (const OptionalTensor* t : {&running_mean, &running_var}) {
     if (*t ? (*t)->requires_grad() : !training) return false;
   }
   if (residual && (residual->sizes() != input.sizes() || residual->scalar_type() != input.scalar_type() ||
-                   residual->device() != input.device() || !has_memory(*residual))) {
+                   residual->device() != input.device())) {
     return false;
   }
   if (running_mean.has_value() != running_var.has_value()) return false;
-  if (num_batches_tracked && !(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1 &&
-                               has_memory(*num_batches_tracked))) {
+  if (num_batches_tracked && !(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1)) {
     return false;
   }
   return (training ? eps > 0 && input.numel() > channels : eps >= 0) &&

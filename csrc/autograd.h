@@ -28,7 +28,8 @@ void check_memory_of_any(const Tensor& t, const char* name);
 bool is_watched();
 
 // True for a call that is right in every argument and ordinary: (C,) parameters and statistics, some values
-// in each channel. What is not is left to Python, which knows torch's messages and the rarer forms.
+// in each channel. What is not is left to Python, which knows torch's messages and the rarer forms. Raises for a tensor
+// whose memory was freed.
 bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
                  const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual);

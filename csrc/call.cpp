@@ -36,11 +36,10 @@ size_t storage_bytes(const Tensor& t) {
   return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), size_t(t.storage_offset()));
 }
 
-void check_memory(const Tensor& t, const char* name) {
-  if (has_memory(t)) return;
-  const size_t bytes = storage_bytes(t);
+void refuse_memory(const Tensor& t, const char* name) {
   TORCH_CHECK(false, "fastbn: the memory of ", name, " was freed, or is too small: its sizes ", t.sizes(),
-              " and strides ", t.strides(), " need a storage of ", bytes, " bytes, but it has ", t.storage().nbytes());
+              " and strides ", t.strides(), " need a storage of ", storage_bytes(t), " bytes, but it has ",
+              t.storage().nbytes());
 }
 
 void check_input(const Tensor& input) {

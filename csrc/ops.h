@@ -51,20 +51,21 @@ std::vector<std::pair<std::string_view, double>> activations();
 // Raises for a tensor of a device that this build has no kernels for, and says what to do.
 void check_device(const Tensor& input);
 
-// True if the storage of a dense tensor holds all of its elements. It does not after untyped_storage().resize_(0), with
-// which FSDP and offloading free the memory of tensors that live on.
-size_t storage_bytes(const Tensor& t);  // that its sizes and strides need
-inline bool has_memory(const Tensor& t) {
+// The bytes of storage that the sizes and strides of a tensor need.
+size_t storage_bytes(const Tensor& t);
+
+[[noreturn]] void refuse_memory(const Tensor& t, const char* name);
+
+// Raises, and names the argument, if the storage of a dense tensor does not hold all of its elements. It does not after
+// untyped_storage().resize_(0), with which FSDP and offloading free the memory of tensors that live on.
+inline void check_memory(const Tensor& t, const char* name) {
   const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
-  if (impl.numel() == 0) return true;
-  const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+  if (impl.numel() == 0) return;
+  const c10::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
   const size_t needed =
       impl.is_contiguous() ? size_t(impl.storage_offset() + impl.numel()) * impl.itemsize() : storage_bytes(t);
-  return storage.data() != nullptr && storage.nbytes() >= needed;
+  if (storage == nullptr || storage->data() == nullptr || storage->nbytes() < needed) refuse_memory(t, name);
 }
-
-// Raises where it does not, and names the argument.
-void check_memory(const Tensor& t, const char* name);
 
 // The memory format of torch's output: the input's own, or what torch suggests for one that has none.
 at::MemoryFormat output_format(const Tensor& input);
