@@ -58,7 +58,7 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper report asan simt simt-build simt-quick cuda-venv \
+.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper report report-check asan simt simt-build simt-quick cuda-venv \
     cuda-build gpu docs docs-serve sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -68,6 +68,7 @@ help:
 	@echo "make bench-full all of the benchmark, against all peers that are there: up to 27 minutes; then make report"
 	@echo "make paper      the experiments of Ioffe & Szegedy (2015) in small, with pictures: up to 15 minutes"
 	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
+	@echo "make report-check fails where those figures are stale, measured with other kernels than csrc/ has: before a release"
 	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
 	@echo "make test       lint, include check, and the tests that are not slow"
 	@echo "make test-slow  the slow tests"
@@ -156,6 +157,11 @@ paper: build
 report: venv
 	$(SAY) "README and pictures from $(SHOWN)"
 	$(PY) benchmarks/readme.py $(SHOWN)
+
+# For a release. Figures name their date, machine and kernels, so that a change of csrc/ need not wait for them.
+report-check: venv
+	$(SAY) "are README's figures of the kernels in csrc/?"
+	$(PY) benchmarks/readme.py --check
 
 # Needed for nothing else: a peer that is not there is listed as missing. Torch stays as it is. timm wants a torchvision that
 # goes with this torch; where pip has one, PEERS="jax timm" adds it.

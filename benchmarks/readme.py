@@ -1,11 +1,13 @@
 """README's section of measurements: a file of results flows in, the text between two markers and its pictures flow out.
 
 Usage: readme.py [results/cpu.jsonl]    (make report)
+       readme.py --check                (make report-check, for a release)
 
 The text also names the hash of each picture, so that a test can tell whether either was edited by hand; and the results
-name the hash of csrc/ that they were measured with.
+name the hash of csrc/ that they were measured with, by which --check tells which of them are stale.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -220,20 +222,27 @@ def pictures_there(folder: Path = PICTURES) -> dict[str, Path]:
     return {name: folder / f"{name}.svg" for name in CAPTIONS if (folder / f"{name}.svg").exists()}
 
 
-def complaints(readme: str, source: Path = SHOWN, folder: Path = PICTURES) -> list[str]:
-    """Why README does not show what was measured, of these sources; nothing if it does."""
-    records = load(source)
-    (head,) = select(records, kind="environment")
-    found = []
-    if head["csrc"] != sources_hash():
-        found.append(f"{source.name} was measured with other kernels than those in csrc/: make bench-full, make report")
-    if shown(readme) != section(records, source, pictures_there(folder)).strip("\n"):
-        found.append("README.md or a picture is not what make report writes from benchmarks/results/: make report")
+def edited(readme: str, source: Path = SHOWN, folder: Path = PICTURES) -> list[str]:
+    """Why README is not what the results give; nothing if it is. Whether the results are stale is not asked."""
+    if shown(readme) == section(load(source), source, pictures_there(folder)).strip("\n"):
+        return []
+    return ["README.md or a picture is not what make report writes from benchmarks/results/: make report"]
+
+
+def stale(folder: Path = RESULTS) -> list[str]:
+    """The files of results in a folder that were measured with other code than that of csrc/."""
+    now, found = sources_hash(), []
+    for path in sorted(folder.glob("*.jsonl")):
+        for head in select(load(path), kind="environment"):
+            if head["csrc"] != now:
+                found.append(
+                    f"{path.name} is stale: measured on {head['date'][:10]} on {head['cpu']} with kernels "
+                    f"{head['csrc'][:12]}, and those in csrc/ are {now[:12]}"
+                )
     return found
 
 
-def main() -> None:
-    source = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else SHOWN
+def write(source: Path) -> None:
     if not source.exists():
         sys.exit(f"readme: there is no {os.path.relpath(source)}: make bench-full writes it")
     for path in pictures_there().values():
@@ -242,6 +251,18 @@ def main() -> None:
     written = list(draw(records, PICTURES))
     README.write_text(replaced(README.read_text(), section(records, source, pictures_there())))
     print(f"README.md, {', '.join(os.path.relpath(path) for path in written)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", nargs="?", type=Path, default=SHOWN, help="results to write README's section from")
+    parser.add_argument("--check", action="store_true", help="say which results are stale, and fail if any is")
+    options = parser.parse_args()
+    if not options.check:
+        return write(options.source.resolve())
+    if found := [*edited(README.read_text()), *stale()]:
+        sys.exit("\n".join(found))
+    print("README.md and benchmarks/results/ are of the kernels in csrc/")
 
 
 if __name__ == "__main__":

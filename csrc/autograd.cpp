@@ -24,6 +24,21 @@ DifferentiableGhostBackward& differentiable_ghost_backward() {
   return f;
 }
 
+constexpr c10::DispatchKeySet ordinary_keys{
+    c10::DispatchKey::CPU,
+    c10::DispatchKey::AutogradCPU,
+    c10::DispatchKey::AutocastCPU,
+#if defined(FASTBN_CUDA)
+    c10::DispatchKey::CUDA,
+    c10::DispatchKey::AutogradCUDA,
+    c10::DispatchKey::AutocastCUDA,
+#endif
+    c10::DispatchKey::ADInplaceOrView,
+};
+
+// True for a tensor of memory that kernels can read, and nothing else.
+bool is_dense(const Tensor& t) { return ordinary_keys.isSupersetOf(t.key_set()) && t.layout() == at::kStrided; }
+
 OptionalTensor unpack(const torch::autograd::SavedVariable& variable) {
   const Tensor t = variable.unpack();
   return t.defined() ? OptionalTensor(t) : std::nullopt;
@@ -73,6 +88,7 @@ struct BatchNormBackward : torch::autograd::Node {
       auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end, exchange);
       return {dx, dw, db, dr};
     }
+    check_memory_of_any(dy, "grad_output");
     // dz = dy * factor, and the factor, which is what the mask says, has no derivative.
     Tensor factor;
     {
@@ -141,19 +157,10 @@ void set_differentiable_ghost_backward(DifferentiableGhostBackward f) {
   differentiable_ghost_backward() = std::move(f);
 }
 
-bool is_plain(const Tensor& t) {
-  static const c10::DispatchKeySet ordinary{
-      c10::DispatchKey::CPU,
-      c10::DispatchKey::AutogradCPU,
-      c10::DispatchKey::AutocastCPU,
-#if defined(FASTBN_CUDA)
-      c10::DispatchKey::CUDA,
-      c10::DispatchKey::AutogradCUDA,
-      c10::DispatchKey::AutocastCUDA,
-#endif
-      c10::DispatchKey::ADInplaceOrView,
-  };
-  return ordinary.isSupersetOf(t.key_set()) && t.layout() == at::kStrided && !t._fw_grad(0).defined();
+bool is_plain(const Tensor& t) { return is_dense(t) && !t._fw_grad(0).defined(); }
+
+void check_memory_of_any(const Tensor& t, const char* name) {
+  if (is_dense(t)) check_memory(t, name);
 }
 
 bool is_watched() {
@@ -165,6 +172,15 @@ bool is_watched() {
 bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
                  const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual) {
+  check_memory(input, "input");
+  for (const auto& [t, name] : {std::pair(&weight, "weight"),
+                                {&bias, "bias"},
+                                {&running_mean, "running_mean"},
+                                {&running_var, "running_var"},
+                                {&num_batches_tracked, "num_batches_tracked"},
+                                {&residual, "residual"}}) {
+    if (*t) check_memory(**t, name);
+  }
   if (input.dim() < 2 || input.numel() == 0) return false;
   const int64_t channels = input.size(1);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {

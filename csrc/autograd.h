@@ -20,11 +20,16 @@ void set_differentiable_backward(DifferentiableBackward f);
 // or a subclass that sees operators.
 bool is_plain(const Tensor& t);
 
+// check_memory, before torch's own operations read a tensor of any kind: they do not look. Of those that are not
+// strided and of a device that has kernels, or that are wrapped (fake, mapped), nothing is said.
+void check_memory_of_any(const Tensor& t, const char* name);
+
 // True while a mode (functorch, a dispatch mode, tracing) wants to see every operator.
 bool is_watched();
 
 // True for a call that is right in every argument and ordinary: (C,) parameters and statistics, some values
-// in each channel. What is not is left to Python, which knows torch's messages and the rarer forms.
+// in each channel. What is not is left to Python, which knows torch's messages and the rarer forms. Raises for a tensor
+// whose memory was freed.
 bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
                  const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual);

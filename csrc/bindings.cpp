@@ -10,6 +10,7 @@
 #include "autograd.h"
 #include "core/backend.h"
 #include "cpu/exchange.h"
+#include "cpu/pages.h"
 #include "operators.h"
 #include "plans.h"
 
@@ -23,10 +24,12 @@ namespace {
 
 using namespace fastbn;
 
+// torch.nn.Parameter and "identity": set by the import, never given back.
+PyObject* parameter = nullptr;
+PyObject* identity = nullptr;
+
 // Subclasses of Tensor may want to see the call; Parameter is the one that never does.
 bool is_tensor_or_parameter(py::handle object) {
-  static const PyObject* const parameter =
-      py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
   return THPVariable_CheckExact(object.ptr()) || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == parameter;
 }
 
@@ -95,10 +98,6 @@ struct Call {
     return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end, exchange); });
   }
 
-  static py::handle identity() {
-    static const py::handle name = py::str("identity").release();
-    return name;
-  }
   static py::object refused() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 };
 
@@ -115,7 +114,7 @@ py::object eager_ghost_batch_norm(py::handle input, py::handle weight, py::handl
                                   py::handle running_var, py::handle num_batches_tracked, py::handle momentum,
                                   py::handle eps, int64_t virtual_batch_size) {
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
-                  Call::identity(), py::none(), py::none());
+                  identity, py::none(), py::none());
   if (!call.ok || virtual_batch_size < 1) return call.refused();
   if (virtual_batch_size == 1 && call.x->numel() == call.x->size(0) * call.x->size(1)) return call.refused();
   return call.run([&] {
@@ -230,6 +229,9 @@ void bind_exchange(py::module_& m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   cpu::capability();  // a bad FASTBN_CPU_CAPABILITY is reported by the import
+  cpu::open_page_cache();
+  parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  identity = py::str("identity").release().ptr();
   m.def("batch_norm", &eager_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
         py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
@@ -238,6 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
         py::arg("eps"), py::arg("virtual_batch_size"));
   m.def("check_device", &check_device, py::arg("input"));
+  m.def("check_memory", &check_memory_of_any, py::arg("tensor"), py::arg("name"));
   m.def(
       "forward",
       [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& moments,

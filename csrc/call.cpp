@@ -1,6 +1,8 @@
 // In: tensors of any layout. Out: checked and folded ones, and launches on the backend of their device.
 #include "call.h"
 
+#include <ATen/EmptyTensor.h>
+
 #if defined(FASTBN_SIMT)
 #include <mutex>
 #endif
@@ -30,15 +32,27 @@ void check_dense(const Tensor& t, const char* name) {
   TORCH_CHECK(t.layout() == at::kStrided, "fastbn: ", name, " must be a dense tensor, but its layout is ", t.layout());
 }
 
+size_t storage_bytes(const Tensor& t) {
+  return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), size_t(t.storage_offset()));
+}
+
+void refuse_memory(const Tensor& t, const char* name) {
+  TORCH_CHECK(false, "fastbn: the memory of ", name, " was freed, or is too small: its sizes ", t.sizes(),
+              " and strides ", t.strides(), " need a storage of ", storage_bytes(t), " bytes, but it has ",
+              t.storage().nbytes());
+}
+
 void check_input(const Tensor& input) {
   check_dense(input, "input");
   check_device(input);
+  check_memory(input, "input");
 }
 
 void check_beside(const Tensor& t, const char* name, const Tensor& input) {
   check_dense(t, name);
   TORCH_CHECK(t.device() == input.device(), "fastbn: ", name, " is on device ", t.device(), ", but input is on device ",
               input.device());
+  check_memory(t, name);
 }
 
 void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input) {
@@ -63,10 +77,14 @@ int64_t channels_of(const Tensor& input) {
   return input.size(1);
 }
 
+Tensor contiguous_in(const Tensor& t, at::MemoryFormat format) {
+  return with_kept_memory([&] { return t.contiguous(format); });
+}
+
 Folded fold(const Tensor& input) {
   Folded f;
   f.format = output_format(input);
-  f.tensor = input.contiguous(f.format);
+  f.tensor = contiguous_in(input, f.format);
   const int64_t channels = input.size(1);
   const int64_t samples = input.size(0);
   f.problem.dtype = dtype_of(input);
@@ -81,7 +99,7 @@ at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
 
 const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep) {
   if (!present(residual)) return nullptr;
-  keep = residual->contiguous(x.format);
+  keep = contiguous_in(*residual, x.format);
   return keep.const_data_ptr();
 }
 
@@ -154,6 +172,12 @@ void count_batches(const Tensor& counter, int64_t number) {
   bump_version(counter);
 }
 
+void check_counter(const Statistics& statistics) {
+  if (!present(statistics.batches)) return;
+  const Tensor& t = *statistics.batches;
+  if (t.layout() == at::kStrided && has_kernels(t.device())) check_memory(t, "num_batches_tracked");
+}
+
 void check_residual(const OptionalTensor& residual, const Tensor& input) {
   if (!present(residual)) return;
   check_beside(*residual, "residual", input);
@@ -169,6 +193,7 @@ void check_running(const Statistics& statistics, int64_t channels, const Tensor&
     TORCH_CHECK((*t)->device() == beside.device(), "fastbn: ", name, " is on device ", (*t)->device(), ", but ",
                 beside_name, " is on device ", beside.device());
     TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
+    check_memory(**t, name);
   }
 }
 

@@ -2,15 +2,35 @@
 // launch. Shared by ops.cpp, ghost.cpp and ranks.cpp; nothing here is for those above.
 #pragma once
 
+#include <ATen/SequenceNumber.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
 
 #include "context.h"
 #include "core/backend.h"
 #include "core/dispatch.h"
-#include "cpu/pages.h"
 #include "ops.h"
 
 namespace fastbn {
+
+// An event of torch.profiler as long as it lives; make_inputs() is called where somebody listens. in_graph: autograd
+// makes a node next, which the profiler connects with this event. Not RECORD_FUNCTION, which makes a RecordFunction
+// whether anybody listens or not, and is seen in the time of the smallest calls.
+class ProfilerEvent {
+ public:
+  template <class MakeInputs>
+  ProfilerEvent(const char* name, const MakeInputs& make_inputs, bool in_graph = false) {
+    auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+    if (!callbacks) return;
+    event_.emplace(std::move(*callbacks));
+    const std::vector<c10::IValue> inputs = make_inputs();
+    at::detail::record_function_with_scope(*event_, name, inputs,
+                                           in_graph ? int64_t(at::sequence_number::peek()) : int64_t(-1));
+  }
+
+ private:
+  std::optional<at::RecordFunction> event_;
+};
 
 DType dtype_of(const Tensor& t);
 
@@ -18,6 +38,7 @@ bool is_half(at::ScalarType t);
 
 bool present(const OptionalTensor& t);
 
+// A dense tensor; whether it is of a device that has kernels is not asked, and so nothing of its memory.
 void check_dense(const Tensor& t, const char* name);
 
 void check_input(const Tensor& input);
@@ -39,6 +60,9 @@ struct Folded {
   Problem problem;
 };
 
+// t.contiguous(format).
+Tensor contiguous_in(const Tensor& t, at::MemoryFormat format);
+
 Folded fold(const Tensor& input);
 
 // Where both formats mean the same order in memory (one channel, say), torch's gradient has the strides of
@@ -57,9 +81,8 @@ class Scratch {
  public:
   Scratch(const Context& context, int64_t bytes) {
     constexpr int64_t least_trimming = 64 << 10;
-    if (!context.on_gpu() && bytes >= least_trimming) {
-      pages_ = cpu::take_pages(bytes), bytes_ = bytes;
-    } else if (bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) {
+    if (!context.on_gpu() && bytes >= least_trimming) pages_ = cpu::take_pages(bytes), bytes_ = bytes;
+    if (pages_ == nullptr && bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) {
       large_ = context.empty({bytes}, at::kByte);
     }
   }
@@ -142,6 +165,9 @@ class RunningArgument {
   const Tensor* target_[2] = {};
   Tensor copy_[2], batches_;
 };
+
+// The memory of a counter of batches, where it is one that can be looked at.
+void check_counter(const Statistics& statistics);
 
 void check_residual(const OptionalTensor& residual, const Tensor& input);
 

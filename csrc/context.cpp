@@ -8,8 +8,6 @@
 #include <mutex>
 #include <utility>
 
-#include "cpu/pages.h"
-
 #if defined(FASTBN_CUDA)
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
@@ -36,12 +34,16 @@ struct PagesAllocator final : c10::Allocator {
   }
   c10::DataPtr allocate(size_t bytes) override {
     auto block = std::make_unique<Block>(Block{cpu::take_pages(int64_t(bytes)), int64_t(bytes)});
+    // Torch's own allocator has a last try, and raises what programs look for where memory is short.
+    if (block->data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(block->data, bytes);
     void* const data = block->data;
     return {data, block.release(), &free, at::kCPU};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
+
+PagesAllocator* const pages_allocator = new PagesAllocator;  // outlives every tensor
 
 #if defined(FASTBN_CUDA)
 
@@ -125,7 +127,7 @@ Tensor Context::empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
 #if defined(FASTBN_CUDA)
   if (gpu_) return at::detail::empty_cuda(sizes, dtype, device_, std::nullopt);
 #endif
-  return at::detail::empty_cpu(sizes, dtype);
+  return with_kept_memory([&] { return at::detail::empty_cpu(sizes, dtype); });
 }
 
 Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
@@ -134,9 +136,8 @@ Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
 #endif
   if (int64_t(t.nbytes()) < cpu::least_kept_bytes)
     return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
-  static PagesAllocator* const allocator = new PagesAllocator;  // outlives every tensor
-  return at::detail::empty_generic(t.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), t.scalar_type(),
-                                   format);
+  return at::detail::empty_generic(t.sizes(), pages_allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   t.scalar_type(), format);
 }
 
 }  // namespace fastbn

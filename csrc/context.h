@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "core/backend.h"
+#include "cpu/pages.h"
 
 #if defined(FASTBN_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -53,5 +54,16 @@ class Context {
   Tensor counters_;  // where they are of this call alone
 #endif
 };
+
+// allocate(), and once more with the memory of the page cache where torch's allocator has none left.
+template <class Allocate>
+Tensor with_kept_memory(const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const c10::Error&) {
+    if (!cpu::release_pages()) throw;
+    return allocate();
+  }
+}
 
 }  // namespace fastbn

@@ -93,6 +93,7 @@ ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t samples) {
 
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                          int64_t samples, double eps) {
+  const ProfilerEvent event("fastbn::batch_norm", [&] { return std::vector<c10::IValue>{input, weight, bias}; });
   check_input(input);
   const int64_t channels = channels_of(input);
   check_channels(weight, "weight", channels, input);
@@ -129,6 +130,8 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
 
 std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                      const Tensor& moments, int64_t samples, double eps, std::array<bool, 3> wanted) {
+  const ProfilerEvent event("fastbn::batch_norm_backward",
+                            [&] { return std::vector<c10::IValue>{grad_output, input, weight}; });
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   check_beside(moments, "moments", input);
@@ -151,7 +154,7 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
     if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
   } else if (wanted[0] || wanted[1] || wanted[2]) {
     const Folded x = fold(input);
-    const Tensor dy = grad_output.contiguous(x.format), given = moments.contiguous();
+    const Tensor dy = contiguous_in(grad_output, x.format), given = moments.contiguous();
     if (wanted[0]) dx = context.empty_like(input, gradient_format(x, input));
     Tensor kept_weight;
     Backward whole{};
@@ -191,6 +194,8 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
 void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics) {
   check_dense(moments, "moments");
   check_device(moments);
+  check_memory(moments, "moments");
+  check_counter(statistics);
   TORCH_CHECK(moments.dim() == 3, "moments should have sizes [chunks, 2, C], not ", moments.sizes());
   check_moments(moments, {moments.size(0), 2, moments.size(2)});
   TORCH_CHECK_VALUE(values > 1 && last > 1, "a chunk should have at least 2 values in a channel, not ",

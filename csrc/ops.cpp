@@ -86,6 +86,8 @@ std::vector<std::pair<std::string_view, double>> activations() {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& moments, double eps, const Ending& ending) {
+  const ProfilerEvent event("fastbn::batch_norm",
+                            [&] { return std::vector<c10::IValue>{input, weight, bias, moments, ending.residual}; });
   check_input(input);
   const int64_t channels = channels_of(input);
   const bool training = !present(moments);
@@ -93,12 +95,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
   check_residual(ending.residual, input);
+  if (!training) check_beside(*moments, "moments", input);
   const bool spread = !training && moments->dim() == 2 && moments->size(0) == 3;  // a packet, with counts
   const Tensor given = training ? Tensor() : spread ? moments->narrow(0, 0, 2).clone() : *moments;
-  if (!training) {
-    check_beside(given, "moments", input);
-    check_moments(given, {2, channels});
-  }
+  if (!training) check_moments(given, {2, channels});
 
   Context context(input);
   Tensor kept = training ? context.empty({2, channels}, at::kDouble) : given.contiguous();
@@ -123,6 +123,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Statistics& statistics, bool training, double eps, const Ending& ending,
                                   bool wants_backward, cpu::Turn* ranks) {
+  const ProfilerEvent event(
+      "fastbn::batch_norm",
+      [&] { return std::vector<c10::IValue>{input, weight, bias, statistics.mean, statistics.var, ending.residual}; },
+      wants_backward);
   const int64_t channels = input.size(1);
   Context context(input);
   // Where it can, the kernel counts the batch: a launch less. Not where the momentum is made from the count.
@@ -157,6 +161,9 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
                    std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite, const Spread& spread,
                    std::optional<at::ScalarType> param_dtype) {
+  const ProfilerEvent event("fastbn::batch_norm_backward", [&] {
+    return std::vector<c10::IValue>{grad_output, input, weight, bias, ending.residual};
+  });
   check_input(input);
   check_beside(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);
@@ -191,7 +198,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   if (!wanted[0] && !wanted[1] && !wanted[2] && (plain || !wanted[3])) return grads;
 
   const Folded x = fold(input);
-  Tensor dy = grad_output.contiguous(x.format);
+  Tensor dy = contiguous_in(grad_output, x.format);
   if (saved.mask.defined()) {
     const int64_t bytes = mask_bytes(context, x.problem);
     TORCH_CHECK(
@@ -242,6 +249,8 @@ void update_running_stats(const Tensor& moments, int64_t count, const Statistics
   if (!present(statistics.mean)) return;
   check_dense(moments, "moments");
   check_device(moments);
+  check_memory(moments, "moments");
+  check_counter(statistics);
   TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
   const int64_t channels = moments.size(1);
   check_moments(moments, {2, channels});

@@ -51,11 +51,30 @@ std::vector<std::pair<std::string_view, double>> activations();
 // Raises for a tensor of a device that this build has no kernels for, and says what to do.
 void check_device(const Tensor& input);
 
+// The bytes of storage that the sizes and strides of a tensor need.
+size_t storage_bytes(const Tensor& t);
+
+[[noreturn]] void refuse_memory(const Tensor& t, const char* name);
+
+// Raises, and names the argument, if the storage of a dense tensor does not hold all of its elements. It does not after
+// untyped_storage().resize_(0), with which FSDP and offloading free the memory of tensors that live on.
+inline void check_memory(const Tensor& t, const char* name) {
+  const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  if (impl.numel() == 0) return;
+  const c10::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
+  const size_t needed =
+      impl.is_contiguous() ? size_t(impl.storage_offset() + impl.numel()) * impl.itemsize() : storage_bytes(t);
+  if (storage == nullptr || storage->data() == nullptr || storage->nbytes() < needed) refuse_memory(t, name);
+}
+
 // The memory format of torch's output: the input's own, or what torch suggests for one that has none.
 at::MemoryFormat output_format(const Tensor& input);
 
 // True if params have the dtype of input, or are all float32 beside a half input.
 bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
+
+// Passes forward and backward, of every kind, show in torch.profiler as fastbn::batch_norm and
+// fastbn::batch_norm_backward, with the sizes of their arguments.
 
 // moments: float64 [2, C], mean and biased variance; absent: those of the batch. Returns output and moments.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -13,6 +13,7 @@ namespace {
 void check_packet(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
   check_dense(t, name);
   check_device(t);
+  check_memory(t, name);
   TORCH_CHECK(t.scalar_type() == at::kDouble, name, " should be float64, not ", t.scalar_type());
   TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes), name, " should have sizes ", at::IntArrayRef(sizes), ", not ",
               t.sizes());
@@ -48,6 +49,7 @@ Tensor finish(const Tensor& packets, const Statistics& statistics) {
   const int64_t ranks = packets.size(0), channels = packets.size(2);
   check_packet(packets, "packets", {ranks, 3, channels});
   if (present(statistics.mean)) check_running(statistics, channels, packets, "packets");
+  check_counter(statistics);
 
   Context context(packets);
   const Tensor given = packets.contiguous();
@@ -126,6 +128,7 @@ Tensor gather(cpu::Exchange& exchange, const Tensor& values) {
               values.scalar_type(), " on ", values.device());
   TORCH_CHECK(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= most_rows,
               "values should have sizes [1 to 3, C], not ", values.sizes());
+  check_memory(values, "values");
   const int64_t rows = values.size(0), channels = values.size(1);
   const Tensor kept = values.contiguous(), all = Context(values).empty({exchange.ranks(), rows, channels}, at::kDouble);
   const double* const own = kept.const_data_ptr<double>();

@@ -37,6 +37,12 @@ def ghost_batch_norm(
 def check_device(input: Tensor) -> None:
     """RuntimeError for a tensor of a device that this build has no kernels for, with what to do."""
 
+def check_memory(tensor: Tensor, name: str) -> None:
+    """RuntimeError for a tensor whose storage was freed, or is too small for its sizes; `name` is what to call it.
+
+    Tensors without memory to look at (fake, meta, sparse, those that torch.func wraps) pass.
+    """
+
 def forward(
     input: Tensor,
     weight: Tensor | None,

@@ -7,8 +7,24 @@ import math
 from numbers import Real
 
 import torch
+from torch.compiler import is_compiling
 
 from . import ops
+
+
+def check_memory(**tensors: object) -> None:
+    """Raise RuntimeError for a tensor whose storage was freed, or is too small for its sizes, by its name.
+
+    The kernels check their arguments. This is for what torch's own operations are about to read: most of them do not
+    look, and the process ends.
+    """
+    if is_compiling():
+        return
+    for name, t in tensors.items():
+        if isinstance(t, torch.Tensor):
+            while torch._C._functorch.is_functorch_wrapped_tensor(t):
+                t = torch._C._functorch.get_unwrapped(t)
+            ops._C.check_memory(t, name)
 
 
 def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps, whole=True):

@@ -39,6 +39,7 @@ def _normalized(input, weight, bias, mean, var, eps):
 
 def composed_forward(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
     """The output of batch norm in torch operations on float64: what is differentiated where no kernel is."""
+    arguments.check_memory(input=input, weight=weight, bias=bias, moments=moments, residual=residual)
     mean, var = _moments_of(input) if moments is None else moments
     z = _normalized(input, weight, bias, mean, var, eps)
     if residual is not None:
@@ -55,6 +56,9 @@ def composed_backward(
 
     ranks: of a batch that is spread over them, with a method `sum` over all of them and the `count` of values there.
     """
+    arguments.check_memory(
+        grad_output=grad_output, input=input, weight=weight, bias=bias, moments=moments, residual=residual
+    )
     training = moments is None
     mean, var = _moments_of(input, ranks) if training else moments
     axes = [i for i in range(input.dim()) if i != 1]
@@ -307,6 +311,10 @@ def _careful_batch_norm(
 ):  # fmt: skip
     """The long way: it checks every argument, and is made of operators that torch.compile, functorch, modes and fake
     tensors can see."""
+    arguments.check_memory(
+        input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+        num_batches_tracked=num_batches_tracked, residual=residual,
+    )  # fmt: skip
     compiling = is_compiling()
     if num_batches_tracked is not None and not compiling:
         num_batches_tracked.add_(1)

@@ -111,6 +111,7 @@ def _join(path, rank, ranks, timeout):
 
 @torch.library.impl("fastbn::gather", "CPU")
 def _gather(values, ranks, group):
+    _C.check_memory(values, "values")
     group = dist.distributed_c10d._resolve_process_group(group)
     exchange = exchange_of(group)
     return through_group(values, ranks, group) if exchange is None else exchange.gather(values)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from .arguments import check_memory
 from .graph.fusing import fuse, is_fused, unfuse
 from .graph.tracing import graphs, is_plain
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -63,10 +64,14 @@ def fold(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: it is in training mode.
+        RuntimeError: the memory of a batch norm or of such a layer was freed. Then nothing is changed.
     """
     check_module(module, "fold")
     if module.training:
         raise ValueError("fastbn.fold: the module is in training mode, where batch norm cannot be folded; call eval()")
+    for name, m in module.named_modules():
+        if type(m) in _PAIRS or isinstance(m, nn.modules.batchnorm._BatchNorm):
+            check_memory(**{f"{name}.{own}": t for own, t in {**m._parameters, **m._buffers}.items()})
     was_fused = any(map(is_fused, module.modules()))
     unfuse(module)
     folded = {name: m.into for name, m in module.named_modules() if isinstance(m, FoldedBatchNorm)}

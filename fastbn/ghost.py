@@ -136,6 +136,10 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
         return handle_torch_function(_ghost, (input,), input, virtual_batch_size, state, momentum, eps)
     if not training:
         return batch_norm(input, *state, momentum, eps)
+    arguments.check_memory(
+        input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
     if not is_compiling() and in_forward_mode():  # the operator would have a tangent of zero
         raise NotImplementedError("ghost batch norm has no derivative in forward mode (jvp)")
     momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)

@@ -7,6 +7,7 @@ gathered into a matrix (M, C), which the kernels normalize as any other, and sca
 import torch
 from torch import Tensor, fx
 
+from .arguments import check_memory
 from .autograd import batch_norm as _batch_norm
 from .modules import BatchNorm1d, _state_of, leaf_call
 
@@ -16,6 +17,7 @@ def valid_positions(input, mask):
 
     Lengths count positions of the last dimension of an input (N, C, L).
     """
+    check_memory(input=input, mask=mask)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask should be a tensor of booleans or of lengths, not {type(mask).__name__}")
     if mask.device != input.device:

@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from . import ops
+from .arguments import check_memory
 from .masked import MaskedBatchNorm1d
 from .report import check_module
 
@@ -76,6 +77,8 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
             raise ValueError(f"fastbn.update_bn: {name} is a lazy batch norm; run the model on one batch first")
     if not norms:
         return
+    for name, m in norms.items():
+        check_memory(**{f"{name}.{buffer}": t for buffer, t in m._buffers.items()})
     batches = functools.partial(_run, loader, model, device, progress)
     with _unchanged_if_it_raises(norms.values()), _modes_kept(model), _eagerly():
         model.train(mode == "train")

@@ -179,6 +179,10 @@ def sync_batch_norm(
         )  # fmt: skip
         if output is not NotImplemented:
             return output
+    arguments.check_memory(
+        input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+        num_batches_tracked=num_batches_tracked, residual=residual,
+    )  # fmt: skip
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     momentum, eps = arguments.check_each(

@@ -326,9 +326,9 @@ def written(bench, tmp_path, monkeypatch):
     return readme, text, source, pictures
 
 
-def test_readme_as_written_has_no_complaints(written):
+def test_readme_as_written_counts_as_unedited(written):
     readme, text, source, pictures = written
-    assert readme.complaints(text, source, pictures) == []
+    assert readme.edited(text, source, pictures) == []
     assert all(f"({path.relative_to(source.parent)})" in text for path in pictures.iterdir())
 
 
@@ -340,7 +340,7 @@ def test_warm_and_cold_are_both_shown(written):
 
 def test_readme_edited_by_hand_is_seen(written):
     readme, text, source, pictures = written
-    (told,) = readme.complaints(text.replace("2.00", "4.00", 1), source, pictures)
+    (told,) = readme.edited(text.replace("2.00", "4.00", 1), source, pictures)
     assert "is not what make report writes" in told
 
 
@@ -348,16 +348,33 @@ def test_a_changed_picture_is_seen(written):
     readme, text, source, pictures = written
     path = pictures / "speedup.svg"
     path.write_text(path.read_text() + " ")
-    assert readme.complaints(text, source, pictures)
+    assert readme.edited(text, source, pictures)
     path.unlink()
-    assert readme.complaints(text, source, pictures)
+    assert readme.edited(text, source, pictures)
 
 
-def test_other_kernels_are_seen(written, monkeypatch):
+def test_stale_results_are_named(written, monkeypatch):
     readme, text, source, pictures = written
+    (source.parent / "without-environment.jsonl").write_text('{"kind": "case"}\n')
+    assert readme.stale(source.parent) == []
     monkeypatch.setattr(readme, "sources_hash", lambda: "other")
-    (told,) = readme.complaints(text, source, pictures)
-    assert "other kernels" in told
+    (told,) = readme.stale(source.parent)
+    assert told.startswith("cpu.jsonl is stale: measured on ") and "abababababab" in told and "other" in told
+    assert readme.edited(text, source, pictures) == [], "README is still what its results give"
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_report_check_fails_where_results_are_stale(written, monkeypatch, capsys, current):
+    readme, text, source, pictures = written
+    monkeypatch.setattr(readme, "edited", lambda text: [])
+    monkeypatch.setattr(readme, "stale", lambda: [] if current else ["cpu.jsonl is stale"])
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    if current:
+        readme.main()
+        assert "are of the kernels in csrc/" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="cpu.jsonl is stale"):
+            readme.main()
 
 
 def test_pictures_are_the_same_every_time(written, tmp_path):
@@ -376,11 +393,11 @@ def test_markers_must_be_there(bench):
             readme.replaced(text, "new")
 
 
-def test_readme_shows_what_was_measured_of_these_sources(bench):
-    """Results, README and pictures belong together, and to the kernels in csrc/."""
+def test_readme_is_what_its_results_give(bench):
+    """Results, README and pictures belong together. Whether they are stale is asked by make report-check alone."""
     if not (ROOT / "csrc").is_dir() or not (ROOT / "README.md").exists():
         pytest.skip("not a checkout")
     import readme
 
     assert os.path.exists(readme.SHOWN), "make bench-full writes it"
-    assert readme.complaints((ROOT / "README.md").read_text()) == []
+    assert readme.edited((ROOT / "README.md").read_text()) == []

@@ -76,6 +76,10 @@ int64_t third_level_cache() {
   return bytes > 0 ? int64_t(bytes) : int64_t(32) << 20;
 }
 
+// Found when the library is loaded, not by the first call: a process that forks meanwhile would leave its child to wait
+// for ever for who was finding it.
+const int64_t third_level_bytes = third_level_cache();
+
 }  // namespace
 
 const char* capability() { return chosen().name; }
@@ -100,9 +104,6 @@ int64_t mask_bytes(const Problem& problem) {
 // In training the other pass wants as much. Outputs of 6.4 MB that a forward pass left in the cache took 0.62 to 1.12
 // of the time, and 0.9 to 1.1 with the backward pass; of 12.8 MB, or with a residual, 1 to 1.2 with it. In eval outputs
 // of 12.8 MB took 0.65 to 0.95 so.
-int64_t cached_bytes(bool alone) {
-  static const int64_t bytes = third_level_cache();
-  return alone ? bytes : bytes / 2;
-}
+int64_t cached_bytes(bool alone) { return alone ? third_level_bytes : third_level_bytes / 2; }
 
 }  // namespace fastbn::cpu

@@ -2,6 +2,7 @@
 #include "exchange.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -53,6 +54,11 @@ void pause() {
 #endif
 }
 
+// How many forks this process is away from the first one of its line. An exchange is of one process: a child has the
+// same memory, but not the locks, and the thread that may have been in a turn is not there.
+std::atomic<int64_t> forks{0};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { ++forks; });
+
 struct flock lock_of(short type, int64_t rank) {
   struct flock lock{};
   lock.l_type = type;
@@ -73,6 +79,7 @@ struct Exchange::Memory {
   Entry* entries;
   uint64_t turn = 0, subject = 0;
   std::mutex mutex;
+  int64_t of_process = forks;
 
   // Two of each: who has begun a turn has ended the one before, so nobody looks at what is two turns old.
   Entry& entry(int64_t of_rank, int64_t channel) const {
@@ -139,7 +146,7 @@ int64_t Exchange::bytes(int64_t ranks, int64_t channels) {
 }
 
 Exchange::Exchange(int file, int64_t rank, int64_t ranks, int64_t channels, double timeout_seconds)
-    : memory_(new Memory{file, rank, ranks, channels, timeout_seconds, 0, nullptr, nullptr, 0, 0, {}}) {
+    : memory_(new Memory{file, rank, ranks, channels, timeout_seconds, 0, nullptr, nullptr}) {
   const auto give_up = [&](const char* what) {
     const int error = errno;
     delete memory_;
@@ -170,6 +177,11 @@ int64_t Exchange::channels() const { return memory_->channels; }
 int64_t Exchange::turns() const { return int64_t(memory_->turn); }
 
 Turn::Turn(Exchange& exchange, Topic topic, int64_t channels) : memory_(*exchange.memory_) {
+  if (memory_.of_process != forks.load(std::memory_order_relaxed)) {
+    throw std::runtime_error(
+        "SyncBatchNorm: this process was forked after its process group had been used, and cannot use that; make a new "
+        "one here");
+  }
   memory_.mutex.lock();
   Header& own = memory_.headers[memory_.rank];
   const bool failed = own.failed.load(std::memory_order_relaxed);
