@@ -24,11 +24,13 @@ class _FrozenBatchNorm(nn.Module):
     Args:
         num_features: C of the input.
         eps: added to running_var.
-        trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
         device, dtype: of parameters and buffers.
+        trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
     """
 
-    def __init__(self, num_features, eps=1e-5, *, trainable=False, device=None, dtype=None):
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, device=None, dtype=None, *, trainable: bool = False
+    ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
         ones, zeros = (f(num_features, device=device, dtype=dtype) for f in (torch.ones, torch.zeros))

@@ -161,9 +161,21 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
 class _Ghost:
     """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
 
-    def __init__(self, num_features, *args, virtual_batch_size, **kwargs):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int,
+    ) -> None:
         check_virtual_batch_size(virtual_batch_size)
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.virtual_batch_size = virtual_batch_size
 
     def extra_repr(self):

@@ -12,9 +12,20 @@ class _FastBatchNorm:
     """The forward pass of BatchNorm1d, 2d and 3d; all else is torch's, so that state_dict, repr, hooks, conversion
     tools and isinstance see what they know."""
 
-    def __init__(self, num_features, *args, bias=True, **kwargs):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ) -> None:
         # torch before 2.13 has no `bias`
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias and self.affine:
             self.register_parameter("bias", None)
 
@@ -78,18 +89,18 @@ class _BatchNormAct(_NormBase):
 
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         device=None,
         dtype=None,
         *,
-        bias=True,
-        activation="relu",
-        activation_param=None,
-    ):
+        bias: bool = True,
+        activation: str = "relu",
+        activation_param: float | None = None,
+    ) -> None:
         activations.check(activation, activation_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias and self.affine:

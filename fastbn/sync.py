@@ -7,7 +7,7 @@ CPUs that the ranks have in common the kernels exchange both on their way, and a
 
 import copy
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -247,12 +247,19 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
     """
 
     def __init__(
-        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None,
-        device=None, dtype=None, *, bias=True,
-    ):  # fmt: skip
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
-        )
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
@@ -293,8 +300,25 @@ class SyncBatchNormAct(_Synchronized, _BatchNormAct):
         process_group: of torch.distributed; None for all ranks. The rest is as for `fastbn.BatchNormAct2d`.
     """
 
-    def __init__(self, num_features, *args, process_group=None, **kwargs):
-        super().__init__(num_features, *args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        activation: str = "relu",
+        activation_param: float | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation, activation_param=activation_param,
+        )  # fmt: skip
         self.process_group = process_group
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
