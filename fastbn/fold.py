@@ -140,7 +140,7 @@ class _Model:
                 return f"{name} shares its parameters"
         if bn.training:
             return "it is in training mode"
-        if bn.running_mean is None or bn.running_var is None:
+        if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
             return "it has no running statistics"
         if len(before.args) != 1 or before.kwargs:
             return f"{before.target} is called with more than its input"

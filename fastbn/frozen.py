@@ -91,13 +91,20 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
-        ValueError: a batch norm has no running statistics. Then nothing is changed.
+        ValueError: a batch norm has no running statistics, or weight or bias are not its own (pruned), so that they
+            cannot become buffers. Then nothing is changed.
     """
     check_module(module, "freeze")
     found = {name: m for name, m in module.named_modules() if type(m) in _FROZEN}
     for name, m in found.items():
-        if m.running_mean is None or m.running_var is None:
-            raise ValueError(f"fastbn.freeze: {name or type(m).__name__} has no running statistics to use")
+        label = name or type(m).__name__
+        if getattr(m, "running_mean", None) is None or getattr(m, "running_var", None) is None:
+            raise ValueError(f"fastbn.freeze: {label} has no running statistics to use")
+        if not trainable and not {"weight", "bias"} <= m._parameters.keys():
+            raise ValueError(
+                f"fastbn.freeze: weight and bias of {label} should be parameters of its own, to become buffers; undo what "
+                "replaced them (torch.nn.utils.prune.remove), or use trainable=True"
+            )
     unfuse(module)
     forget(module)
     for m in found.values():
@@ -107,9 +114,9 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
 
 def _freeze(m, trainable):
     m.__class__ = _FROZEN[type(m)]
-    del m.num_batches_tracked
-    for name in ("momentum", "affine", "track_running_stats"):
-        del m.__dict__[name]
+    for name in ("num_batches_tracked", "momentum", "affine", "track_running_stats"):
+        if hasattr(m, name):
+            delattr(m, name)
     if not trainable:
         for name in ("weight", "bias"):
             value = m._parameters.pop(name)

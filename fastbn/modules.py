@@ -43,20 +43,25 @@ class _FastBatchNorm:
 
 
 def _state_of(module):
-    """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module."""
+    """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module.
+
+    Only what the pass uses is looked up, as in torch: old checkpoints and hand-written states may lack the rest.
+    """
+    training, mean, var, counter = module.training, None, None, None
+    has_statistics = not training or (module.track_running_stats and not is_repeated())
     try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
         weight, bias = module._parameters["weight"], module._parameters["bias"]
-        mean, var = module._buffers["running_mean"], module._buffers["running_var"]
-        counter = module._buffers["num_batches_tracked"]
+        if has_statistics:
+            mean, var = module._buffers["running_mean"], module._buffers["running_var"]
+            if training:
+                counter = module._buffers["num_batches_tracked"]
     except KeyError:  # parametrized, pruned, or moved elsewhere by another tool
         weight, bias = module.weight, module.bias
-        mean, var, counter = module.running_mean, module.running_var, module.num_batches_tracked
-    training = module.training
-    if not training:
-        training, counter = mean is None and var is None, None
-    elif not module.track_running_stats or is_repeated():
-        mean = var = counter = None
-    return weight, bias, mean, var, counter, training
+        if has_statistics:
+            mean, var = module.running_mean, module.running_var
+            if training:
+                counter = module.num_batches_tracked
+    return weight, bias, mean, var, counter, training or (mean is None and var is None)
 
 
 class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):
