@@ -12,6 +12,7 @@ from torch import nn
 from . import patterns
 from .fuse import Analysis, described, fuse, is_fused
 from .report import Report, check_module, keep
+from .sync import SyncBatchNorm
 from .tracing import is_plain
 
 # The batch norm that can follow, and the dimensions of the tensor between.
@@ -20,6 +21,9 @@ _PAIRS = {
     nn.Conv2d: ("BatchNorm2d", 4), nn.ConvTranspose2d: ("BatchNorm2d", 4),
     nn.Conv3d: ("BatchNorm3d", 5), nn.ConvTranspose3d: ("BatchNorm3d", 5),
 }  # fmt: skip
+# In eval these are local, and take inputs of any dimensions.
+_SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)
+_FOLDABLE = (*patterns.TORCHS, *patterns.OURS, *_SYNCHRONIZED)
 
 
 class FoldedBatchNorm(nn.Identity):
@@ -44,14 +48,14 @@ class FoldedBatchNorm(nn.Identity):
 def fold(module: nn.Module) -> nn.Module:
     """Fold batch norms into the convolution or linear layer before them, in place, for inference.
 
-    For torch.nn's and fastbn's batch norms, before or after :func:`convert`, fused or not; what follows them (an
-    activation, an add) stays. Weights are computed in float64 and are new parameters of the layer's dtype; the batch
-    norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert` does not undo
-    this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells what was folded,
-    and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it, the layer's
-    output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The forward is looked
-    at with the arguments that its callers give it, or its defaults, and as its attributes are now. A layer that an
-    untraceable forward of an outer module takes from within an inner one is not seen.
+    For torch.nn's and fastbn's batch norms, synchronized ones too, before or after :func:`convert`, fused or not; what
+    follows them (an activation, an add) stays. Weights are computed in float64 and are new parameters of the layer's
+    dtype; the batch norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert`
+    does not undo this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells
+    what was folded, and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it,
+    the layer's output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The
+    forward is looked at with the arguments that its callers give it, or its defaults, and as its attributes are now. A
+    layer that an untraceable forward of an outer module takes from within an inner one is not seen.
 
     Returns:
         ``module``.
@@ -114,8 +118,10 @@ class _Model:
         seen = set()
         for owner, graph in self._graphs():
             for node in graph.nodes:
-                if patterns.is_batch_norm(node, self.paths[owner]) and self.paths[owner][node.target] not in seen:
-                    seen.add(self.paths[owner][node.target])
+                if not patterns.is_batch_norm(node, self.paths[owner], _FOLDABLE):
+                    continue
+                if (bn := self.paths[owner][node.target]) not in seen:
+                    seen.add(bn)
                     yield owner, node
 
     def objection(self, owner, node):
@@ -125,7 +131,7 @@ class _Model:
         layer = modules[before.target] if before.op == "call_module" else None
         if type(layer) not in _PAIRS:
             return f"follows {patterns.describe(before, modules)}, which has no weights to take it in"
-        if type(bn).__name__ != _PAIRS[type(layer)][0]:
+        if type(bn) not in _SYNCHRONIZED and type(bn).__name__ != _PAIRS[type(layer)][0]:
             return f"{type(bn).__name__} does not go with {type(layer).__name__}"
         if len(before.users) != 1:
             return f"the output of {before.target} is used {len(before.users)} times"
@@ -147,7 +153,7 @@ class _Model:
         return None
 
     def untraced(self, bn):
-        if type(bn) not in (*patterns.TORCHS, *patterns.OURS):
+        if type(bn) not in _FOLDABLE:
             return f"{type(bn).__name__} is not a class of torch.nn that fastbn stands in for"
         for m, why in self.analysis.reasons.items():
             if bn in set(m.modules()):

@@ -102,8 +102,8 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
             raise ValueError(f"fastbn.freeze: {label} has no running statistics to use")
         if not trainable and not {"weight", "bias"} <= m._parameters.keys():
             raise ValueError(
-                f"fastbn.freeze: weight and bias of {label} should be parameters of its own, to become buffers; undo what "
-                "replaced them (torch.nn.utils.prune.remove), or use trainable=True"
+                f"fastbn.freeze: weight and bias of {label} should be parameters of its own, to become buffers; undo "
+                "what replaced them (torch.nn.utils.prune.remove), or use trainable=True"
             )
     unfuse(module)
     forget(module)

@@ -138,10 +138,10 @@ class Match:
         return " + ".join(["batch_norm", *follow])
 
 
-def is_batch_norm(node, modules):
+def is_batch_norm(node, modules, classes=(*TORCHS, *OURS)):
     return (
         node.op == "call_module"
-        and type(modules.get(node.target)) in (*TORCHS, *OURS)
+        and type(modules.get(node.target)) in classes
         and len(node.args) == 1
         and isinstance(node.args[0], fx.Node)
         and not node.kwargs

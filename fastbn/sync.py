@@ -6,6 +6,7 @@ CPUs that the ranks have in common the kernels exchange both on their way, and a
 """
 
 import copy
+import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -219,6 +220,9 @@ def _forward(module, input, *ending):
 class _Synchronized:
     """What both modules have beside a `process_group`."""
 
+    # Spatial dimensions of the class that convert_sync_batchnorm swapped, 1 to 3; None where that is not known.
+    _dimensions: int | None = None
+
     def _check_input_dim(self, input):
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
@@ -230,13 +234,14 @@ class _Synchronized:
         return made
 
 
-class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
+class SyncBatchNorm(_Synchronized, _FastBatchNorm, nn.BatchNorm2d):
     """Batch norm over the batch of all ranks of a process group, as torch.nn.SyncBatchNorm, on CPUs too.
 
     On input (N, C, ...) of any rank; N may differ from rank to rank and be 0. In eval, and in training without
     torch.distributed or in a group of one, it is the local batch norm. All ranks must call it equally often, and
-    backward too; a rank that has ended makes the others raise when the group's timeout is over, or sooner. Not a
-    subclass of torch.nn.SyncBatchNorm, which DDP refuses on CPUs.
+    backward too; a rank that has ended makes the others raise when the group's timeout is over, or sooner. A subclass
+    of torch.nn.BatchNorm2d, which is how tools find it that list the classes of norm layers, and not of
+    torch.nn.SyncBatchNorm, which DDP refuses on CPUs.
 
     Args:
         process_group: of torch.distributed; None for all ranks. The rest is as for torch.nn.SyncBatchNorm.
@@ -271,7 +276,8 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
         of fastbn become SyncBatchNorm, BatchNormAct1d/2d/3d become SyncBatchNormAct.
 
         Modules, parameters, buffers and hooks stay the same objects. Only the exact classes are swapped; a warning
-        names what else is a batch norm. What `fastbn.convert(fuse=True)` has fused runs unfused from then on.
+        names what else is a batch norm. What `fastbn.convert(fuse=True)` has fused runs unfused from then on. The way
+        back is ``fastbn.convert(module, sync=False)``.
 
         Args:
             module: any module; it may be a batch norm itself.
@@ -282,6 +288,8 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
         """
         for name, child in module.named_modules():
             if (target := _SYNCHRONIZED.get(type(child))) is not None:
+                if type(child) in _DIMENSIONS:
+                    child._dimensions = _DIMENSIONS[type(child)]
                 child.__class__ = target
                 child.process_group = process_group
             elif isinstance(child, (_BatchNorm, _BatchNormAct, _LazyNormBase)):
@@ -325,8 +333,34 @@ class SyncBatchNormAct(_Synchronized, _BatchNormAct):
         return _forward(self, input, self.activation, self.activation_param, residual)
 
 
-_SYNCHRONIZED = {
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), SyncBatchNorm),
-    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm), SyncBatchNorm),
-    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct), SyncBatchNormAct),
+_LOCAL = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
+_LOCAL_ACT = {1: BatchNormAct1d, 2: BatchNormAct2d, 3: BatchNormAct3d}
+_DIMENSIONS = {
+    **{getattr(nn, f"BatchNorm{n}d"): n for n in _LOCAL},
+    **{cls: n for classes in (_LOCAL, _LOCAL_ACT) for n, cls in classes.items()},
 }
+_SYNCHRONIZED = {
+    cls: SyncBatchNormAct if issubclass(cls, _BatchNormAct) else SyncBatchNorm
+    for cls in (*_DIMENSIONS, nn.SyncBatchNorm, SyncBatchNorm, SyncBatchNormAct)
+}
+# A synchronized batch norm takes inputs of any dimensions; where nothing else is known, the layer before it tells.
+_DIMENSIONS_AFTER = {nn.Linear: 1, nn.Conv1d: 1, nn.ConvTranspose1d: 1, nn.Conv3d: 3, nn.ConvTranspose3d: 3}
+
+
+def desynchronize(root: nn.Module) -> None:
+    """Make every synchronized batch norm in ``root``, torch's and fastbn's, that of one process, in place."""
+    before = {}
+    for parent in root.modules():
+        before |= {child: previous for previous, child in itertools.pairwise(parent.children())}
+    for module in root.modules():
+        if type(module) in (nn.SyncBatchNorm, SyncBatchNorm, SyncBatchNormAct):
+            guess = _DIMENSIONS_AFTER.get(type(before.get(module)), 2)
+            local = _LOCAL_ACT if isinstance(module, SyncBatchNormAct) else _LOCAL
+            become_local(module, local[getattr(module, "_dimensions", None) or guess])
+
+
+def become_local(module: nn.Module, cls: type) -> None:
+    """Give a synchronized batch norm the class ``cls`` of one process."""
+    module.__class__ = cls
+    for name in ("process_group", "_dimensions"):
+        module.__dict__.pop(name, None)
