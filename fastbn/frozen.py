@@ -5,6 +5,8 @@ In: the state of a batch norm. Out: modules that compute y = (x - mean) / sqrt(v
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
+from torch.nn import functional as F
 
 from . import modules
 from .autograd import batch_norm
@@ -48,10 +50,16 @@ class _FrozenBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, trainable={isinstance(self.weight, nn.Parameter)}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):
+        if is_scripting():
             self._check_input_dim(input)
-        state = self.weight, self.bias, self.running_mean, self.running_var
-        return batch_norm(input, *state, None, False, 0.0, self.eps)
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        else:
+            if isinstance(input, Tensor):
+                self._check_input_dim(input)
+            state = self.weight, self.bias, self.running_mean, self.running_var
+            return batch_norm(input, *state, None, False, 0.0, self.eps)
 
 
 class FrozenBatchNorm1d(_FrozenBatchNorm):

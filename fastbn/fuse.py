@@ -19,6 +19,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import patterns
+from .scripting import scripted_as
 from .tracing import Call, Untraceable, holds, is_plain, original_class, trace
 
 _ATTRIBUTE = "_fastbn_fusion"
@@ -92,7 +93,6 @@ def _compiled(graph):
 def _fused_class(cls):
     """A subclass that cannot be told from cls, but for the forward, the repr, and pickles that do not name it."""
 
-    @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
         fusion = self.__dict__.get(_ATTRIBUTE)
         if fusion is not None and not _is_recorded() and not _torch_module._has_any_global_hook():
@@ -117,7 +117,7 @@ def _fused_class(cls):
             fusion.variants = _rebuilt(fusion, self)
 
     names = {
-        "forward": forward,
+        "forward": scripted_as(forward, cls.forward),
         "__setstate__": setstate,
         "extra_repr": extra_repr,
         "__reduce_ex__": reduce,

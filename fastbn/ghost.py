@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.jit import is_scripting
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import arguments, ops
@@ -182,9 +183,16 @@ class _Ghost:
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):
-            self._check_input_dim(input)
-        return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
+        if is_scripting():
+            if self.training:
+                raise RuntimeError(
+                    "fastbn: ghost batch norm does not train in TorchScript; script the model in eval mode"
+                )
+            return self._scripted_batch_norm(input)
+        else:
+            if isinstance(input, Tensor):
+                self._check_input_dim(input)
+            return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
 
 
 class GhostBatchNorm1d(_Ghost, BatchNorm1d):

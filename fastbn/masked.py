@@ -6,6 +6,7 @@ gathered into a matrix (M, C), which the kernels normalize as any other, and sca
 
 import torch
 from torch import Tensor
+from torch.jit import is_scripting
 
 from .autograd import batch_norm as _batch_norm
 from .modules import BatchNorm1d, _state_of
@@ -93,5 +94,10 @@ class MaskedBatchNorm1d(BatchNorm1d):
         return gather(input, valid_positions(input, mask))
 
     def forward(self, input: Tensor, mask: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        return _masked(input, mask, _state_of(self), self.momentum, self.eps)
+        if is_scripting():
+            raise RuntimeError(
+                "fastbn: MaskedBatchNorm1d does not run in TorchScript; use torch.export or torch.compile"
+            )
+        else:
+            self._check_input_dim(input)
+            return _masked(input, mask, _state_of(self), self.momentum, self.eps)

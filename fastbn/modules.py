@@ -1,14 +1,16 @@
 """In: the arguments of torch.nn.BatchNorm*d. Out: modules that are those, but for the forward pass."""
 
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import activations
 from .autograd import batch_norm
 from .checkpointing import is_repeated
+from .scripting import Scriptable, scripted_activation
 
 
-class _FastBatchNorm:
+class _FastBatchNorm(Scriptable):
     """The forward pass of BatchNorm1d, 2d and 3d; all else is torch's, so that state_dict, repr, hooks, conversion
     tools and isinstance see what they know."""
 
@@ -37,9 +39,12 @@ class _FastBatchNorm:
             super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):  # a proxy of torch.fx has no number of dimensions to look at
-            self._check_input_dim(input)
-        return batch_norm(input, *_state_of(self), self.momentum, self.eps)
+        if is_scripting():
+            return self._scripted_batch_norm(input)
+        else:  # what stands here is not compiled
+            if isinstance(input, Tensor):  # a proxy of torch.fx has no number of dimensions to look at
+                self._check_input_dim(input)
+            return batch_norm(input, *_state_of(self), self.momentum, self.eps)
 
 
 def _state_of(module):
@@ -76,7 +81,7 @@ class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d on (N, C, D, H, W), by fastbn's kernels; arguments and state are torch's."""
 
 
-class _BatchNormAct(_NormBase):
+class _BatchNormAct(Scriptable, _NormBase):
     """y = act(bn(x) + residual) in one pass over memory. Not a subclass of torch.nn's batch norms: tools that replace
     those would lose the activation. Parameters, buffers and their names are those of torch.nn's, so state dicts load
     both ways.
@@ -89,8 +94,6 @@ class _BatchNormAct(_NormBase):
 
     Raises ValueError or TypeError for an activation that is not there.
     """
-
-    _DIMENSIONS: tuple[int, ...]
 
     def __init__(
         self,
@@ -120,34 +123,39 @@ class _BatchNormAct(_NormBase):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
-    def _check_input_dim(self, input):
-        if input.dim() not in self._DIMENSIONS:
-            expected = " or ".join(f"{n}D" for n in self._DIMENSIONS)
-            raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-
     def extra_repr(self):
         param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
         return f"{super().extra_repr()}, activation={self.activation!r}{param}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(input) + residual); residual, if there is one, has the sizes and dtype of input."""
-        if isinstance(input, Tensor):
-            self._check_input_dim(input)
-        return batch_norm(
-            input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
-        )
+        if is_scripting():
+            return self._scripted(input, residual)
+        else:
+            if isinstance(input, Tensor):
+                self._check_input_dim(input)
+            return batch_norm(
+                input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
+            )
+
+    def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        z = self._scripted_batch_norm(input)
+        if residual is not None:
+            z = z + residual
+        param = self.activation_param
+        return scripted_activation(z, self.activation, None if param is None else float(param))
 
 
 class BatchNormAct1d(_BatchNormAct):
     __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C) or (N, C, L): y = act", 1)
-    _DIMENSIONS = (2, 3)
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class BatchNormAct2d(_BatchNormAct):
     __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, H, W): y = act", 1)
-    _DIMENSIONS = (4,)
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class BatchNormAct3d(_BatchNormAct):
     __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, D, H, W): y = act", 1)
-    _DIMENSIONS = (5,)
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from . import activations, arguments, ops
@@ -227,6 +228,13 @@ class _Synchronized:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
+    def _check_scripted(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                "fastbn: synchronized batch norm does not train in TorchScript; script the model in eval mode, or "
+                "after fastbn.convert(model, sync=False)"
+            )
+
     def __deepcopy__(self, memo):
         memo[id(self.process_group)] = self.process_group  # of processes there are no copies
         made = memo[id(self)] = self.__class__.__new__(self.__class__)
@@ -268,7 +276,11 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, nn.BatchNorm2d):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        if is_scripting():
+            self._check_scripted()
+            return self._scripted_batch_norm(input)
+        else:
+            return _forward(self, input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group=None) -> nn.Module:
@@ -330,7 +342,11 @@ class SyncBatchNormAct(_Synchronized, _BatchNormAct):
         self.process_group = process_group
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _forward(self, input, self.activation, self.activation_param, residual)
+        if is_scripting():
+            self._check_scripted()
+            return self._scripted(input, residual)
+        else:
+            return _forward(self, input, self.activation, self.activation_param, residual)
 
 
 _LOCAL = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
