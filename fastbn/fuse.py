@@ -110,15 +110,8 @@ def _fused_class(cls):
         make, args, *rest = super(fused, self).__reduce_ex__(max(protocol, 2))
         return _remake, (cls, *args[1:]), *rest
 
-    def setstate(self, state):
-        super(fused, self).__setstate__(state)
-        fusion = self.__dict__.get(_ATTRIBUTE)
-        if fusion is not None and fusion.variants is None:  # not later: a forward may run in a thread among others
-            fusion.variants = _rebuilt(fusion, self)
-
     names = {
         "forward": scripted_as(forward, cls.forward),
-        "__setstate__": setstate,
         "extra_repr": extra_repr,
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,
@@ -131,7 +124,24 @@ def _fused_class(cls):
 
 
 def _remake(cls, *args):
-    return copyreg.__newobj__(_fused_class(cls), *args)
+    """What a pickle of a fused module begins with: an instance of its own class, which its state makes a fused one.
+
+    Fused classes have no names to be found by. torch.load(weights_only=True) gives a state only to instances of classes
+    that it was told of, and to those by the ``__setstate__`` that they have, be it their own.
+    """
+    module = copyreg.__newobj__(cls, *args)
+    module.__dict__["__setstate__"] = functools.partial(_restore, module)
+    return module
+
+
+def _restore(module, state):
+    del module.__dict__["__setstate__"]
+    cls = original_class(module)
+    cls.__setstate__(module, state)
+    module.__class__ = _fused_class(cls)
+    fusion = module.__dict__.get(_ATTRIBUTE)
+    if fusion is not None and fusion.variants is None:  # not later: a forward may run in a thread among others
+        fusion.variants = _rebuilt(fusion, module)
 
 
 def _is_recorded():

@@ -32,7 +32,7 @@ class Untraceable(Exception):
 
 class _Sign:
     def __init__(self, name):
-        self.name = name
+        self.name = self.__qualname__ = name  # the latter for torch.serialization.add_safe_globals
 
     def __repr__(self):
         return self.name
