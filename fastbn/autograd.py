@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, arguments, ops
+from . import activations, arguments, interop, ops
 from .activations import ACTIVATIONS
 
 
@@ -312,14 +312,29 @@ def _careful_batch_norm(
     momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
     param = activations.check(activation, activation_param)
     arguments.check_residual(residual, input)
+    if interop.is_torchs(input, weight, bias, running_mean, running_var):
+        return interop.batch_norm_of_torch(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
+            param, residual,
+        )  # fmt: skip
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
         z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
-    forward = ops.forward if is_compiling() or torch.jit.is_tracing() else BatchNormFunction.apply
-    output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
+    ending = (activation, activation_param, residual)
+    if is_compiling():
+        output, used = ops.forward(input, weight, bias, moments, eps, *ending)
+    else:
+        try:
+            output, used = BatchNormFunction.apply(input, weight, bias, moments, eps, *ending)
+        except BaseException:
+            # torch.utils.checkpoint ends a forward that it repeats where the last tensor is saved for backward: before
+            # the statistics are up to date, so that the batch is not to count either.
+            if num_batches_tracked is not None:
+                num_batches_tracked.sub_(1)
+            raise
     if training and running_mean is not None:
         count = input.numel() // input.size(1)
         ops.update_running_stats(used, count, momentum, running_mean, running_var, num_batches_tracked)

@@ -1,0 +1,56 @@
+"""Calls that torch's own batch norm takes over: tensors and modes for which fastbn's operators have no rule."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from .activations import ACTIVATIONS
+
+_ORDINARY = (type(None), Tensor, nn.Parameter)
+
+
+def is_torchs(*tensors: Tensor | None) -> bool:
+    """Whether torch.nn.functional.batch_norm has to compute a call with these tensors, the input first.
+
+    That is so for a DTensor, whose sharding rules are torch's; for an mkldnn tensor, whose layout only torch's kernels
+    know; within torch.func.functionalize, which has no rule for autograd.Function; and under torch.jit.trace, so that
+    what was traced loads where fastbn is not installed and is known to exporters and counters of operations.
+    """
+    if any(type(t) not in _ORDINARY for t in tensors) and any(isinstance(t, _dtensor()) for t in tensors):
+        return True
+    return not is_compiling() and (tensors[0].is_mkldnn or torch.jit.is_tracing() or _is_functionalized())
+
+
+def _dtensor() -> Any:
+    """The class, if anybody has imported it: its import takes longer than fastbn's."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def _is_functionalized() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack()
+    return bool(stack) and any(level.key() == torch._C._functorch.TransformType.Functionalize for level in stack)
+
+
+def batch_norm_of_torch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    param: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """fastbn.autograd.batch_norm in torch's functions, but for the count of the batch, which was added before."""
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
