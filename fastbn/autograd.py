@@ -307,38 +307,42 @@ def _careful_batch_norm(
 ):  # fmt: skip
     """The long way: it checks every argument, and is made of operators that torch.compile, functorch, modes and fake
     tensors can see."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    param = activations.check(activation, activation_param)
-    arguments.check_residual(residual, input)
-    if interop.is_torchs(input, weight, bias, running_mean, running_var):
+    try:
+        momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        param = activations.check(activation, activation_param)
+        arguments.check_residual(residual, input)
+        by_torch = interop.is_torchs(input, weight, bias, running_mean, running_var)
+        if input.numel() > 0 and not by_torch:
+            arguments.check_together(input, weight, bias, running_mean, running_var, training)
+    except Exception:
+        _count_batch(num_batches_tracked)  # as torch, which counts a batch before it looks at it
+        raise
+    if by_torch:
+        _count_batch(num_batches_tracked)
         return interop.batch_norm_of_torch(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
             param, residual,
         )  # fmt: skip
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
+        _count_batch(num_batches_tracked)
         z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
-    arguments.check_together(input, weight, bias, running_mean, running_var, training)
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
-    ending = (activation, activation_param, residual)
-    if is_compiling():
-        output, used = ops.forward(input, weight, bias, moments, eps, *ending)
-    else:
-        try:
-            output, used = BatchNormFunction.apply(input, weight, bias, moments, eps, *ending)
-        except BaseException:
-            # torch.utils.checkpoint ends a forward that it repeats where the last tensor is saved for backward: before
-            # the statistics are up to date, so that the batch is not to count either.
-            if num_batches_tracked is not None:
-                num_batches_tracked.sub_(1)
-            raise
+    forward = ops.forward if is_compiling() else BatchNormFunction.apply
+    output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
+    # Both here or neither: torch.utils.checkpoint ends a forward that it repeats with the last tensor that is saved for
+    # backward, which may be one of those above.
+    _count_batch(num_batches_tracked)
     if training and running_mean is not None:
         count = input.numel() // input.size(1)
         ops.update_running_stats(used, count, momentum, running_mean, running_var, num_batches_tracked)
     return output
+
+
+def _count_batch(num_batches_tracked):
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
 
 
 def batch_norm_of_nothing(input, weight, bias):
