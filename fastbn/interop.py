@@ -17,17 +17,29 @@ def is_torchs(*tensors: Tensor | None) -> bool:
     """Whether torch.nn.functional.batch_norm has to compute a call with these tensors, the input first.
 
     That is so for a DTensor, whose sharding rules are torch's; for an mkldnn tensor, whose layout only torch's kernels
-    know; within torch.func.functionalize, which has no rule for autograd.Function; and under torch.jit.trace, so that
-    what was traced loads where fastbn is not installed and is known to exporters and counters of operations.
+    know; within torch.func.functionalize, which has no rule for autograd.Function; under torch.jit.trace, so that what
+    was traced loads where fastbn is not installed and is known to exporters and counters of operations; and where
+    torch.compile compiles a transform of torch.func, for which operators with derivatives in Python have no rule.
     """
     if any(type(t) not in _ORDINARY for t in tensors) and any(isinstance(t, _dtensor()) for t in tensors):
         return True
-    return not is_compiling() and (tensors[0].is_mkldnn or torch.jit.is_tracing() or _is_functionalized())
+    if is_compiling():
+        return _is_transformed()
+    return tensors[0].is_mkldnn or torch.jit.is_tracing() or _is_functionalized()
 
 
 def _dtensor() -> Any:
     """The class, if anybody has imported it: its import takes longer than fastbn's."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile calls this as it
+# compiles, within the transform.
+_is_transformed._dynamo_marked_constant = True
 
 
 def _is_functionalized() -> bool:

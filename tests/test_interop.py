@@ -199,3 +199,41 @@ def test_jit_trace_has_operators_of_torch(kind, training):
     theirs(x)  # what the trace has run
     torch.testing.assert_close(traced(x), theirs(x))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@training
+@kinds
+def test_compiled_transforms(kind, training):
+    """torch.compile of gradients by torch.func."""
+    torch._dynamo.reset()
+    theirs, ours, state = states(kind, training)
+    if kind == "cumulative" and training:
+        pytest.skip("torch's reads the value of the counter, which a graph cannot hold")
+    x = an_input(4, 3, 5, 5)
+    compiled = torch.compile(a_step_by_functorch(ours), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*state, x), a_step_by_functorch(theirs)(*state, x))
+    graphs = []
+
+    def remember(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    torch.compile(ours, backend=remember, fullgraph=True)(x)
+    assert "fastbn.forward" in graphs[0], "without a transform the kernels stay"
+    torch._dynamo.reset()
+
+
+def test_compiled_tangents_are_right_or_refused():
+    """In a process of its own: a refused compilation leaves torch.func in a state that breaks the next one."""
+    code = """
+import torch, fastbn
+bn, x = fastbn.BatchNorm2d(3).eval(), torch.randn(4, 3, 5, 5)
+f = lambda x: torch.func.jvp(bn, (x,), (x.sin(),))[1]
+try:
+    found = torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+except RuntimeError:
+    found = f(x)
+torch.testing.assert_close(found, f(x))
+assert found.abs().max() > 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
