@@ -66,7 +66,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compile_with", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compile_with", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("kind", MODULES)
 def test_gradients(kind, compile_with):
     module = MODULES[kind]().double()
@@ -81,6 +81,7 @@ def test_gradients(kind, compile_with):
     assert len(graphs) == 1, "the second and the third pass are those of the first graph"
 
 
+@pytest.mark.slow
 def test_other_sizes_and_other_numbers_are_other_graphs():
     xs = [torch.randn(n, 3, 4, s, dtype=torch.float64) for n, s in ((4, 5), (6, 5), (3, 7), (5, 8))]
     modules = [fastbn.BatchNorm2d(3, eps=eps).double() for eps in (1e-5, 0.5)]
