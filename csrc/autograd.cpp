@@ -9,6 +9,13 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/version.h>
+
+// torch 2.6 has another interface.
+#define FASTBN_COMPILED_AUTOGRAD (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 7)
+#if FASTBN_COMPILED_AUTOGRAD
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#endif
 
 namespace fastbn {
 
@@ -39,15 +46,52 @@ constexpr c10::DispatchKeySet ordinary_keys{
 // True for a tensor of memory that kernels can read, and nothing else.
 bool is_dense(const Tensor& t) { return ordinary_keys.isSupersetOf(t.key_set()) && t.layout() == at::kStrided; }
 
-OptionalTensor unpack(const torch::autograd::SavedVariable& variable) {
-  const Tensor t = variable.unpack();
-  return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+OptionalTensor unpack(const torch::autograd::SavedVariable& variable) { return optional(variable.unpack()); }
 
 // True where a backward pass must be made of operators: it is to be differentiated again, mapped or looked at.
 bool in_operators(const Tensor& dy, const Tensor& x) {
   return at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x);
 }
+
+// torch counts references to nodes with shared_ptr up to some version, and inside the node after it.
+template <class N>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::shared_ptr<N>(new N(), [](auto* node) { deleteNode(node); });
+  }
+}
+
+#if FASTBN_COMPILED_AUTOGRAD
+using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
+
+// Writes a call of `function(gradients, tensors)` into the graph of torch._dynamo.compiled_autograd, in the place of
+// `node`. What the function holds beside its arguments must be in the node's compiled_args. Unless it is traceable, it
+// runs in eager mode between two graphs.
+variable_list capture(torch::autograd::Node& node, const SwapSavedVariables& swapped, const variable_list& inputs,
+                      const variable_list& tensors, bool traceable,
+                      std::function<variable_list(const variable_list&, const variable_list&)> function) {
+  namespace dynamo = torch::dynamo::autograd;
+  const auto& python = dynamo::getPyCompilerInterface();
+  const std::vector<c10::IValue> args(tensors.begin(), tensors.end());
+  const std::string name = python->bind_function(
+      swapped.get_py_compiler(), node.name(),
+      [function](const variable_list& grads, const std::vector<c10::IValue>& values) {
+        variable_list given;
+        for (const c10::IValue& value : values) given.push_back(value.toTensor());
+        return function(grads, given);
+      },
+      std::vector<at::TypePtr>(args.size(), at::TensorType::get()), /*is_custom_function=*/true, traceable);
+  using Metadata = dynamo::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>;
+  return python->call_function(swapped.get_py_compiler(), "apply_functional", name, inputs, args,
+                               Metadata::pack(dynamo::get_input_metadata(node.next_edges())));
+}
+#endif
 
 struct BatchNormBackward : torch::autograd::Node {
   torch::autograd::SavedVariable input, weight, bias, residual;  // the last two only where z is computed once more
@@ -63,9 +107,16 @@ struct BatchNormBackward : torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = input.unpack();
     const OptionalTensor w = unpack(weight), b = unpack(bias);
-    Ending end{ending.activation, ending.param, unpack(residual)};
-    const std::array<bool, 4> wanted = {task_should_compute_output(0), task_should_compute_output(1),
-                                        task_should_compute_output(2), task_should_compute_output(3)};
+    return gradients(dy, x, w, b, wanted(), {ending.activation, ending.param, unpack(residual)});
+  }
+
+  std::array<bool, 4> wanted() {
+    return {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
+            task_should_compute_output(3)};
+  }
+
+  torch::autograd::variable_list gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
+                                           const OptionalTensor& b, std::array<bool, 4> wanted, const Ending& end) {
     if (in_operators(dy, x)) return differentiable(dy, x, w, b, wanted, end);
     auto [dx, dw, db, dr] = exchange == nullptr
                                 ? backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy))
@@ -108,6 +159,44 @@ struct BatchNormBackward : torch::autograd::Node {
     saved.mask = Tensor();
   }
 
+#if FASTBN_COMPILED_AUTOGRAD
+  void compiled_args(CompiledNodeArgs& args) const override {
+    for (const auto* variable : {&input, &weight, &bias, &residual}) args.collect(*variable, /*is_output=*/false);
+    args.collect(saved.moments);
+    args.collect(saved.mask);
+    args.collect(int64_t(ending.activation));
+    args.collect(ending.param);
+    args.collect(eps);
+    args.collect(training);
+    args.collect(uint64_t(reinterpret_cast<uintptr_t>(exchange.get())));
+  }
+
+  variable_list apply_with_saved(const variable_list& inputs, SwapSavedVariables& swapped) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* variable : {&input, &weight, &bias, &residual}) swapped.before(*variable);
+    for (Tensor* t : {&saved.moments, &saved.mask}) swapped.before(*t);
+    const variable_list tensors = {input.unpack(),    weight.unpack(), bias.unpack(),
+                                   residual.unpack(), saved.moments,   saved.mask};
+    const auto call = [wanted = wanted(), activation = ending.activation, param = ending.param, eps = eps,
+                       training = training, exchange = exchange](const variable_list& grads, const variable_list& t) {
+      if (!grads[0].defined()) return variable_list(4);
+      const auto node = make_node<BatchNormBackward>();
+      node->saved = {t[4], t[5]};
+      node->eps = eps;
+      node->training = training;
+      node->exchange = exchange;
+      return node->gradients(grads[0], t[0], optional(t[1]), optional(t[2]), wanted,
+                             {activation, param, optional(t[3])});
+    };
+    // Only kernels read a mask, and an exchange is with other processes, of which a graph knows nothing.
+    const bool traceable = !saved.mask.defined() && exchange == nullptr;
+    variable_list results = capture(*this, swapped, inputs, tensors, traceable, call);
+    for (auto* variable : {&input, &weight, &bias, &residual}) swapped.after(*variable);
+    for (Tensor* t : {&saved.moments, &saved.mask}) swapped.after(*t);
+    return results;
+  }
+#endif
+
   std::string name() const override { return "FastBatchNormBackward"; }
 };
 
@@ -123,12 +212,45 @@ struct GhostBatchNormBackward : torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = input.unpack();
     const OptionalTensor w = unpack(weight);
-    const std::array<bool, 3> wanted = {task_should_compute_output(0), task_should_compute_output(1),
-                                        task_should_compute_output(2)};
+    return gradients(dy, x, w, moments, samples, eps, wanted());
+  }
+
+  std::array<bool, 3> wanted() {
+    return {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2)};
+  }
+
+  static torch::autograd::variable_list gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
+                                                  const Tensor& moments, int64_t samples, double eps,
+                                                  std::array<bool, 3> wanted) {
     auto [dx, dw, db] = in_operators(dy, x) ? differentiable_ghost_backward()(dy, x, w, moments, samples, eps, wanted)
                                             : ghost_backward(dy, x, w, moments, samples, eps, wanted);
     return {dx, dw, db};
   }
+
+#if FASTBN_COMPILED_AUTOGRAD
+  void compiled_args(CompiledNodeArgs& args) const override {
+    for (const auto* variable : {&input, &weight}) args.collect(*variable, /*is_output=*/false);
+    args.collect(moments);
+    args.collect(samples);
+    args.collect(eps);
+  }
+
+  variable_list apply_with_saved(const variable_list& inputs, SwapSavedVariables& swapped) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* variable : {&input, &weight}) swapped.before(*variable);
+    swapped.before(moments);
+    const auto call = [wanted = wanted(), samples = samples, eps = eps](const variable_list& grads,
+                                                                        const variable_list& t) {
+      if (!grads[0].defined()) return variable_list(3);
+      return gradients(grads[0], t[0], optional(t[1]), t[2], samples, eps, wanted);
+    };
+    variable_list results =
+        capture(*this, swapped, inputs, {input.unpack(), weight.unpack(), moments}, /*traceable=*/true, call);
+    for (auto* variable : {&input, &weight}) swapped.after(*variable);
+    swapped.after(moments);
+    return results;
+  }
+#endif
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -138,16 +260,6 @@ struct GhostBatchNormBackward : torch::autograd::Node {
 
   std::string name() const override { return "FastGhostBatchNormBackward"; }
 };
-
-// torch counts references to nodes with shared_ptr up to some version, and inside the node after it.
-template <class N>
-auto make_node() {
-  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
-    return c10::make_intrusive<N>();
-  } else {
-    return std::shared_ptr<N>(new N(), [](auto* node) { deleteNode(node); });
-  }
-}
 
 }  // namespace
 

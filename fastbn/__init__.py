@@ -15,11 +15,13 @@ from .ghost import GhostBatchNorm1d, GhostBatchNorm2d
 from .masked import MaskedBatchNorm1d
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .report import Report, report
+from .serialization import SAFE_GLOBALS
 from .stats import update_bn
 from .sync import SyncBatchNorm, SyncBatchNormAct
 
 __version__ = "0.1.0"
 __all__ = [
+    "SAFE_GLOBALS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

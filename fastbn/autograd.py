@@ -4,11 +4,13 @@ Eager calls take one call of the extension, whose autograd node is in C++. Every
 AD, double backward, torch.compile, fake tensors) takes `BatchNormFunction`, which calls the same two operators.
 """
 
+import functools
+
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, arguments, ops
+from . import activations, arguments, interop, ops
 from .activations import ACTIVATIONS
 from .ops import is_compiling
 
@@ -315,52 +317,56 @@ def _careful_batch_norm(
         input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         num_batches_tracked=num_batches_tracked, residual=residual,
     )  # fmt: skip
-    compiling = is_compiling()
-    if num_batches_tracked is not None and not compiling:
-        num_batches_tracked.add_(1)
-    momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    param = activations.check(activation, activation_param)
-    arguments.check_residual(residual, input)
+    try:
+        momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        param = activations.check(activation, activation_param)
+        arguments.check_residual(residual, input)
+        by_torch = interop.is_torchs(input, weight, bias, running_mean, running_var)
+        if input.numel() > 0 and not by_torch:
+            arguments.check_together(input, weight, bias, running_mean, running_var, training)
+    except Exception:
+        _count_batch(num_batches_tracked)  # as torch, which counts a batch before it looks at it
+        raise
+    if by_torch:
+        _count_batch(num_batches_tracked)
+        return interop.batch_norm_of_torch(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
+            param, residual,
+        )  # fmt: skip
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     if input.numel() == 0:
-        if num_batches_tracked is not None and compiling:
-            num_batches_tracked.add_(1)
+        _count_batch(num_batches_tracked)
         z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
-    arguments.check_together(input, weight, bias, running_mean, running_var, training)
     rest = (training, momentum, eps, activation, activation_param, residual)
-    if compiling:  # one node of the captured graph, which counts the batch too
+    if is_compiling():  # one node of the captured graph
         return ops.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
-    forward = ops.forward if torch.jit.is_tracing() else BatchNormFunction.apply
+    forward = BatchNormFunction.apply
     return _by_operators(forward, input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
 
 
 def _by_operators(
     forward, input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-    activation, activation_param, residual,
+    activation="identity", activation_param=None, residual=None,
 ):  # fmt: skip
     """Batch norm without argument checks; forward is the operator, or what has its derivatives otherwise."""
     moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
     output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
+    # Both here or neither: torch.utils.checkpoint ends a forward that it repeats with the last tensor that is saved for
+    # backward, which may be one of those above.
+    _count_batch(num_batches_tracked)
     if training and running_mean is not None:
         count = input.numel() // input.size(1)
         ops.update_running_stats(used, count, momentum, running_mean, running_var, num_batches_tracked)
     return output
 
 
-def _counting_batch_norm(
-    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-    activation="identity", activation_param=None, residual=None,
-):  # fmt: skip
+ops.implement("batch_norm", functools.partial(_by_operators, ops.forward))
+
+
+def _count_batch(num_batches_tracked):
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    return _by_operators(
-        ops.forward, input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-        activation, activation_param, residual,
-    )  # fmt: skip
-
-
-ops.implement("batch_norm", _counting_batch_norm)
 
 
 def batch_norm_of_nothing(input, weight, bias):

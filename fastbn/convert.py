@@ -9,7 +9,7 @@ from .graph.fusing import fuse as _fuse
 from .graph.fusing import unfuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .report import Report, check_module, forget, keep
-from .sync import SyncBatchNorm
+from .sync import SyncBatchNorm, become_local, desynchronize
 
 _TO_FASTBN = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -20,7 +20,7 @@ _TO_FASTBN_SYNC = {torch.nn.SyncBatchNorm: SyncBatchNorm}
 _TO_TORCH = {ours: theirs for theirs, ours in (_TO_FASTBN | _TO_FASTBN_SYNC).items()}
 
 
-def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) -> torch.nn.Module:
+def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool | None = None) -> torch.nn.Module:
     """Turn every ``torch.nn.BatchNorm1d/2d/3d`` in ``module`` into fastbn's, in place.
 
     Parameters and buffers stay the same objects (optimizers keep working), and so do hooks, training mode,
@@ -30,8 +30,12 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) 
     Only the exact classes are swapped. Subclasses of them may override anything, so they are left alone:
     other people's, a lazy batch norm that has not seen its first batch, and a batch norm
     with a parametrization (torch gives each of these a class of its own; convert first, then parametrize).
-    ``torch.nn.SyncBatchNorm`` stays too, unless ``sync`` is true: then it becomes ``fastbn.SyncBatchNorm``, with the
-    same process group. What is not synchronized becomes so by ``fastbn.SyncBatchNorm.convert_sync_batchnorm``.
+    ``torch.nn.SyncBatchNorm`` stays too, unless ``sync`` is given: with True it becomes ``fastbn.SyncBatchNorm``, with
+    the same process group; with False synchronized batch norms, torch's and fastbn's, become those of one process, for
+    fine-tuning or deployment. Which of ``BatchNorm1d/2d/3d`` (or ``BatchNormAct1d/2d/3d``) follows from the class that
+    ``fastbn.SyncBatchNorm.convert_sync_batchnorm`` has swapped; where it did not, from the module that is registered
+    before: 1d after a linear layer or a Conv1d, 3d after a Conv3d, otherwise 2d. What is not synchronized becomes so by
+    ``convert_sync_batchnorm`` alone.
 
     With ``fuse`` true, batch norms also take in the activations and residual adds that follow them: batch norm ->
     activation, -> add -> activation, and -> add, written with modules, functions, methods or operators. A module that
@@ -46,7 +50,7 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) 
     Args:
         module: any module; it may be a batch norm itself.
         fuse: also fuse the activations and residual adds that follow.
-        sync: also swap ``torch.nn.SyncBatchNorm``.
+        sync: True swaps ``torch.nn.SyncBatchNorm`` too, False makes synchronized batch norms local, None leaves them.
 
     Returns:
         ``module``.
@@ -55,6 +59,8 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool = False) 
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
     check_module(module, "convert")
+    if sync is False:
+        desynchronize(module)
     _reclass(module, _TO_FASTBN | _TO_FASTBN_SYNC if sync else _TO_FASTBN)
     if fuse:
         keep(module, _report(module, _fuse(module)))
@@ -73,7 +79,10 @@ def _report(root: torch.nn.Module, refused: dict[torch.nn.Module, str]) -> Repor
 def revert(module: torch.nn.Module) -> torch.nn.Module:
     """Undo :func:`convert`, in place: every fastbn batch norm becomes torch's again, and every forward its class's.
 
-    For tools that look for the exact classes of ``torch.nn``, such as exporters and quantizers.
+    For tools that look for the exact classes of ``torch.nn``, such as exporters and quantizers. A
+    ``fastbn.SyncBatchNorm`` becomes the ``torch.nn.BatchNorm1d/2d/3d`` that ``convert_sync_batchnorm`` made it of; one
+    that was ``torch.nn.SyncBatchNorm``, or was made as it is, becomes that. For a model of one process, call
+    ``convert(module, sync=False)`` first.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
@@ -81,6 +90,9 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     check_module(module, "revert")
     unfuse(module)
     forget(module)
+    for child in module.modules():
+        if type(child) is SyncBatchNorm and child._dimensions is not None:
+            become_local(child, getattr(torch.nn, f"BatchNorm{child._dimensions}d"))
     return _reclass(module, _TO_TORCH)
 
 

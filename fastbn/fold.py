@@ -15,9 +15,12 @@ from .graph.fusing import fuse, is_fused, unfuse
 from .graph.tracing import graphs, is_plain
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .report import Report, check_module, keep
+from .sync import SyncBatchNorm
 
 _FASTBN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_FASTBN)
+# In eval these are local, and take inputs of any dimensions.
+_SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_FASTBN, *_SYNCHRONIZED)
 
 # The batch norm that can follow, and the dimensions of the tensor between.
 _PAIRS = {
@@ -49,14 +52,14 @@ class FoldedBatchNorm(nn.Identity):
 def fold(module: nn.Module) -> nn.Module:
     """Fold batch norms into the convolution or linear layer before them, in place, for inference.
 
-    For torch.nn's and fastbn's batch norms, before or after :func:`convert`, fused or not; what follows them (an
-    activation, an add) stays. Weights are computed in float64 and are new parameters of the layer's dtype; the batch
-    norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert` does not undo
-    this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells what was folded,
-    and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it, the layer's
-    output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The forward is looked
-    at with the arguments that its callers give it, or its defaults, and as its attributes are now. A layer that an
-    untraceable forward of an outer module takes from within an inner one is not seen.
+    For torch.nn's and fastbn's batch norms, synchronized ones too, before or after :func:`convert`, fused or not; what
+    follows them (an activation, an add) stays. Weights are computed in float64 and are new parameters of the layer's
+    dtype; the batch norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert`
+    does not undo this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells
+    what was folded, and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it,
+    the layer's output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The
+    forward is looked at with the arguments that its callers give it, or its defaults, and as its attributes are now. A
+    layer that an untraceable forward of an outer module takes from within an inner one is not seen.
 
     Returns:
         ``module``.
@@ -129,7 +132,7 @@ class _Model:
         if type(layer) not in _PAIRS:
             what = f"{before.target} ({type(layer).__name__})" if layer is not None else _name_of(before)
             return f"follows {what}, which has no weights to take it in"
-        if type(bn).__name__ != _PAIRS[type(layer)][0]:
+        if type(bn) not in _SYNCHRONIZED and type(bn).__name__ != _PAIRS[type(layer)][0]:
             return f"{type(bn).__name__} does not go with {type(layer).__name__}"
         if len(before.users) != 1:
             return f"the output of {before.target} is used {len(before.users)} times"
@@ -143,7 +146,7 @@ class _Model:
                 return f"{name} shares its parameters"
         if bn.training:
             return "it is in training mode"
-        if bn.running_mean is None or bn.running_var is None:
+        if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
             return "it has no running statistics"
         if len(before.args) != 1 or before.kwargs:
             return f"{before.target} is called with more than its input"

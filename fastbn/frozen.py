@@ -5,11 +5,12 @@ In: the state of a batch norm. Out: modules that compute y = (x - mean) / sqrt(v
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import is_scripting
+from torch.nn import functional as F
 
 from . import modules
 from .autograd import batch_norm
 from .graph.fusing import unfuse
-from .modules import leaf_call
 from .report import check_module, forget
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
@@ -25,11 +26,13 @@ class _FrozenBatchNorm(nn.Module):
     Args:
         num_features: C of the input.
         eps: added to running_var.
-        trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
         device, dtype: of parameters and buffers.
+        trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
     """
 
-    def __init__(self, num_features, eps=1e-5, *, trainable=False, device=None, dtype=None):
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, device=None, dtype=None, *, trainable: bool = False
+    ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
         ones, zeros = (f(num_features, device=device, dtype=dtype) for f in (torch.ones, torch.zeros))
@@ -47,11 +50,17 @@ class _FrozenBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, trainable={isinstance(self.weight, nn.Parameter)}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return leaf_call(self, input)
-        self._check_input_dim(input)
-        state = self.weight, self.bias, self.running_mean, self.running_var
-        return batch_norm(input, *state, None, False, 0.0, self.eps)
+        if is_scripting():
+            self._check_input_dim(input)
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        else:
+            if isinstance(input, fx.Proxy):
+                return modules.leaf_call(self, input)
+            self._check_input_dim(input)
+            state = self.weight, self.bias, self.running_mean, self.running_var
+            return batch_norm(input, *state, None, False, 0.0, self.eps)
 
 
 class FrozenBatchNorm1d(_FrozenBatchNorm):
@@ -91,13 +100,20 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
-        ValueError: a batch norm has no running statistics. Then nothing is changed.
+        ValueError: a batch norm has no running statistics, or weight or bias are not its own (pruned), so that they
+            cannot become buffers. Then nothing is changed.
     """
     check_module(module, "freeze")
     found = {name: m for name, m in module.named_modules() if type(m) in _FROZEN}
     for name, m in found.items():
-        if m.running_mean is None or m.running_var is None:
-            raise ValueError(f"fastbn.freeze: {name or type(m).__name__} has no running statistics to use")
+        label = name or type(m).__name__
+        if getattr(m, "running_mean", None) is None or getattr(m, "running_var", None) is None:
+            raise ValueError(f"fastbn.freeze: {label} has no running statistics to use")
+        if not trainable and not {"weight", "bias"} <= m._parameters.keys():
+            raise ValueError(
+                f"fastbn.freeze: weight and bias of {label} should be parameters of its own, to become buffers; undo "
+                "what replaced them (torch.nn.utils.prune.remove), or use trainable=True"
+            )
     unfuse(module)
     forget(module)
     for m in found.values():
@@ -107,9 +123,9 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
 
 def _freeze(m, trainable):
     m.__class__ = _FROZEN[type(m)]
-    del m.num_batches_tracked
-    for name in ("momentum", "affine", "track_running_stats"):
-        del m.__dict__[name]
+    for name in ("num_batches_tracked", "momentum", "affine", "track_running_stats"):
+        if hasattr(m, name):
+            delattr(m, name)
     if not trainable:
         for name in ("weight", "bias"):
             value = m._parameters.pop(name)

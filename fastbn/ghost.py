@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, fx
+from torch.jit import is_scripting
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import arguments, ops
@@ -165,19 +166,38 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
 class _Ghost:
     """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
 
-    def __init__(self, num_features, *args, virtual_batch_size, **kwargs):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int,
+    ) -> None:
         check_virtual_batch_size(virtual_batch_size)
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.virtual_batch_size = virtual_batch_size
 
     def extra_repr(self):
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return leaf_call(self, input)
-        self._check_input_dim(input)
-        return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
+        if is_scripting():
+            if self.training:
+                raise RuntimeError(
+                    "fastbn: ghost batch norm does not train in TorchScript; script the model in eval mode"
+                )
+            return self._scripted_batch_norm(input)
+        else:
+            if isinstance(input, fx.Proxy):
+                return leaf_call(self, input)
+            self._check_input_dim(input)
+            return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
 
 
 class GhostBatchNorm1d(_Ghost, BatchNorm1d):

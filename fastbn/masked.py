@@ -6,6 +6,7 @@ gathered into a matrix (M, C), which the kernels normalize as any other, and sca
 
 import torch
 from torch import Tensor, fx
+from torch.jit import is_scripting
 
 from .arguments import check_memory
 from .autograd import batch_norm as _batch_norm
@@ -95,7 +96,12 @@ class MaskedBatchNorm1d(BatchNorm1d):
         return gather(input, valid_positions(input, mask))
 
     def forward(self, input: Tensor, mask: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return leaf_call(self, input, mask)
-        self._check_input_dim(input)
-        return _masked(input, mask, _state_of(self), self.momentum, self.eps)
+        if is_scripting():
+            raise RuntimeError(
+                "fastbn: MaskedBatchNorm1d does not run in TorchScript; use torch.export or torch.compile"
+            )
+        else:
+            if isinstance(input, fx.Proxy):
+                return leaf_call(self, input, mask)
+            self._check_input_dim(input)
+            return _masked(input, mask, _state_of(self), self.momentum, self.eps)

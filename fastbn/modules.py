@@ -1,20 +1,33 @@
 """In: the arguments of torch.nn.BatchNorm*d. Out: modules that are those, but for the forward pass."""
 
 from torch import Tensor, fx, nn
+from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import activations
 from .autograd import batch_norm
 from .checkpointing import is_repeated
+from .scripting import Scriptable, scripted_activation
 
 
-class _FastBatchNorm:
+class _FastBatchNorm(Scriptable):
     """The forward pass of BatchNorm1d, 2d and 3d; all else is torch's, so that state_dict, repr, hooks, conversion
     tools and isinstance see what they know."""
 
-    def __init__(self, num_features, *args, bias=True, **kwargs):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ) -> None:
         # torch before 2.13 has no `bias`
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias and self.affine:
             self.register_parameter("bias", None)
 
@@ -26,10 +39,13 @@ class _FastBatchNorm:
             super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return leaf_call(self, input)
-        self._check_input_dim(input)
-        return batch_norm(input, *_state_of(self), self.momentum, self.eps)
+        if is_scripting():
+            return self._scripted_batch_norm(input)
+        else:  # what stands here is not compiled
+            if isinstance(input, fx.Proxy):
+                return leaf_call(self, input)
+            self._check_input_dim(input)
+            return batch_norm(input, *_state_of(self), self.momentum, self.eps)
 
 
 def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy:
@@ -42,20 +58,25 @@ def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy:
 
 
 def _state_of(module):
-    """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module."""
+    """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module.
+
+    Only what the pass uses is looked up, as in torch: old checkpoints and hand-written states may lack the rest.
+    """
+    training, mean, var, counter = module.training, None, None, None
+    has_statistics = not training or (module.track_running_stats and not is_repeated())
     try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
         weight, bias = module._parameters["weight"], module._parameters["bias"]
-        mean, var = module._buffers["running_mean"], module._buffers["running_var"]
-        counter = module._buffers["num_batches_tracked"]
+        if has_statistics:
+            mean, var = module._buffers["running_mean"], module._buffers["running_var"]
+            if training:
+                counter = module._buffers["num_batches_tracked"]
     except KeyError:  # parametrized, pruned, or moved elsewhere by another tool
         weight, bias = module.weight, module.bias
-        mean, var, counter = module.running_mean, module.running_var, module.num_batches_tracked
-    training = module.training
-    if not training:
-        training, counter = mean is None and var is None, None
-    elif not module.track_running_stats or is_repeated():
-        mean = var = counter = None
-    return weight, bias, mean, var, counter, training
+        if has_statistics:
+            mean, var = module.running_mean, module.running_var
+            if training:
+                counter = module.num_batches_tracked
+    return weight, bias, mean, var, counter, training or (mean is None and var is None)
 
 
 class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):
@@ -70,7 +91,7 @@ class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d on (N, C, D, H, W), by fastbn's kernels; arguments and state are torch's."""
 
 
-class _BatchNormAct(_NormBase):
+class _BatchNormAct(Scriptable, _NormBase):
     """y = act(bn(x) + residual) in one pass over memory. Not a subclass of torch.nn's batch norms: tools that replace
     those would lose the activation. Parameters, buffers and their names are those of torch.nn's, so state dicts load
     both ways.
@@ -84,22 +105,20 @@ class _BatchNormAct(_NormBase):
     Raises ValueError or TypeError for an activation that is not there.
     """
 
-    _DIMENSIONS: tuple[int, ...]
-
     def __init__(
         self,
-        num_features,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         device=None,
         dtype=None,
         *,
-        bias=True,
-        activation="relu",
-        activation_param=None,
-    ):
+        bias: bool = True,
+        activation: str = "relu",
+        activation_param: float | None = None,
+    ) -> None:
         activations.check(activation, activation_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias and self.affine:
@@ -114,35 +133,40 @@ class _BatchNormAct(_NormBase):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
-    def _check_input_dim(self, input):
-        if input.dim() not in self._DIMENSIONS:
-            expected = " or ".join(f"{n}D" for n in self._DIMENSIONS)
-            raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-
     def extra_repr(self):
         param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
         return f"{super().extra_repr()}, activation={self.activation!r}{param}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(input) + residual); residual, if there is one, has the sizes and dtype of input."""
-        if isinstance(input, fx.Proxy):
-            return leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
-        self._check_input_dim(input)
-        return batch_norm(
-            input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
-        )
+        if is_scripting():
+            return self._scripted(input, residual)
+        else:
+            if isinstance(input, fx.Proxy):
+                return leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
+            self._check_input_dim(input)
+            return batch_norm(
+                input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
+            )
+
+    def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        z = self._scripted_batch_norm(input)
+        if residual is not None:
+            z = z + residual
+        param = self.activation_param
+        return scripted_activation(z, self.activation, None if param is None else float(param))
 
 
 class BatchNormAct1d(_BatchNormAct):
     __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C) or (N, C, L): y = act", 1)
-    _DIMENSIONS = (2, 3)
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class BatchNormAct2d(_BatchNormAct):
     __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, H, W): y = act", 1)
-    _DIMENSIONS = (4,)
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class BatchNormAct3d(_BatchNormAct):
     __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, D, H, W): y = act", 1)
-    _DIMENSIONS = (5,)
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

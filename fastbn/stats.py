@@ -136,7 +136,9 @@ class _Pool:
 
 
 def _is_counted(module):
-    return isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm) and module.running_mean is not None
+    if not isinstance(module, _NormBase) or isinstance(module, _InstanceNorm):
+        return False
+    return all(getattr(module, name, None) is not None for name in ("running_mean", "running_var"))
 
 
 def _collect(norms, batches, only_first=False):
@@ -199,8 +201,8 @@ def _store(norms, pools):
         module = norms[name]
         module.running_mean.copy_(pool.mean)
         module.running_var.copy_(pool.m2 / (pool.count - 1))
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked.fill_(pool.batches)
+        if (counter := getattr(module, "num_batches_tracked", None)) is not None:
+            counter.fill_(pool.batches)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,14 @@ CPUs that the ranks have in common the kernels exchange both on their way, and a
 """
 
 import copy
+import itertools
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from . import activations, arguments, ops
@@ -224,9 +226,19 @@ def _forward(module, input, *ending):
 class _Synchronized:
     """What both modules have beside a `process_group`."""
 
+    # Spatial dimensions of the class that convert_sync_batchnorm swapped, 1 to 3; None where that is not known.
+    _dimensions: int | None = None
+
     def _check_input_dim(self, input):
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _check_scripted(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                "fastbn: synchronized batch norm does not train in TorchScript; script the model in eval mode, or "
+                "after fastbn.convert(model, sync=False)"
+            )
 
     def __deepcopy__(self, memo):
         memo[id(self.process_group)] = self.process_group  # of processes there are no copies
@@ -235,13 +247,14 @@ class _Synchronized:
         return made
 
 
-class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
+class SyncBatchNorm(_Synchronized, _FastBatchNorm, nn.BatchNorm2d):
     """Batch norm over the batch of all ranks of a process group, as torch.nn.SyncBatchNorm, on CPUs too.
 
     On input (N, C, ...) of any rank; N may differ from rank to rank and be 0. In eval, and in training without
     torch.distributed or in a group of one, it is the local batch norm. All ranks must call it equally often, and
-    backward too; a rank that has ended makes the others raise when the group's timeout is over, or sooner. Not a
-    subclass of torch.nn.SyncBatchNorm, which DDP refuses on CPUs.
+    backward too; a rank that has ended makes the others raise when the group's timeout is over, or sooner. A subclass
+    of torch.nn.BatchNorm2d, which is how tools find it that list the classes of norm layers, and not of
+    torch.nn.SyncBatchNorm, which DDP refuses on CPUs.
 
     Args:
         process_group: of torch.distributed; None for all ranks. The rest is as for torch.nn.SyncBatchNorm.
@@ -252,16 +265,27 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
     """
 
     def __init__(
-        self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None,
-        device=None, dtype=None, *, bias=True,
-    ):  # fmt: skip
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
-        )
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        if is_scripting():
+            self._check_scripted()
+            return self._scripted_batch_norm(input)
+        else:
+            return _forward(self, input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group=None) -> nn.Module:
@@ -269,7 +293,8 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
         of fastbn become SyncBatchNorm, BatchNormAct1d/2d/3d become SyncBatchNormAct.
 
         Modules, parameters, buffers and hooks stay the same objects. Only the exact classes are swapped; a warning
-        names what else is a batch norm. What `fastbn.convert(fuse=True)` has fused runs unfused from then on.
+        names what else is a batch norm. What `fastbn.convert(fuse=True)` has fused runs unfused from then on. The way
+        back is ``fastbn.convert(module, sync=False)``.
 
         Args:
             module: any module; it may be a batch norm itself.
@@ -280,6 +305,8 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, _BatchNorm):
         """
         for name, child in module.named_modules():
             if (target := _SYNCHRONIZED.get(type(child))) is not None:
+                if type(child) in _DIMENSIONS:
+                    child._dimensions = _DIMENSIONS[type(child)]
                 child.__class__ = target
                 child.process_group = process_group
             elif isinstance(child, (_BatchNorm, _BatchNormAct, _LazyNormBase)):
@@ -298,16 +325,63 @@ class SyncBatchNormAct(_Synchronized, _BatchNormAct):
         process_group: of torch.distributed; None for all ranks. The rest is as for `fastbn.BatchNormAct2d`.
     """
 
-    def __init__(self, num_features, *args, process_group=None, **kwargs):
-        super().__init__(num_features, *args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        activation: str = "relu",
+        activation_param: float | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation, activation_param=activation_param,
+        )  # fmt: skip
         self.process_group = process_group
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _forward(self, input, self.activation, self.activation_param, residual)
+        if is_scripting():
+            self._check_scripted()
+            return self._scripted(input, residual)
+        else:
+            return _forward(self, input, self.activation, self.activation_param, residual)
 
 
-_SYNCHRONIZED = {
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), SyncBatchNorm),
-    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm), SyncBatchNorm),
-    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct), SyncBatchNormAct),
+_LOCAL = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
+_LOCAL_ACT = {1: BatchNormAct1d, 2: BatchNormAct2d, 3: BatchNormAct3d}
+_DIMENSIONS = {
+    **{getattr(nn, f"BatchNorm{n}d"): n for n in _LOCAL},
+    **{cls: n for classes in (_LOCAL, _LOCAL_ACT) for n, cls in classes.items()},
 }
+_SYNCHRONIZED = {
+    cls: SyncBatchNormAct if issubclass(cls, _BatchNormAct) else SyncBatchNorm
+    for cls in (*_DIMENSIONS, nn.SyncBatchNorm, SyncBatchNorm, SyncBatchNormAct)
+}
+# A synchronized batch norm takes inputs of any dimensions; where nothing else is known, the layer before it tells.
+_DIMENSIONS_AFTER = {nn.Linear: 1, nn.Conv1d: 1, nn.ConvTranspose1d: 1, nn.Conv3d: 3, nn.ConvTranspose3d: 3}
+
+
+def desynchronize(root: nn.Module) -> None:
+    """Make every synchronized batch norm in ``root``, torch's and fastbn's, that of one process, in place."""
+    before = {}
+    for parent in root.modules():
+        before |= {child: previous for previous, child in itertools.pairwise(parent.children())}
+    for module in root.modules():
+        if type(module) in (nn.SyncBatchNorm, SyncBatchNorm, SyncBatchNormAct):
+            guess = _DIMENSIONS_AFTER.get(type(before.get(module)), 2)
+            local = _LOCAL_ACT if isinstance(module, SyncBatchNormAct) else _LOCAL
+            become_local(module, local[getattr(module, "_dimensions", None) or guess])
+
+
+def become_local(module: nn.Module, cls: type) -> None:
+    """Give a synchronized batch norm the class ``cls`` of one process."""
+    module.__class__ = cls
+    for name in ("process_group", "_dimensions"):
+        module.__dict__.pop(name, None)

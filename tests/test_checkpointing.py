@@ -2,11 +2,18 @@
 In: blocks with batch norms, run twice by checkpoint. Out: the statistics, outputs and gradients of one run."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 import fastbn
 
@@ -118,3 +125,44 @@ def test_momentum_of_gradient_accumulation():
     for micro in batch.chunk(k):
         bn(micro - micro.mean(0))
     torch.testing.assert_close(bn.running_mean, torch.full((6,), 100.0 * (1 - m)))
+
+
+def prefer_recompute(context, operator, *args, **kwargs):
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_batch_norm(context, operator, *args, **kwargs):
+    is_batch_norm = str(operator) in ("fastbn.forward.default", "fastbn.ghost_forward.default")
+    return CheckpointPolicy.MUST_SAVE if is_batch_norm else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = {
+    "not selective": {},
+    "recompute": {"context_fn": partial(create_selective_checkpoint_contexts, prefer_recompute)},
+    "save": {"context_fn": partial(create_selective_checkpoint_contexts, save_batch_norm)},
+}
+BATCH_NORMS = {
+    "plain": lambda: fastbn.BatchNorm1d(6),
+    "cumulative": lambda: fastbn.BatchNorm1d(6, momentum=None),
+    "act": lambda: fastbn.BatchNormAct1d(6, activation="silu"),
+    "ghost": lambda: fastbn.GhostBatchNorm1d(6, virtual_batch_size=5),
+    "synchronized": lambda: fastbn.SyncBatchNorm(6),
+}
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last", "not last"])
+@pytest.mark.parametrize("early_stop", [True, False], ids=["early stop", "to the end"])
+@pytest.mark.parametrize("contexts", SELECTIVE)
+@pytest.mark.parametrize("kind", BATCH_NORMS)
+def test_counter_and_statistics_go_together(kind, contexts, early_stop, last):
+    """However often a checkpoint repeats a batch, and wherever it stops: statistics are those of the counter."""
+    bn, x = BATCH_NORMS[kind](), torch.randn(10, 6, 9)
+    right = copy.deepcopy(bn)
+    block = bn if last else nn.Sequential(bn, nn.Tanh())
+    with set_checkpoint_early_stop(early_stop):
+        y = checkpoint(block, x.requires_grad_(), use_reentrant=False, **SELECTIVE[contexts])
+        y.square().sum().backward()
+    right(x)
+    if bn.num_batches_tracked != right.num_batches_tracked:
+        right(x)
+    torch.testing.assert_close(bn.state_dict(), right.state_dict())

@@ -111,7 +111,21 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _remake(cls: type[nn.Module], *args: Any) -> nn.Module:
-    return copyreg.__newobj__(_fused_class(cls), *args)
+    """What a pickle of a fused module begins with: an instance of its own class, which its state makes a fused one.
+
+    Fused classes have no names to be found by. torch.load(weights_only=True) gives a state only to instances of classes
+    that it was told of, and to those by the ``__setstate__`` that they have, be it their own.
+    """
+    module = copyreg.__newobj__(cls, *args)
+    module.__dict__["__setstate__"] = functools.partial(_restore, module)
+    return module
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    del module.__dict__["__setstate__"]
+    cls = type(module)
+    cls.__setstate__(module, state)
+    module.__class__ = _fused_class(cls)
 
 
 def _is_observed(module: nn.Module) -> bool:

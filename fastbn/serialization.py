@@ -1,0 +1,31 @@
+"""What torch.load(weights_only=True) has to be told of to load whole models with fastbn's modules."""
+
+from typing import Any
+
+from . import frozen, ghost, masked, modules, sync
+from .fold import FoldedBatchNorm
+from .graph import fusing
+from .report import Report
+
+#: Classes and functions of fastbn in pickles of whole models, converted, fused, folded or frozen. For
+#: ``torch.serialization.add_safe_globals``, beside the classes of the model itself and those of torch.nn in it. A
+#: ``state_dict`` needs none of them.
+SAFE_GLOBALS: list[Any] = [
+    modules.BatchNorm1d,
+    modules.BatchNorm2d,
+    modules.BatchNorm3d,
+    modules.BatchNormAct1d,
+    modules.BatchNormAct2d,
+    modules.BatchNormAct3d,
+    frozen.FrozenBatchNorm1d,
+    frozen.FrozenBatchNorm2d,
+    frozen.FrozenBatchNorm3d,
+    ghost.GhostBatchNorm1d,
+    ghost.GhostBatchNorm2d,
+    masked.MaskedBatchNorm1d,
+    sync.SyncBatchNorm,
+    sync.SyncBatchNormAct,
+    FoldedBatchNorm,
+    Report,
+    fusing._remake,
+]
