@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import nn
 
 import fastbn
@@ -105,3 +106,19 @@ def test_inductor():
     xs = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
     expected = steps(copy.deepcopy(module), xs)
     torch.testing.assert_close(steps(module, xs, torch.compile(backend="inductor")), expected)
+
+
+def synchronized_step(is_compiled):
+    torch.manual_seed(torch.distributed.get_rank())
+    module, x = fastbn.SyncBatchNorm(3).double(), torch.randn(1, 4, 3, 5, 5, dtype=torch.float64)
+    return steps(module, x, torch.compile(backend="aot_eager") if is_compiled else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
+def test_two_ranks(memory):
+    ranks = Ranks(2, memory=memory)
+    try:
+        torch.testing.assert_close(ranks.run(synchronized_step, True), ranks.run(synchronized_step, False))
+    finally:
+        ranks.close()
