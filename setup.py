@@ -8,18 +8,37 @@ FASTBN_SANITIZE=1 builds for AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
+import site
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 
+
+def find_torch() -> None:
+    """Make the torch of the environment that is installed into importable, where build isolation hides it.
+
+    pip builds with that environment's interpreter, so its sysconfig still names the folders; uv has an interpreter of
+    its own, and leaves VIRTUAL_ENV. Appended: what the build environment has itself comes first.
+    """
+    places = [{}] + [{"base": env, "platbase": env} for env in (os.environ.get("VIRTUAL_ENV"),) if env]
+    for variables in places:
+        for name in ("platlib", "purelib"):
+            site.addsitedir(sysconfig.get_path(name, vars=variables))
+
+
 try:
-    import torch
+    try:
+        import torch
+    except ImportError:
+        find_torch()
+        import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
-        f"fastbn: cannot import torch in the build environment ({error}). Install torch first, then run: "
-        "pip install --no-build-isolation ."
+        f"fastbn: cannot import torch ({error}). It is built for the torch that it is to run with: install torch into "
+        "this environment first (pip install torch), then run pip install again"
     )
 
 ROOT = Path(__file__).parent

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def _load():
     """Import fastbn._C, or say in one line why it does not load beside this torch."""
-    remedy = "Rebuild it beside this torch: pip install --no-build-isolation --force-reinstall --no-deps fastbn"
+    remedy = "Rebuild it beside this torch: pip install --force-reinstall --no-deps --no-cache-dir fastbn"
     try:
         from . import _C
     except ImportError as error:

@@ -2,6 +2,7 @@
 In: child interpreters, and copies of the source tree. Out: one clear line, or a working package."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -37,13 +38,13 @@ def last_line(done):
 def test_an_extension_for_another_torch_says_so_in_one_line():
     done = run("-c", "import torch; torch.__version__ = type(torch.__version__)('1.9.9'); import fastbn")
     line = last_line(done)
-    assert line.startswith("ImportError: fastbn") and "1.9.9" in line and "--no-build-isolation" in line
+    assert line.startswith("ImportError: fastbn") and "1.9.9" in line and "pip install --force-reinstall" in line
 
 
 def test_an_extension_that_does_not_load_says_so_in_one_line():
     done = run("-c", "import sys; sys.modules['fastbn._C'] = None; import fastbn")
     line = last_line(done)
-    assert line.startswith("ImportError: fastbn") and "--no-build-isolation" in line
+    assert line.startswith("ImportError: fastbn") and "pip install --force-reinstall" in line
 
 
 def test_there_is_no_silent_fallback():
@@ -113,8 +114,34 @@ def test_a_build_without_torch_says_what_to_do(source_tree):
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build'];runpy.run_path('setup.py')"
     done = run("-c", code, cwd=source_tree)
     line = last_line(done)
-    assert "torch" in line and "pip install --no-build-isolation" in line
+    assert "cannot import torch" in line and "pip install torch" in line
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("of", ["the interpreter", "VIRTUAL_ENV"])
+def test_build_isolation_hides_torch_and_setup_finds_it(source_tree, tmp_path, of):
+    """As pip and uv do it: an interpreter without site-packages, which has the build requirements alone."""
+    requirements = tmp_path / "requirements"
+    requirements.mkdir()
+    for name in ("setuptools", "_distutils_hack", "pkg_resources"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            (requirements / name).symlink_to(Path(spec.origin).parent)
+    site_packages = Path(torch.__file__).parents[1]
+    place = ("purelib", {}) if of == "the interpreter" else ("purelib", {"base": "x", "platbase": "x"})
+    code = (
+        "import sys, sysconfig\n"
+        f"sys.path.append({str(requirements)!r})\n"
+        "try:\n    import torch\n    sys.exit('torch is there already')\nexcept ImportError:\n    pass\n"
+        "import runpy, setuptools\n"
+        f"folder, wanted = {str(site_packages)!r}, {place[1]!r}\n"
+        "sysconfig.get_path = lambda name, vars=None: folder if (vars or {}) == wanted else 'nowhere'\n"
+        "setuptools.setup = lambda **_: print('torch was found')\n"
+        "runpy.run_path('setup.py')\n"
+    )
+    environment = {"VIRTUAL_ENV": "x"} if of == "VIRTUAL_ENV" else {}
+    done = run("-S", "-c", code, cwd=source_tree, **environment)
+    assert done.stdout.strip() == "torch was found", done.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can build for CUDA")
@@ -182,12 +209,12 @@ def test_the_sdist_has_everything_to_build_and_test(sdist, source_tree):
 
 @pytest.mark.slow
 def test_the_sdist_builds_and_the_result_works(sdist, tmp_path):
-    """Wheel under 20 MB; the package imports from nowhere near the sources and computes."""
+    """By plain `pip wheel`, under build isolation. The package imports from nowhere near the sources and computes."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
     wheels = tmp_path / "wheels"
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "-w", str(wheels)]
+    options = ["--no-deps", "-w", str(wheels)]
     done = run("-m", "pip", "wheel", *options, str(source), cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (wheel,) = wheels.glob("*.whl")

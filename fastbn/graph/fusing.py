@@ -24,7 +24,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import in_forward_mode
 from ..ops import _C, is_compiling
-from . import backends
 
 _ORIGINAL = "_fastbn_original"
 # Each module has a function, and so a code object, of its own: Dynamo counts recompilations by code object.
@@ -173,6 +172,8 @@ def _capturing(module: nn.Module) -> Iterator[None]:
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from . import backends  # not before a capture: the matcher's imports take longer than fastbn's own
+
     if any(node.target is torch.ops.higher_order.tag_activation_checkpoint for node in graph.graph.nodes):
         # Outside a compiler it takes running statistics for inputs that must not change. The checkpointed module runs
         # as it is, and captures the modules inside by themselves.
