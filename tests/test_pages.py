@@ -148,7 +148,7 @@ with torch.no_grad():
     for side in range(256, 1025, 64):
         x = torch.ones(1, 16, side, side)
         outputs = [bn(x), bn(x)]
-    del x, outputs
+        del x, outputs
 print(resident() - before)
 time.sleep(float(sys.argv[1]))
 print(resident() - before)

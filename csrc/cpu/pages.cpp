@@ -48,7 +48,7 @@ struct Cache {
   int count = 0;
   int64_t limit = 0;
   int64_t kept = 0, used = 0;  // bytes of blocks, and of those that somebody has taken
-  int64_t peak = 0;            // of `used`, a quarter less with each round of the thread
+  int64_t peak = 0;            // of `used`, a sixteenth less with each round of the thread
   bool has_thread = false;
 
   Block remove(int i) {
@@ -59,9 +59,9 @@ struct Cache {
     return block;
   }
 
-  // Of a limit beyond the standard one only what a step of a training takes at once: images of many sizes would
-  // otherwise leave blocks of each size behind.
-  int64_t bound() const { return smaller(limit, larger(standard_limit, peak)); }
+  // Of a limit beyond the standard one only what a step of a training takes at once, and a quarter more, because its
+  // sizes do not all take turns: images of many sizes would otherwise leave blocks of each size behind.
+  int64_t bound() const { return smaller(limit, larger(standard_limit, peak + peak / 4)); }
 };
 Cache cache;
 using Lock = std::lock_guard<std::mutex>;
@@ -88,7 +88,7 @@ void* return_idle_blocks(void*) {
     while (unmap_oldest_if([&](const Block& oldest) { return now - oldest.since > idle_time; })) {
     }
     const Lock lock(cache.mutex);
-    cache.peak = larger(cache.used, cache.peak - cache.peak / 4);
+    cache.peak = larger(cache.used, cache.peak - cache.peak / 16);
     cache.has_thread = cache.count > 0;
     if (!cache.has_thread) return nullptr;
   }

@@ -19,8 +19,8 @@ void open_page_cache();
 void* take_pages(int64_t bytes);
 
 // Keeps the pages for the next take_pages of about this size (up to an eighth of a power of two less). What is kept in
-// all is at most 256 MB, and 1/32 of what memory_limit.h says; or FASTBN_CPU_CACHE_MB, and of what is more than 256 MB
-// no more than was in use at once a short time ago. A block that nobody takes goes back to the system after 5 s.
+// all is at most 256 MB, and 1/32 of what memory_limit.h says; or FASTBN_CPU_CACHE_MB, but more than 256 MB only up to
+// 5/4 of what was in use at once a short time ago. A block that nobody takes goes back to the system after 5 s.
 void give_pages(void* data, int64_t bytes);
 
 // Gives all that is kept back to the system; false if that was nothing.
