@@ -57,8 +57,11 @@ class _FrozenBatchNorm(nn.Module):
             )
         else:
             if isinstance(input, fx.Proxy):
-                return modules.leaf_call(self, input)
-            self._check_input_dim(input)
+                node = modules.leaf_call(self, input)
+                if node is not None:
+                    return node
+            else:
+                self._check_input_dim(input)
             state = self.weight, self.bias, self.running_mean, self.running_var
             return batch_norm(input, *state, None, False, 0.0, self.eps)
 

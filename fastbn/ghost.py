@@ -195,8 +195,11 @@ class _Ghost:
             return self._scripted_batch_norm(input)
         else:
             if isinstance(input, fx.Proxy):
-                return leaf_call(self, input)
-            self._check_input_dim(input)
+                node = leaf_call(self, input)
+                if node is not None:
+                    return node
+            else:
+                self._check_input_dim(input)
             return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
 
 

@@ -102,6 +102,9 @@ class MaskedBatchNorm1d(BatchNorm1d):
             )
         else:
             if isinstance(input, fx.Proxy):
-                return leaf_call(self, input, mask)
-            self._check_input_dim(input)
+                node = leaf_call(self, input, mask)
+                if node is not None:
+                    return node
+            else:
+                self._check_input_dim(input)
             return _masked(input, mask, _state_of(self), self.momentum, self.eps)

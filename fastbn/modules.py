@@ -43,17 +43,23 @@ class _FastBatchNorm(Scriptable):
             return self._scripted_batch_norm(input)
         else:  # what stands here is not compiled
             if isinstance(input, fx.Proxy):
-                return leaf_call(self, input)
-            self._check_input_dim(input)
+                node = leaf_call(self, input)
+                if node is not None:
+                    return node
+            else:
+                self._check_input_dim(input)
             return batch_norm(input, *_state_of(self), self.momentum, self.eps)
 
 
-def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy:
+def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy | None:
     """The node call_module of a module whose forward torch.fx has entered, as it enters all outside torch.nn.
 
-    So batch norms are leaves of a traced model, as torch's own are: it keeps their state and follows their mode.
+    So batch norms are leaves of a traced model, as torch's own are: it keeps their state and follows their mode. None
+    for the module that is traced itself.
     """
     tracer = inputs[0].tracer
+    if getattr(tracer, "root", None) is module:
+        return None
     return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
@@ -143,8 +149,11 @@ class _BatchNormAct(Scriptable, _NormBase):
             return self._scripted(input, residual)
         else:
             if isinstance(input, fx.Proxy):
-                return leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
-            self._check_input_dim(input)
+                node = leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
+                if node is not None:
+                    return node
+            else:
+                self._check_input_dim(input)
             return batch_norm(
                 input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
             )

@@ -214,9 +214,10 @@ def _group_of(module):
 
 
 def _forward(module, input, *ending):
-    if isinstance(input, fx.Proxy):
-        return leaf_call(module, input, *(t for t in ending[2:] if t is not None))
-    module._check_input_dim(input)
+    if not isinstance(input, fx.Proxy):
+        module._check_input_dim(input)
+    elif (node := leaf_call(module, input, *(t for t in ending[2:] if t is not None))) is not None:
+        return node
     weight, bias, mean, var, counter, training = _state_of(module)
     if (group := _group_of(module)) is None:
         return batch_norm(input, weight, bias, mean, var, counter, training, module.momentum, module.eps, *ending)

@@ -13,6 +13,8 @@ import re
 import runpy
 import shlex
 import socket
+import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,8 +108,10 @@ def differs(shown, printed, once):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_page(page, surroundings):
-    scope = {"__name__": page.stem}
+def test_page(page, surroundings, monkeypatch):
+    module = types.ModuleType(page.stem.replace("-", "_"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # for what looks up the globals of a page's functions
+    scope = vars(module)
     printed = None
     for block in blocks_of(page):
         if block.kind == "python":

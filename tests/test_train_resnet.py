@@ -170,6 +170,7 @@ def test_the_network(script):
     model = script.ResNet(20)
     assert sum(p.numel() for p in model.parameters()) == 269_722  # 0.27 million in the paper, 19 batch norms
     model = script.with_norm(model, "fuse", sync=False)
+    model(torch.randn(2, 3, 32, 32))
     assert len(fastbn.report(model).fused) == 19 and not fastbn.report(model).left
 
 

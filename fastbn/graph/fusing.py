@@ -122,7 +122,7 @@ def _remake(cls: type[nn.Module], *args: Any) -> nn.Module:
 
 def _restore(module: nn.Module, state: dict[str, Any]) -> None:
     del module.__dict__["__setstate__"]
-    cls = type(module)
+    cls = original_class(module)
     cls.__setstate__(module, state)
     module.__class__ = _fused_class(cls)
 
