@@ -31,8 +31,9 @@ _runners: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.Wea
 _failures: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _RETRIES = 8  # as many recompilations as Dynamo allows a function by default
 # Hooks count that are registered after the capture. An error in a capture is the module's own, or none: run it to see.
-# Modes, dtypes and layouts are a graph each.
-_DYNAMO = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "recompile_limit": 64}
+# Modes, dtypes and layouts are a graph each; cache_size_limit is the older name of recompile_limit. Newer versions of
+# torch keep such changes to the thread.
+_DYNAMO = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "cache_size_limit": 64}
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
