@@ -92,38 +92,48 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
+// The kernels take tensors of any strides, and outputs follow the input's. Without the tag, Inductor copies arguments
+// into the layout that they had when the graph was captured, at both ends of each convolution that has another.
+const std::vector<at::Tag> any_strides = {at::Tag::flexible_layout};
+
 TORCH_LIBRARY(fastbn, m) {
   m.def(
       "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor? moments, float eps, str activation='identity', "
-      "float? activation_param=None, Tensor? residual=None) -> (Tensor, Tensor)");
+      "float? activation_param=None, Tensor? residual=None) -> (Tensor, Tensor)",
+      any_strides);
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, float eps, bool training, "
       "bool[4] output_mask, str activation='identity', float? activation_param=None, Tensor? bias=None, "
-      "Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? residual=None) -> (Tensor, Tensor, Tensor, Tensor)",
+      any_strides);
   m.def(
       "update_running_stats(Tensor moments, SymInt count, float? momentum, Tensor(a!) running_mean, "
       "Tensor(b!) running_var, Tensor? num_batches_tracked) -> ()");
   m.def(
       "ghost_forward(Tensor input, Tensor? weight, Tensor? bias, int virtual_batch_size, float eps) -> "
-      "(Tensor, Tensor)");
+      "(Tensor, Tensor)",
+      any_strides);
   m.def(
       "ghost_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor moments, int virtual_batch_size, "
-      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      any_strides);
   m.def(
       "ghost_update(Tensor moments, SymInt values, SymInt last, float? momentum, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked) -> ()");
-  m.def("stats(Tensor input) -> Tensor");
+  m.def("stats(Tensor input) -> Tensor", any_strides);
   m.def("gather(Tensor values, int ranks, str group) -> Tensor");  // implemented by exchange.py
   m.def(
       "finish(Tensor packets, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor? num_batches_tracked) -> Tensor");
   m.def(
       "grad_stats(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, float eps, "
-      "str activation='identity', float? activation_param=None, Tensor? bias=None, Tensor? residual=None) -> Tensor");
+      "str activation='identity', float? activation_param=None, Tensor? bias=None, Tensor? residual=None) -> Tensor",
+      any_strides);
   m.def(
       "grad_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, Tensor total, float eps, "
       "bool wants_residual, str activation='identity', float? activation_param=None, Tensor? bias=None, "
-      "Tensor? residual=None) -> (Tensor, Tensor)");
+      "Tensor? residual=None) -> (Tensor, Tensor)",
+      any_strides);
 }
 
 TORCH_LIBRARY_IMPL(fastbn, CPU, m) { implement(m); }

@@ -121,8 +121,15 @@ def test_options_and_mode_reach_inductor(monkeypatch):
     model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())
     torch.compile(model, backend="fastbn", options={"max_autotune": True})(images(dtype=torch.float32))
     torch._dynamo.reset()
-    torch.compile(model, backend="fastbn", mode="reduce-overhead")(images(dtype=torch.float32))
-    assert given == [(None, {"max_autotune": True}), ("reduce-overhead", None)]
+    with torch.no_grad():
+        torch.compile(model, backend="fastbn", mode="reduce-overhead")(images(dtype=torch.float32))
+    torch._dynamo.reset()
+    torch.compile(model, backend="fastbn", options={"layout_optimization": True})(images(dtype=torch.float32))
+    assert given == [
+        (None, {"layout_optimization": False, "max_autotune": True}),
+        ("reduce-overhead", None),
+        (None, {"layout_optimization": True}),
+    ]
 
 
 @compilers
