@@ -40,7 +40,7 @@ CUDA_SITE := $(CURDIR)/build/cuda/lib
 CXX ?= g++
 # Folders too: their time changes when a file is added or removed.
 SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*') setup.py pyproject.toml
-C_SOURCES := $(shell find csrc benchmarks tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+C_SOURCES := $(shell find csrc benchmarks tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SAY := @printf '\n==> %s\n'
 
 # If $(PYTHON) is a virtual environment, one made from it does not see its packages until it is told where.

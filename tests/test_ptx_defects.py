@@ -1,0 +1,143 @@
+"""Defects in what only nvcc compiles, planted in a copy of csrc/cuda: executing the PTX finds each of them.
+
+g++ sees the same text with and without a defect, so the C++ kernels in the emulator cannot notice any."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from simt.build import CSRC, backend_sources, build, run
+
+sys.path.insert(0, str(Path(__file__).parent / "ptx"))
+import build as ptx
+
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(ptx.find_nvcc() is None, reason="needs nvcc")]
+
+# Both walks of the resident forward kernel for bfloat16, without an activation.
+ENTRIES = r"_18residentINS_8BFloat16.*Identity"
+CASES = {
+    "rows": ["layout=first", "N=32", "C=2", "S=1152"],
+    "columns": ["layout=last", "N=4", "C=64", "S=256"],
+}
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    edits: tuple[tuple[str, str, str], ...]  # file in csrc/cuda, what occurs there once, what takes its place
+    words: str  # of the error, or of the comparison with the C++ kernels
+    cases: tuple[str, ...] = ("rows", "columns")
+
+
+COPY = 'asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"'
+WAIT = 'asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");'
+STALE = "with no release, acquire and barrier in between"
+TOO_EARLY = "reads an asynchronous copy of its own before waiting for it"
+PAIR = "const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);\n  uint32_t word;\n  memcpy(&word, &pair, 4);"
+SHARED_LOAD = """  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+FASTBN_D void shared_store16"""
+GENERIC_LOAD = """  uint4 v;
+  asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return {{v.x, v.y, v.z, v.w}};
+}
+FASTBN_D void shared_store16"""
+# The barrier of a group with no fence after its acquiring load, which is enough, as long as the load does acquire.
+LAST_FENCE = (
+    "reduce.cuh",
+    "& flag) != 0; });\n    fence();\n",
+    "& flag) != 0; });\n#if !defined(__CUDACC__)\n    fence();\n#endif\n",
+)
+ROUND_TO_ZERO = """uint32_t word;
+  asm("cvt.rz.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(in[1]), "f"(in[0]));"""
+FENCE = "FASTBN_D void fence() { __threadfence(); }"
+
+
+def in_device(old, new):
+    return (("device.cuh", old, new),)
+
+
+DEFECTS = [
+    Defect("a copy of 8 bytes", in_device(COPY, COPY.replace("16;", "16, 8;")), "y differs"),
+    Defect("a copy from the next 16 bytes",
+           in_device('"l"(global)', '"l"(static_cast<const char*>(global) + 16)'), "y differs"),
+    Defect("a wait for all copies but one more", in_device(WAIT, WAIT.replace('"n"(n)', '"n"(n + 1)')), TOO_EARLY),
+    Defect("a relaxed load where acquire is needed", (LAST_FENCE, *in_device("ld.acquire.gpu", "ld.relaxed.gpu")), STALE),
+    Defect("no fence", in_device(FENCE, "FASTBN_D void fence() {}"), STALE),
+    Defect("packets through the first-level cache", in_device("return __ldcg(p);", "return __ldg(p);"),
+           "load() of what this launch wrote"),
+    Defect("bfloat16 rounded towards zero", (("vector.cuh", PAIR, ROUND_TO_ZERO),), "y differs"),
+    Defect("two halves of a word exchanged",
+           (("vector.cuh", "__floats2bfloat162_rn(in[0], in[1])", "__floats2bfloat162_rn(in[1], in[0])"),), "y differs"),
+    Defect("a generic access to shared memory", in_device(SHARED_LOAD, GENERIC_LOAD), "generic access to shared memory"),
+]  # fmt: skip
+
+
+def case(*arguments, **environment):
+    """(results by name, or the error) of a case of tests/ptx/case.cpp."""
+    program = build([*backend_sources(CSRC), ptx.HERE / "case.cpp"], "plain")
+    output = environment.pop("output")
+    status, text = run(program, f"output={output}", *arguments, **environment)
+    if status != 0:
+        return text
+    results, data = {}, output.read_bytes()
+    for name, size in json.loads(text)["results"].items():
+        results[name], data = data[:size], data[size:]
+    return results
+
+
+def what_is_noticed(csrc, cases, tmp_path):
+    """What a run from the PTX of csrc shows: errors, and outputs that are not those of the C++ kernels."""
+    library = ptx.library(csrc=csrc, kernels=[csrc / "cuda" / "resident.cu"], only=ENTRIES)
+    noticed = []
+    for name in cases:
+        arguments = [*CASES[name], "backward=0"]
+        right = case(*arguments, output=tmp_path / "right")
+        found = case(*arguments, output=tmp_path / "found", FASTBN_SIMT_PTX=str(library))
+        if isinstance(found, str):
+            noticed.append(found)
+        elif found["y"] != right["y"]:
+            noticed.append("y differs")
+    return noticed
+
+
+def copy_with(edits, folder):
+    csrc = folder / "csrc"
+    for part in ("core", "cuda"):
+        shutil.copytree(CSRC / part, csrc / part)
+    for file, old, new in edits:
+        text = (csrc / "cuda" / file).read_text()
+        assert text.count(old) == 1, f"{file} should have once: {old}"
+        (csrc / "cuda" / file).write_text(text.replace(old, new))
+    return csrc
+
+
+def as_gcc_sees_it(csrc):
+    """resident.cu after the preprocessor, without line numbers."""
+    command = ["g++", "-std=c++20", "-E", "-P", f"-I{csrc}", f"-I{CSRC.parent / 'tests' / 'simt'}", "-x", "c++"]
+    return subprocess.run([*command, csrc / "cuda" / "resident.cu"], capture_output=True, text=True, check=True).stdout
+
+
+def test_nothing_is_noticed_where_nothing_is_wrong(tmp_path):
+    assert what_is_noticed(CSRC, CASES, tmp_path) == []
+
+
+def test_an_acquiring_load_is_enough(tmp_path):
+    csrc = copy_with([LAST_FENCE], tmp_path)
+    assert what_is_noticed(csrc, CASES, tmp_path) == []
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
+def test_defect_is_noticed(defect, tmp_path):
+    csrc = copy_with(defect.edits, tmp_path)
+    assert as_gcc_sees_it(csrc) == as_gcc_sees_it(CSRC), "the emulator can see it too"
+    noticed = what_is_noticed(csrc, defect.cases, tmp_path)
+    assert len(noticed) == len(defect.cases), noticed
+    for text in noticed:
+        assert defect.words in text
