@@ -1,16 +1,11 @@
 """The translator of tests/ptx on small pieces of PTX: what it knows, and that it names what it does not know."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "ptx"))
-
-from flow import Flow
-from parse import Parser, Unknown, normalized, split_operands
-from translate import translate
+from ptx.flow import Flow
+from ptx.parse import Parser, Unknown, normalized, split_operands
+from ptx.translate import translate
 
 pytestmark = pytest.mark.cpu
 

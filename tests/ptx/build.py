@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
+from ptx.translate import translate  # noqa: E402
 from simt.build import CSRC, JOBS, KEPT, atomically, included, key_of  # noqa: E402
-from translate import translate  # noqa: E402
 
 # What is fused and how numbers are rounded is decided by nvcc, so g++ must not contract anything.
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-variable", "-Wno-unused-but-set-variable",

@@ -4,7 +4,7 @@
 is not handled here raises `Unknown` with its name; nothing is skipped.
 """
 
-from parse import CTYPE, SIZE, Unknown, split_operands
+from ptx.parse import CTYPE, SIZE, Unknown, split_operands
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
            "hs": ">="}  # fmt: skip

@@ -1,20 +1,15 @@
 """Translates the PTX that nvcc wrote to C++ for the machine of tests/simt: one function for each entry.
 
-    translate.py FILE.ptx FOLDER [--only REGEX] [--counted]
-
 Registers become local variables, branches become `goto`; loads, stores, waits and everything that threads do together
 are calls of ptx::Thread (thread.h). `#line` directives carry the lines of the CUDA source, so that an error of the
-machine names them. With --counted the code also reports its basic blocks, for the counters.
+machine names them. Counted code also reports its basic blocks, for the counters.
 """
 
-import argparse
 import re
-import sys
-from pathlib import Path
 
-from flow import CLASSES, ENDS, Flow, class_of
-from instructions import Instructions
-from parse import CTYPE, SIZE, Parser, Unknown
+from ptx.flow import CLASSES, ENDS, Flow, class_of
+from ptx.instructions import Instructions
+from ptx.parse import CTYPE, SIZE, Parser, Unknown
 
 SPECIAL = {"%tid.x": "t.tid()", "%ctaid.x": "t.ctaid()", "%ntid.x": "t.ntid()", "%nctaid.x": "t.nctaid()",
            "%laneid": "t.laneid()", "%tid.y": "0u", "%tid.z": "0u", "%ctaid.y": "0u", "%ctaid.z": "0u"}  # fmt: skip
@@ -258,24 +253,3 @@ def translate(text, file, only=None, counted=False):
         parts += [Writer(e, file, shared, counted).write(k) for k, e in enumerate(chosen[first:][:ENTRIES_A_SOURCE])]
         sources.append("\n".join([*parts, "}  // namespace", ""]))
     return sources, len(chosen), len(entries)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ptx", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", help="translate the entries whose mangled names match")
-    parser.add_argument("--counted", action="store_true", help="count what is executed")
-    a = parser.parse_args()
-    try:
-        sources, chosen, count = translate(a.ptx.read_text(), a.ptx.name, a.only, a.counted)
-    except Unknown as error:
-        sys.exit(f"translate.py: {error}")
-    a.folder.mkdir(parents=True, exist_ok=True)
-    for k, source in enumerate(sources):
-        (a.folder / f"{a.ptx.stem}_{k}.cpp").write_text(source)
-    print(f"{a.ptx}: {chosen} of {count} entries")
-
-
-if __name__ == "__main__":
-    main()
