@@ -134,9 +134,9 @@ class Parser:
     def parse(self):
         while self.at < len(self.lines):
             line = self.lines[self.at].strip()
-            if match := re.match(r"\.extern \.shared .*?(\w+)\[\];", line):
+            if match := re.match(r"\.extern \.shared .*?([$\w]+)\[\];", line):
                 self.shared[match[1]] = None
-            elif match := re.match(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\];", line):
+            elif match := re.match(r"\.shared \.align (\d+) \.b8 ([$\w]+)\[(\d+)\];", line):
                 self.shared[match[2]] = (int(match[3]), int(match[1]))
             elif match := re.match(r"(?:\.visible |\.weak )?\.entry (\w+)\(", line):
                 self.parse_entry(Entry(match[1]))
@@ -202,7 +202,7 @@ class Parser:
                 many = re.fullmatch(r"(%\w+)<(\d+)>", piece)
                 names += [f"{many[1]}{k}" for k in range(int(many[2]))] if many else [piece]
             entry.items.append(("reg", match[1], names))
-        elif match := re.match(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", text):
+        elif match := re.match(r"\.shared \.align (\d+) \.b8 ([$\w]+)\[(\d+)\]", text):
             self.shared[match[2]] = (int(match[3]), int(match[1]))
         elif match := re.match(r"\.local \.align (\d+) \.b8\s+(\w+)\[(\d+)\]", text):
             entry.locals.append((match[2], int(match[3]), int(match[1])))
