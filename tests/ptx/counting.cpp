@@ -115,6 +115,15 @@ void Counting::print(FILE* to) const {
   };
   std::fprintf(to, "\"instructions\": "), print_classes([](int) { return true; });
 
+  // Requests of 16 bytes a lane in a loop, which tell the loops over vectors of the tensor from others.
+  const auto vectors_of = [&](int loop) {
+    uint64_t sum = 0;
+    for (int s = 0; s < e.site_count; ++s) {
+      const auto& loops = e.blocks[e.sites[s].block].loops;
+      if (e.sites[s].bytes == 16 && !loops.empty() && loops.back() == loop) sum += c.sites[size_t(s)].requests;
+    }
+    return sum;
+  };
   std::fprintf(to, ", \"loops\": [");
   for (int l = 0; l < e.loop_count; ++l) {
     const auto within = [&](int b) {
@@ -125,9 +134,9 @@ void Counting::print(FILE* to) const {
     for (int b = 0; b < e.block_count; ++b) innermost = innermost && (!within(b) || e.blocks[b].loops.back() == l);
     const size_t header = size_t(e.loops[l].header);
     if (!innermost || c.executions[header] == 0) continue;
-    // Accesses of 16 bytes in it: what tells the loops over vectors of the tensor from others.
-    std::fprintf(to, "%s{\"source\": \"%s\", \"turns\": %llu, \"lanes\": %llu, \"instructions\": ", comma,
-                 e.blocks[header].source, Number(c.executions[header]), Number(c.lanes[header]));
+    std::fprintf(
+        to, "%s{\"source\": \"%s\", \"turns\": %llu, \"lanes\": %llu, \"vectors\": %llu, \"instructions\": ", comma,
+        e.blocks[header].source, Number(c.executions[header]), Number(c.lanes[header]), Number(vectors_of(l)));
     print_classes(within);
     std::fprintf(to, "}"), comma = ", ";
   }
@@ -143,15 +152,17 @@ void Counting::print(FILE* to) const {
   for (int s = 0; s < e.site_count; ++s) {
     const Accesses& of = c.sites[size_t(s)];
     const Site& site = e.sites[s];
+    const auto& loops = e.blocks[site.block].loops;
     if (of.requests == 0) continue;
     std::fprintf(
         to,
-        "%s{\"name\": \"%s\", \"source\": \"%s\", \"space\": \"%s\", \"bytes\": %u, \"requests\": %llu, "
+        "%s{\"name\": \"%s\", \"source\": \"%s\", \"space\": \"%s\", \"bytes\": %u, "
+        "\"in_vector_loop\": %s, \"requests\": %llu, "
         "\"lanes\": %llu, \"sectors\": %llu, \"least_sectors\": %llu, \"cycles\": %llu, \"least_cycles\": %llu, "
         "\"sectors_of\": {",
         comma, site.name, site.source, site.space == Space::global ? "global" : "shared", site.bytes,
-        Number(of.requests), Number(of.lanes), Number(of.sectors), Number(of.least_sectors), Number(of.cycles),
-        Number(of.least_cycles));
+        !loops.empty() && vectors_of(loops.back()) > 0 ? "true" : "false", Number(of.requests), Number(of.lanes),
+        Number(of.sectors), Number(of.least_sectors), Number(of.cycles), Number(of.least_cycles));
     comma = "";
     for (const auto& [region, n] : of.sectors_of) {
       std::fprintf(to, "%s\"%s\": %llu", comma, region.c_str(), Number(n)), comma = ", ";

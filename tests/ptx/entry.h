@@ -30,7 +30,8 @@ struct Loop {
 struct Site {
   Kind kind;
   Space space;
-  unsigned bytes;
+  unsigned bytes;  // a lane
+  int block;
   const char *name, *source;
 };
 

@@ -3,6 +3,7 @@
 // earlier, and order.h says what a thread may read.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <source_location>

@@ -30,6 +30,7 @@ class Writer(Instructions):
         self.flow = Flow(entry)
         self.scopes = [{}]
         self.sites, self.statics = [], []
+        self.block = 0  # the basic block that is being written
         self.tracked = self.find_tracked() if counted else set()
 
     def find_tracked(self):
@@ -114,7 +115,7 @@ class Writer(Instructions):
 
     def site(self, s, kind, space, size):
         """The number of an instruction that the machine or the counters want to know again."""
-        self.sites.append((kind, "global" if space == "generic" else space, size, s.name, s.source))
+        self.sites.append((kind, "global" if space == "generic" else space, size, self.block, s.name, s.source))
         return len(self.sites) - 1
 
     def label(self, name):
@@ -154,7 +155,8 @@ class Writer(Instructions):
         return before + text
 
     def write(self, number):
-        registers, body, current, block, depth = [], [], None, -1, 0
+        registers, body, current, depth = [], [], None, 0
+        self.block = -1
         for k, item in enumerate(self.entry.items):
             if isinstance(item, tuple):
                 if item[0] == "label":
@@ -170,9 +172,9 @@ class Writer(Instructions):
                     registers += [] if depth else [(c, names)]
                 current = None
                 continue
-            if self.counted and self.flow.block_of[k] != block:
-                block = self.flow.block_of[k]
-                body.append(f"t.block({block});")
+            if self.flow.block_of[k] != self.block:
+                self.block = self.flow.block_of[k]
+                body += [f"t.block({self.block});"] if self.counted else []
                 current = None
             text, place = self.statement(item), place_of(item.source)
             # What comes from one line of the source is on one line here, as #line counts lines.
@@ -216,9 +218,9 @@ class Writer(Instructions):
             for h, latches in zip(flow.headers, flow.latches, strict=True):
                 out.append(f"  {{{h}, {{{', '.join(map(str, latches))}}}}},")
             out += ["  {-1, {}}", "};", f"const Site sites_{number}[] = {{"]
-            for kind, space, size, name, source in self.sites:
-                out.append(f'  {{Kind::{kind}, Space::{space}, {size}, "{name}", {quoted(source)}}},')
-            out += ['  {Kind::load, Space::global, 0, "", ""}', "};"]
+            for kind, space, size, block, name, source in self.sites:
+                out.append(f'  {{Kind::{kind}, Space::{space}, {size}, {block}, "{name}", {quoted(source)}}},')
+            out += ['  {Kind::load, Space::global, 0, 0, "", ""}', "};"]
             tables = (
                 f"blocks_{number}, {len(flow.blocks)}, loops_{number}, {len(flow.headers)}, sites_{number}, "
                 f"{len(self.sites)}"
