@@ -11,6 +11,8 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("reference")
+# They need nvcc and not fastbn: make ptx and make ptx-quick run them, without this file.
+collect_ignore_glob = ["test_nvcc_*"]
 
 
 @dataclass(frozen=True)

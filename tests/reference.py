@@ -182,7 +182,9 @@ def assert_no_further(quantity, result, torchs, truth):
     ours, theirs = error(as_rows(result), expected).max(), error(as_rows(torchs), expected).max()
     slack = ulp(max(np.abs(expected).max(), truth.term[quantity]), result.dtype)
     slack += truth.products.get(quantity, 0) if FUSED_BY_NVCC else 0
-    assert ours <= theirs + slack, f"{quantity}: off by {ours:.4g}, torch only by {theirs:.4g} (allowed: {slack:.3g} more)"
+    assert ours <= theirs + slack, (
+        f"{quantity}: off by {ours:.4g}, torch only by {theirs:.4g} (allowed: {slack:.3g} more)"
+    )
 
 
 def run(function, x, weight, bias, running_mean, running_var, training, momentum, eps, grad_output):

@@ -1,6 +1,7 @@
 """Runs single cases (case.cpp) by the C++ kernels or from translated PTX, and compares their results."""
 
 import json
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -19,14 +20,17 @@ def entries(*dtypes, kernels=r"\w+", endings=r"\w+", scalar=False):
     return rf"N_1\d+({kernels})I({types}){vectors}NS0_\w*({endings})"
 
 
-def run_case(*arguments, library=None, **environment):
-    """(what case.cpp says, its results by name as bytes). RuntimeError where the run fails."""
+def run_case(*arguments, library=None, timeout=600, **environment):
+    """(what case.cpp says, its results by name as bytes). RuntimeError where the run fails or does not end."""
     program = build([*backend_sources(CSRC), HERE / "case.cpp"], "plain")
     if library is not None:
         environment["FASTBN_SIMT_PTX"] = str(library)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        status, text = run(program, f"output={output}", *arguments, **environment)
+        try:
+            status, text = run(program, f"output={output}", *arguments, timeout=timeout, **environment)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"does not end within {timeout} s") from None
         if status != 0:
             raise RuntimeError(text)
         said, data, results = json.loads(text), output.read_bytes(), {}

@@ -1,5 +1,4 @@
-// Small kernels whose costs are known by hand, for the tests of the counters, and one that tells whether the compiler
-// knows what asynchronous copies write:
+// Small kernels whose costs are known by hand, for the tests of the counters:
 //   small NAME
 // Prints a checksum of what the kernel wrote. x and y are tensors to the counters, everything else is not.
 #include "cuda/device.cuh"
@@ -89,16 +88,6 @@ extern "C" __global__ void copies(Buffers b) {
   copies_done<0>();
   store16(b.y + 4 * threadIdx.x, shared_load16(at));
 }
-// What a copy writes takes the place of what was there, if the compiler knows that it writes.
-extern "C" __global__ void refilled(Buffers b) {
-  FASTBN_DYNAMIC_SHARED(shared);
-  unsigned char* const at = shared + 16 * threadIdx.x;
-  shared_store16(at, {});
-  copy16(at, b.x + 4 * threadIdx.x);
-  copies_commit();
-  copies_done<0>();
-  store16(b.y + 4 * threadIdx.x, shared_load16(at));
-}
 
 #if !defined(__CUDACC__)
 #include <iostream>
@@ -117,7 +106,6 @@ int main(int argc, char** argv) {
       {"five_round_trips", five_round_trips},
       {"barriers", barriers},
       {"copies", copies},
-      {"refilled", refilled},
   };
   alignas(128) static float x[4096], y[4096];
   alignas(128) static int chain[16];
