@@ -13,6 +13,7 @@ import math
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,7 @@ def count(n, c, s, multiprocessors, layout, dtype, cooperative=True):
     return passes, records
 
 
+@cache
 def counted_library():
     dtypes = tuple(ITEM_BYTES)
     resident = entries(*dtypes, kernels="resident|grad_resident", endings="Identity")
