@@ -45,13 +45,16 @@ TILE_ROUND_TRIPS = 4
 SMALL = {
     "first": [(2, 4, 3136, 4), (8, 2, 3136, 8), (4, 8, 784, 4), (16, 4, 784, 16), (8, 6, 3136, 16), (32, 2, 784, 4),
               (64, 2, 784, 33), (3, 9, 784, 2), (8, 16, 196, 4), (32, 8, 196, 8), (16, 64, 49, 4), (64, 32, 49, 16),
-              (128, 8, 196, 16), (256, 16, 49, 16), (96, 16, 196, 6), (64, 64, 49, 3)],
+              (128, 8, 196, 16), (256, 16, 49, 16), (96, 16, 196, 6), (64, 64, 49, 3), (64, 4, 3136, 24),
+              (32, 2, 12544, 33), (256, 16, 196, 24), (256, 8, 196, 33), (512, 32, 49, 24)],
     "last": [(2, 64, 784, 16), (4, 32, 784, 8), (8, 64, 196, 4), (2, 128, 784, 33), (4, 64, 784, 40), (2, 256, 196, 16),
-             (16, 32, 196, 2), (8, 128, 196, 8), (32, 64, 49, 6), (64, 32, 49, 12), (2, 64, 3136, 24), (5, 96, 196, 9)],
+             (16, 32, 196, 2), (8, 128, 196, 8), (32, 64, 49, 6), (64, 32, 49, 12), (2, 64, 3136, 24), (5, 96, 196, 9),
+             (8, 32, 3136, 33), (16, 64, 784, 24), (32, 64, 784, 33), (8, 64, 3136, 20), (32, 32, 784, 66),
+             (64, 32, 196, 66)],
 }  # fmt: skip
 # channels_last with cooperative launches forbidden: the streaming strategy.
 STREAMING = [(4, 64, 784, 4), (4, 128, 784, 8), (8, 64, 784, 16), (2, 256, 784, 8), (8, 64, 196, 33), (16, 32, 196, 8),
-             (2, 256, 196, 4), (32, 64, 49, 12), (4, 128, 196, 20), (2, 64, 3136, 40)]  # fmt: skip
+             (2, 256, 196, 4), (32, 64, 49, 12), (4, 128, 196, 20), (2, 64, 3136, 40), (16, 128, 784, 33)]  # fmt: skip
 # Real cases that are executed with their real plans: (C, side), batch.
 COUNTED = [((512, 7), 32), ((256, 14), 32), ((128, 28), 32)]
 # How far the formula may be from what these are counted as; bytes that are not the tensor's, in parts of all bytes.
@@ -119,6 +122,30 @@ def summary(launches):
     }
 
 
+def counters_of(launch, case, direction):
+    """One object of counters.json: a launch as a profiler would show it."""
+    memory = {name: {"requests": 0, "sectors": 0} for name in ("tensor", "other")}
+    for site in launch["sites"]:
+        if site["space"] == "global":
+            outside = site["sectors_of"].get("other", 0)
+            memory["other" if outside else "tensor"]["requests"] += site["requests"]
+            memory["other"]["sectors"] += outside
+            memory["tensor"]["sectors"] += site["sectors"] - outside
+    shared = [site for site in launch["sites"] if site["space"] == "shared"]
+    vectors = case["N"] * case["C"] * case["S"] * ITEM_BYTES[case["dtype"]] / 16 / 32
+    in_loops = sum(sum(loop["instructions"].values()) for loop in launch["loops"] if loop["vectors"] > 0)
+    return {
+        "case": case, "pass": direction, "kernel": launch["kernel"], "blocks": launch["blocks"],
+        "warps": launch["warps"], "instructions": launch["instructions"], **memory,
+        "shared_requests": sum(site["requests"] for site in shared),
+        "shared_cycles": sum(site["cycles"] for site in shared),
+        "shared_cycles_without_conflicts": sum(site["least_cycles"] for site in shared),
+        "block_barriers": launch["block_barriers"], "group_barriers": launch["group_barriers"],
+        "round_trips": launch["round_trips"], "tile_round_trips": launch["tile_round_trips"],
+        "instructions_per_vector": round(in_loops / vectors, 1),
+    }  # fmt: skip
+
+
 def count(n, c, s, multiprocessors, layout, dtype, cooperative=True):
     """Runs one case from PTX. [(pass, plan, summary)], and the counters of its launches."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +163,7 @@ def count(n, c, s, multiprocessors, layout, dtype, cooperative=True):
     for direction, part in zip(PASSES, (launches[:split], launches[split:]), strict=True):
         plan = plan_of(n, c, s, layout, dtype, direction, multiprocessors, cooperative)
         passes.append((direction, plan, summary(part)))
-        records += [{"case": case, "pass": direction, **launch} for launch in part]
+        records += [counters_of(launch, case, direction) for launch in part]
     return passes, records
 
 
@@ -165,6 +192,7 @@ def features(plan):
         pieces, in_warps, a_turn = rows, lambda share: share * ceil_div(vectors, 32), 256 // lanes
     a_share = ceil_div(pieces, blocks)
     each = [min(a_share, max(0, pieces - rank * a_share)) for rank in range(blocks)]
+    row_bytes = plan["columns_a_channel"] * channels * 16 // plan["vector"]  # of an item
     wide = plan["columns_a_channel"] if plan["walk"] == "columns" else 1
     halvings = max(0, 5 - int(math.log2(lanes))) if lanes else 0
     merge_rounds = ceil_div(blocks, 32) if several else 0
@@ -182,7 +210,7 @@ def features(plan):
         "packets": shares * blocks * channels * several,
         "last merge": items * channels * merge_rounds,
         "tensor": plan["bytes"] / 32,
-        "rows": rows * items,
+        "unaligned rows": rows * items * (vectors * 16 % 32 != 0 or row_bytes % 32 != 0),
         "pivots": shares * channels,
         "waves": plan["waves"],
         "group waves": plan["waves"] * several,
@@ -204,8 +232,8 @@ USED = {  # count -> the features it depends on, by strategy
     "loop_instructions": {"resident": ["turns", "shares"], "streaming": ["turns", "shares"]},
     "busy_all": dict.fromkeys(("resident", "streaming"), ["turns", *SUMS]),
     "busy_longest": dict.fromkeys(("resident", "streaming"), ["longest turns", *SUMS]),
-    "tensor_sectors": dict.fromkeys(("resident", "streaming"), ["tensor", "rows", "pivots", "shares"]),
-    "least_sectors": dict.fromkeys(("resident", "streaming"), ["tensor", "rows", "pivots", "shares"]),
+    "tensor_sectors": dict.fromkeys(("resident", "streaming"), ["tensor", "unaligned rows", "pivots", "shares"]),
+    "least_sectors": dict.fromkeys(("resident", "streaming"), ["tensor", "unaligned rows", "pivots", "shares"]),
     "other_sectors": {"resident": ["shares", "shares in groups", "merged channels", "packets", "channels", "pivots"],
                       "streaming": ["shares", "pivots", "channels", "last merge"]},
     "round_trips": {"resident": ["one", "waves", "group waves", "merge waves", "merge chain"],
@@ -326,6 +354,19 @@ def table(formulas, real):
     return rows
 
 
+def print_counters(records):
+    titles = f"{'blocks':>6} {'instr':>9} {'tensor':>8} {'other':>8} {'conflicts':>9} {'barriers':>8} {'trips':>5}"
+    print(f"{'launch':56} {titles} instr/vec")
+    for r in records:
+        case = "{N}x{C}x{S} {dtype} {layout} on {multiprocessors}".format(**r["case"])
+        instructions, sectors = sum(r["instructions"].values()), f"{r['tensor']['sectors']:8} {r['other']['sectors']:8}"
+        conflicts = r["shared_cycles"] / max(1, r["shared_cycles_without_conflicts"])
+        waits = f"{r['block_barriers'] // r['blocks']:8} {r['tile_round_trips']:5}"
+        name = f"{case:32} {r['pass']:9} {r['kernel'].split('<')[0]:13}"
+        loops = f"{r['instructions_per_vector']:9}"
+        print(f"{name} {r['blocks']:6} {instructions:9} {sectors} {conflicts:9.2f} {waits} {loops}")
+
+
 def main():
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -334,6 +375,7 @@ def main():
     rows = table(formulas, real)
     (folder / "counters.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
     (folder / "budget.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    print_counters(records)
     agreed = agreement(formulas, real)
     print(f"{'the formula beside what was counted':44} {'count':18} {'formula':>12} {'counted':>12}")
     for case, name, said, counted, difference in agreed:
