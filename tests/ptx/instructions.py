@@ -10,13 +10,13 @@ COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
            "hs": ">="}  # fmt: skip
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 APPROXIMATE = ("rcp", "sqrt", "rsqrt", "ex2", "lg2", "tanh")
-# Functions of arithmetic.h with as many operands, of which those in lower case have the type that is given.
+# Instructions that are one expression of their operands; c is the C++ type.
 FUNCTIONS = {
     "min": "minimum<{c}>({0}, {1})", "max": "maximum<{c}>({0}, {1})", "abs": "{c}(std::abs({0}))",
     "copysign": "std::copysign({1}, {0})", "popc": "uint32_t(std::popcount({0}))",
     "clz": "uint32_t(std::countl_zero({0}))", "prmt": "prmt({0}, {1}, {2})",
 }  # fmt: skip
-# Operands that are u32 whatever the type of the instruction: shl, shr, bfi, bfe.
+# How many operands have the type of the instruction, and how many after them are u32 whatever it is.
 COUNTED = {"shl": (1, 1), "shr": (1, 1), "bfi": (2, 2), "bfe": (1, 2)}
 ORDERS = ("relaxed", "acquire", "release", "acq_rel", "volatile")
 
