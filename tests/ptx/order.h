@@ -1,11 +1,12 @@
 // The order of memory between the threads of a launch, as PTX promises it: what a block may know of the writes of
-// others. A read of global memory that another thread wrote without release and acquire in between is an error,
-// whatever the schedule; so a missing fence, a relaxed load or a missing barrier is seen, not only what it may lead to.
+// others. A read of what another thread wrote before, without release and acquire in between, is an error, also where
+// it got the right value; so a missing fence, a relaxed load or a missing barrier is seen, not only what it may lead
+// to.
 //
 // Time in a block is its epoch, the number of barriers that it has passed. What a thread knows of a block is an epoch
-// and a thread: all writes of earlier epochs, and of that epoch those of this thread. A fence takes the thread's
-// knowledge, an atomic operation or store after it (release) leaves it at the address, an acquire (or a relaxed access
-// and a fence) takes it from there, and the next barrier gives it to the block.
+// and some threads: all writes of earlier epochs, and of that epoch those of these threads. A fence takes the thread's
+// knowledge, an atomic operation after it (release) leaves it at the address, an acquire (or a relaxed access and a
+// fence) takes it from there. __syncwarp gives it to the warp, __syncthreads to the block.
 #pragma once
 
 #include <memory>
@@ -18,27 +19,36 @@ namespace ptx {
 
 class Knowledge {
  public:
-  void learn(unsigned block, uint64_t epoch, unsigned thread) { at(block) = std::max(at(block), pack(epoch, thread)); }
+  void learn(unsigned block, uint64_t epoch, unsigned thread) {
+    if (of_block_.size() <= block) of_block_.resize(block + 1);
+    Of& of = of_block_[block];
+    if (of.threads.empty() || epoch > of.epoch) {
+      of.epoch = epoch, of.threads.assign(1, uint16_t(thread));
+    } else if (epoch == of.epoch && !of.has(thread)) {
+      of.threads.push_back(uint16_t(thread));
+    }
+  }
   void learn(const Knowledge& other) {
-    if (of_block_.size() < other.of_block_.size()) of_block_.resize(other.of_block_.size());
-    for (size_t i = 0; i < other.of_block_.size(); ++i) of_block_[i] = std::max(of_block_[i], other.of_block_[i]);
+    for (unsigned block = 0; block < other.of_block_.size(); ++block) {
+      const Of& of = other.of_block_[block];
+      for (const uint16_t thread : of.threads) learn(block, of.epoch, thread);
+    }
   }
   bool has(unsigned block, uint64_t epoch, unsigned thread) const {
-    if (block >= of_block_.size()) return false;
-    const uint64_t known = of_block_[block];
-    return known >> 16 > epoch || known == pack(epoch, thread);
+    if (block >= of_block_.size() || of_block_[block].threads.empty()) return false;
+    const Of& of = of_block_[block];
+    return of.epoch > epoch || (of.epoch == epoch && of.has(thread));
   }
   bool empty() const { return of_block_.empty(); }
   void forget() { of_block_.clear(); }
 
  private:
-  std::vector<uint64_t> of_block_;
-
-  static uint64_t pack(uint64_t epoch, unsigned thread) { return epoch << 16 | (thread + 1); }
-  uint64_t& at(unsigned block) {
-    if (of_block_.size() <= block) of_block_.resize(block + 1);
-    return of_block_[block];
-  }
+  struct Of {
+    uint64_t epoch = 0;
+    std::vector<uint16_t> threads;
+    bool has(unsigned thread) const { return std::find(threads.begin(), threads.end(), thread) != threads.end(); }
+  };
+  std::vector<Of> of_block_;
 };
 
 // Who wrote to 8 bytes of global memory last, and which of them. Not all writes are kept: a newer one takes the place
@@ -68,6 +78,16 @@ class MemoryOrder {
     Block& b = blocks_[block];
     if (b.epoch == barriers) return;
     b.epoch = barriers, b.known.learn(b.arriving), b.arriving.forget();
+  }
+
+  // -- a warp: before and after __syncwarp. What earlier ones made known stays known.
+  void arrive_in_warp(unsigned block, unsigned thread, const Knowledge& own) {
+    Knowledge& warp = warps_[uint64_t(block) << 32 | thread / 32];
+    warp.learn(own);
+    warp.learn(block, blocks_[block].epoch, thread);
+  }
+  void passed_in_warp(unsigned block, unsigned thread, Knowledge& own) {
+    own.learn(warps_[uint64_t(block) << 32 | thread / 32]);
   }
 
   // -- a thread
@@ -126,7 +146,7 @@ class MemoryOrder {
     return writes[piece % kept];
   }
   std::vector<Block> blocks_;
-  std::unordered_map<uint64_t, Knowledge> released_;
+  std::unordered_map<uint64_t, Knowledge> released_, warps_;
 };
 
 }  // namespace ptx

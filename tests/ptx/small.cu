@@ -1,4 +1,5 @@
-// Small kernels whose costs are known by hand, for the tests of the counters:
+// Small kernels whose costs are known by hand, for the tests of the counters, and some whose accesses to memory are in
+// order or not:
 //   small NAME
 // Prints a checksum of what the kernel wrote. x and y are tensors to the counters, everything else is not.
 #include "cuda/device.cuh"
@@ -89,6 +90,63 @@ extern "C" __global__ void copies(Buffers b) {
   store16(b.y + 4 * threadIdx.x, shared_load16(at));
 }
 
+// ---- the order of memory between threads
+
+// The first threads of two warps publish a number each; a thread of another block waits for both and reads them.
+FASTBN_D void publish(const Buffers& b) {
+  if (blockIdx.x != 0 || threadIdx.x % 32 != 0) return;
+  store(b.y + threadIdx.x, 2.0f);
+  fence();
+  add(b.counter, 1);
+}
+FASTBN_D void wait_for_both(const Buffers& b) {
+  wait_until([&] { return load_acquire(b.counter) == 2; });
+}
+FASTBN_D void read_both(const Buffers& b) { store(b.y + 64, load_fresh(b.y) + load_fresh(b.y + 32)); }
+
+extern "C" __global__ void published(Buffers b) {
+  publish(b);
+  if (blockIdx.x != 1 || threadIdx.x != 0) return;
+  wait_for_both(b);
+  read_both(b);
+}
+// The counter is read by an atomic operation, which does not acquire; a fence after it does.
+template <bool fenced>
+FASTBN_D void read_after_atomic(const Buffers& b) {
+  publish(b);
+  if (blockIdx.x != 1 || threadIdx.x != 0) return;
+  wait_until([&] { return add(b.counter, 0) == 2; });
+  if (fenced) fence();
+  read_both(b);
+}
+extern "C" __global__ void read_after_fence(Buffers b) { read_after_atomic<true>(b); }
+extern "C" __global__ void read_without_acquire(Buffers b) { read_after_atomic<false>(b); }
+// Another thread reads than the one that waited, after a barrier of the warp or of the block.
+template <bool block>
+FASTBN_D void read_by_another(const Buffers& b) {
+  publish(b);
+  if (blockIdx.x == 1 && threadIdx.x == 0) wait_for_both(b);
+  if (block) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  if (blockIdx.x == 1 && threadIdx.x == 1) read_both(b);
+}
+extern "C" __global__ void read_after_syncwarp(Buffers b) { read_by_another<false>(b); }
+extern "C" __global__ void read_after_syncthreads(Buffers b) { read_by_another<true>(b); }
+// A thread reads what its neighbour wrote, after a barrier of the warp, or with none.
+template <bool barrier>
+FASTBN_D void read_neighbour(const Buffers& b) {
+  float* const y = b.y + 256 * blockIdx.x;
+  store(y + 2 * threadIdx.x, 1.0f);
+  if (barrier) __syncwarp();
+  const float next = load_last(y + 2 * (threadIdx.x - threadIdx.x % 2));
+  store(y + 2 * threadIdx.x + 1, next + 1);
+}
+extern "C" __global__ void neighbour_after_syncwarp(Buffers b) { read_neighbour<true>(b); }
+extern "C" __global__ void neighbour_without_barrier(Buffers b) { read_neighbour<false>(b); }
+
 #if !defined(__CUDACC__)
 #include <iostream>
 
@@ -106,6 +164,13 @@ int main(int argc, char** argv) {
       {"five_round_trips", five_round_trips},
       {"barriers", barriers},
       {"copies", copies},
+      {"published", published},
+      {"read_after_syncwarp", read_after_syncwarp},
+      {"read_after_syncthreads", read_after_syncthreads},
+      {"read_after_fence", read_after_fence},
+      {"read_without_acquire", read_without_acquire},
+      {"neighbour_after_syncwarp", neighbour_after_syncwarp},
+      {"neighbour_without_barrier", neighbour_without_barrier},
   };
   alignas(128) static float x[4096], y[4096];
   alignas(128) static int chain[16];

@@ -294,7 +294,9 @@ std::pair<uint32_t, bool> Thread::shfl(shuffle how, uint32_t a, uint32_t b, uint
 
 void Thread::warp_sync(unsigned mask, Where w) {
   simt::Quiet quiet;
+  state_->launch.order.arrive_in_warp(ctaid(), tid(), state_->known);
   simt::meet("bar.warp.sync", mask, w, true, [](simt::Fiber*, simt::Fiber&) {});
+  state_->launch.order.passed_in_warp(ctaid(), tid(), state_->known);
 }
 
 uint32_t Thread::ballot(uint32_t mask, bool vote, Where w) { return simt::ballot(mask, vote, w); }
