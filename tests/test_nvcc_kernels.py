@@ -25,16 +25,17 @@ def test_kernels_of_float32():
     assert status == 0, output
 
 
+# Of sm_80 only grad_resident.cu is another one, so half of the schedules have to do.
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_kernels(arch):
-    status, output = run_driver(library(arch), 8)
+@pytest.mark.parametrize(("arch", "seeds"), [("sm_80", 4), ("sm_90", 8)])
+def test_kernels(arch, seeds):
+    status, output = run_driver(library(arch), seeds)
     assert status == 0, output
 
 
 @pytest.mark.slow
 def test_kernels_with_approximations_that_are_two_units_off():
-    status, output = run_driver(library("sm_90"), 2, FASTBN_PTX_APPROX="2")
+    status, output = run_driver(library("sm_90"), 1, FASTBN_PTX_APPROX="2")
     assert status == 0, output
 
 
