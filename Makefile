@@ -27,6 +27,9 @@ PEERS ?= jax
 CUDA_TORCH ?= torch==2.11.0
 CUDA_VENV := .venv-cuda
 CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
+# Of `make ptx`: what nvcc compiles for, and the tests that run from it.
+PTX_ARCHITECTURES := sm_80 sm_90
+PTX_TESTS ?= test_parity.py test_epilogue.py test_ghost.py test_sync.py test_layouts.py test_numerics.py test_devices.py
 # Of `make gpu`: where results go, and the seconds that all of it may take.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 530
@@ -40,7 +43,7 @@ CUDA_SITE := $(CURDIR)/build/cuda/lib
 CXX ?= g++
 # Folders too: their time changes when a file is added or removed.
 SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*') setup.py pyproject.toml
-C_SOURCES := $(shell find csrc benchmarks tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+C_SOURCES := $(shell find csrc benchmarks tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SAY := @printf '\n==> %s\n'
 
 # If $(PYTHON) is a virtual environment, one made from it does not see its packages until it is told where.
@@ -58,8 +61,8 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper report report-check asan simt simt-build simt-quick cuda-venv \
-    cuda-build gpu docs docs-serve sdist clean distclean
+.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper report report-check asan simt simt-build simt-quick \
+    ptx ptx-quick cuda-venv cuda-build gpu docs docs-serve sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -74,6 +77,8 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make asan       the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator"
+	@echo "make ptx        what nvcc compiles (no GPU needed), executed on the CPU: tests, planted defects, counts, a budget"
+	@echo "make ptx-quick  a part of make ptx in three minutes: float32 and bfloat16, planted defects, counters"
 	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
 	@echo "make gpu        on a machine with a GPU, under 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
 	@echo "make docs       the documentation as a site, in build/docs; make docs-serve shows it on port 8000"
@@ -194,6 +199,37 @@ simt: simt-build
 simt-quick: simt-build
 	$(SAY) "quick tests, with the CUDA kernels on the CPU"
 	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt -m "not slow"
+
+FIND_NVCC := command -v nvcc > /dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || { \
+        echo "no nvcc: install the CUDA toolkit, or set CUDA_HOME"; exit 1; }
+WITHOUT_FASTBN := -p no:cacheprovider --noconftest -W ignore
+
+# Two runs of the parity suite at a time, an architecture each; what they print goes to build/ptx/NAME.log.
+ptx: simt-build
+	@$(FIND_NVCC)
+	@mkdir -p build/ptx
+	$(SAY) "translating what nvcc compiles for $(PTX_ARCHITECTURES)"
+	@for arch in $(PTX_ARCHITECTURES); do \
+	    $(PY) tests/ptx/build.py --arch $$arch > build/ptx/$$arch.library || exit 1; cat build/ptx/$$arch.library; \
+	done
+	$(SAY) "the tests, from PTX"
+	@cd tests; running=; for arch in $(PTX_ARCHITECTURES); do \
+	    $(IN_VENV) PYTHONPATH=$(SIMT_SITE) FASTBN_SIMT_PTX="$$(cat ../build/ptx/$$arch.library)" \
+	        $(PY) -m pytest -p no:cacheprovider --backend ptx $(PTX_TESTS) > ../build/ptx/$$arch.log 2>&1 & \
+	    running="$$running $$!"; \
+	done; \
+	failed=0; for process in $$running; do wait $$process || failed=1; done; \
+	for arch in $(PTX_ARCHITECTURES); do echo "$$arch: $$(tail -n 1 ../build/ptx/$$arch.log)"; done; \
+	test $$failed = 0 || { tail -n 60 ../build/ptx/*.log; exit 1; }
+	$(SAY) "the same bits, planted defects, counters"
+	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) $(notdir $(wildcard tests/test_nvcc_*.py))
+	$(SAY) "counts and budget, in build/ptx"
+	cd tests && PYTHONPATH=$(SIMT_SITE) $(PY) ptx/budget.py ../build/ptx
+
+ptx-quick: venv
+	@$(FIND_NVCC)
+	$(SAY) "quick tests of what nvcc compiles"
+	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) -m "not slow" $(notdir $(wildcard tests/test_nvcc_*.py))
 
 cuda-venv: $(CUDA_VENV)/.packages
 

@@ -114,6 +114,8 @@ def extension():
     if simt:
         files += as_cpp(kernels) + ["tests/simt/bindings.cpp"]
         include_dirs.append(str(ROOT / "tests" / "simt"))
+        # Translated PTX is found by the kernels' symbols (tests/simt/translated.h), so they are not stripped.
+        link = ["-ldl"]
         # With -O2, GCC 12 does not see that lanes are all set, one after the other.
         flags += ["-O2", "-std=c++20", "-DFASTBN_SIMT", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     if cuda:

@@ -1,14 +1,18 @@
 """What every test shares: the backend under test, markers, seeds, and thread counts that are put back.
 In: pytest's hooks and its option --backend. Out: the fixtures `backend`, `device`, `threads`, a fixed random state."""
 
+import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.register_assert_rewrite("reference")
+# They need nvcc and not fastbn: make ptx and make ptx-quick run them, without this file.
+collect_ignore_glob = ["test_nvcc_*"]
 
 
 @dataclass(frozen=True)
@@ -20,19 +24,21 @@ class Backend:
 
 
 # simt: the CUDA kernels executed on the CPU, by the build that FASTBN_SIMT=1 makes (make simt).
+# ptx: the same build executes what nvcc compiled, from the library that FASTBN_SIMT_PTX names (make ptx).
 BACKENDS = {
     "cpu": Backend("cpu", torch.device("cpu")),
     "simt": Backend("simt", torch.device("cpu")),
+    "ptx": Backend("ptx", torch.device("cpu")),
     "cuda": Backend("cuda", torch.device("cuda")),
 }
 
 MARKERS = {
     "slow": "takes more than a few seconds, builds something, or needs much memory",
     "sanitize": "small and free of compilers and fuzzing, so that it also runs under AddressSanitizer",
-    "cpu": "about the CPU backend, or about no backend at all: skipped with --backend simt and cuda",
-    "simt": "about the emulator of tests/simt: needs --backend simt",
+    "cpu": "about the CPU backend, or about no backend at all: skipped with --backend simt, ptx and cuda",
+    "simt": "about the emulator of tests/simt: needs --backend simt or ptx",
     "cuda": "needs a GPU: skipped without --backend cuda",
-    "simt_quick": "part of the short run with --backend simt, where all that has no such mark counts as slow",
+    "simt_quick": "part of the short run with --backend simt or ptx, where all that has no such mark counts as slow",
 }
 
 
@@ -46,6 +52,10 @@ def pytest_configure(config):
     complaint = unavailable(config.getoption("--backend"))
     if complaint:
         raise pytest.UsageError(complaint)
+    if config.getoption("--backend") in ("ptx", "cuda"):
+        import reference  # not before its assertions are rewritten
+
+        reference.FUSED_BY_NVCC = True
 
 
 def unavailable(backend):
@@ -53,7 +63,12 @@ def unavailable(backend):
     from fastbn import _C
 
     backends = _C.build_info().get("backends", ["a version before this one"])
-    if backend not in backends:
+    translated = os.environ.get("FASTBN_SIMT_PTX", "")
+    if backend == "ptx" and not Path(translated).is_file():
+        return f"--backend ptx: FASTBN_SIMT_PTX should name a library of tests/ptx/build.py, not {translated!r}"
+    if backend == "simt" and translated:
+        return f"--backend simt: FASTBN_SIMT_PTX is {translated}, which is for --backend ptx"
+    if ("simt" if backend == "ptx" else backend) not in backends:
         return f"--backend {backend}: the fastbn in {_C.__file__} has {', '.join(backends)}"
     if backend == "cuda" and not torch.cuda.is_available():
         return "--backend cuda: torch sees no GPU"
@@ -63,14 +78,15 @@ def unavailable(backend):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     backend = config.getoption("--backend")
+    emulated = backend in ("simt", "ptx")
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         for name in ("cpu", "simt", "cuda"):
-            if name in marks and name != backend:
+            if name in marks and name != ("simt" if emulated else backend):
                 item.add_marker(pytest.mark.skip(reason=f"for --backend {name}"))
-        if backend == "simt" and "slow" in marks:
+        if emulated and "slow" in marks:
             item.add_marker(pytest.mark.skip(reason="slow on a processor, and a thousand times that in the emulator"))
-        if backend == "simt" and not marks & {"slow", "simt_quick"}:
+        if emulated and not marks & {"slow", "simt_quick"}:
             item.add_marker(pytest.mark.slow)
 
 

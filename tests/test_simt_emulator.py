@@ -28,6 +28,7 @@ MISTAKES = {
         "misaligned_store": (1, "misaligned address"),
         "misaligned_copy": (1, "misaligned address"),
         "copy_waits_for_too_few": (1, "WRONG RESULT"),
+        "copy_read_before_wait": (1, "reads an asynchronous copy of its own before waiting for it"),
         "copy_without_barrier": (1, "WRONG RESULT"),
         "copy_never_waited_for": (1, "asynchronous copies that it never waited for"),
         "copy_too_early": (40, "WRONG RESULT"),

@@ -14,9 +14,8 @@ from torch import Tensor, fx
 from . import matching
 from .records import record
 
-
-# Inductor makes convolutions channels_last, and converts weights and activations for it in every step. oneDNN chooses its
-# layouts itself: without that a training step of ResNet-18 takes 14 % less, NOTES.md#torchcompile.
+# Inductor makes convolutions channels_last, and converts weights and activations in every step. oneDNN chooses its
+# layouts itself: without the conversions a training step of ResNet-18 takes 13 % less, NOTES.md#under-torchcompile.
 _CPU_TRAINING: dict[str, Any] = {"layout_optimization": False}
 
 

@@ -70,6 +70,7 @@ py::dict take_stats() {
   d["bytes_written"] = s.bytes_written;
   d["fresh_bytes"] = s.fresh_bytes;
   d["atomics"] = s.atomics;
+  d["translated"] = s.translated;
   return d;
 }
 

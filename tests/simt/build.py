@@ -79,7 +79,7 @@ def build(sources, mode, csrc=CSRC, defines=()):
         objects = list(pool.map(compiled, sources))
     program = KEPT / f"{sources[-1].stem}-{key_of(*map(str, objects))}"
     if not program.exists():
-        atomically(["g++", *flags, *objects, "-o"], program)
+        atomically(["g++", *flags, *objects, "-ldl", "-o"], program)
     program.touch()
     return program
 

@@ -55,6 +55,7 @@ struct Stats {
   uint64_t launches, blocks, switches;
   uint64_t bytes_read, bytes_written;  // by load*, copy16 and store*
   uint64_t fresh_bytes, atomics;       // by load_fresh; add, increment_until and load_acquire
+  uint64_t translated;                 // launches of translated PTX (translated.h)
 };
 inline Stats stats;
 
@@ -414,12 +415,22 @@ inline void note_global(const void* p, size_t bytes, Access access, Where w) {
   }
 }
 
+// A shared address, before the access to it.
 inline void check_shared(const void* p, size_t bytes, Where w) {
   check_alignment(p, bytes, w);
   const size_t at = size_t(static_cast<const char*>(p) - self->block->shared);
   if (at < machine.arena) return;
   Quiet quiet;
   fail("not an address in the shared memory of this block", w);
+}
+
+// Before a thread reads shared memory: its own copies to there have been waited for. Their NaN alone would not tell,
+// because kernels sum again where the first attempt gave NaN.
+inline void check_copied(const void* p, size_t bytes, Where w) {
+  for (const Fiber::Copy& c : self->copies) {
+    const char *to = static_cast<const char*>(c.to), *from = static_cast<const char*>(p);
+    if (from < to + 16 && to < from + bytes) fail("reads an asynchronous copy of its own before waiting for it", w);
+  }
 }
 
 // An asynchronous copy. Until it is waited for, the destination is undefined: here, NaN. To TSan the thread writes it

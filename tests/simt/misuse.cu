@@ -137,6 +137,15 @@ __global__ void copies(Buffers b) {
   b.out[threadIdx.x] = reinterpret_cast<const float*>(shared)[4 * (threadIdx.x ^ 1)];
   copies_done<0>();
 }
+__global__ void copy_read_before_wait(Buffers b) {
+  FASTBN_DYNAMIC_SHARED(shared);
+  copy16(shared + 16 * threadIdx.x, b.x + 4 * threadIdx.x);
+  copies_commit();
+  copies_done<1>();
+  shared_load16(shared + 16 * threadIdx.x);
+  copies_done<0>();
+  b.out[threadIdx.x] = 1;  // what it read makes no difference here
+}
 __global__ void copy_never_waited_for(Buffers b) {
   FASTBN_DYNAMIC_SHARED(shared);
   copy16(shared + 16 * threadIdx.x, b.x + 4 * threadIdx.x);
@@ -278,6 +287,7 @@ int main(int argc, char** argv) {
       {"misaligned_store", go(misaligned_store, 1, 32, 0, false)},
       {"misaligned_copy", go(misaligned_copy, 1, 32, 1024, false)},
       {"copy_waits_for_too_few", go(copies<1, true>, 1, 64, 1024, false)},
+      {"copy_read_before_wait", go(copy_read_before_wait, 1, 64, 1024, false)},
       {"copy_without_barrier", go(copies<0, false>, 1, 64, 1024, false)},
       {"copy_never_waited_for", go(copy_never_waited_for, 1, 64, 1024, false)},
       {"copy_too_early", go(copy_too_early, 1, 128, 2048, false)},

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "machine.h"
+#include "translated.h"
 
 #define __global__
 #define __device__
@@ -84,6 +85,12 @@ void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
     void (*kernel)(P...);
     std::tuple<P...> args;
   } call{kernel, {static_cast<P>(std::forward<A>(args))...}};
+  const std::vector<simt::Argument> arguments = std::apply(
+      [](const P&... of) { return std::vector<simt::Argument>{{&of, sizeof(P), alignof(P)}...}; }, call.args);
+  if (simt::launch_translated(reinterpret_cast<const void*>(kernel), how.blocks, how.threads, how.shared_bytes,
+                              how.cooperative, arguments)) {
+    return;
+  }
   const auto apply = [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); };
   simt::run(how.blocks, how.threads, how.shared_bytes, how.cooperative, apply, &call);
 }
@@ -133,6 +140,7 @@ inline void store16(void* p, const Bytes16& v, SIMT_WHERE) {
 }
 inline Bytes16 shared_load16(const void* p, SIMT_WHERE) {
   simt::check_shared(p, 16, where);
+  simt::check_copied(p, 16, where);
   return *static_cast<const Bytes16*>(p);
 }
 inline void shared_store16(void* p, const Bytes16& v, SIMT_WHERE) {
