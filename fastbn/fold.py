@@ -33,9 +33,10 @@ _PAIRS = {
 class FoldedBatchNorm(nn.Identity):
     """What stands where a batch norm was: it returns its input, and refuses what the fold is not right for."""
 
-    def __init__(self, into, dimensions):
+    def __init__(self, into: str, dimensions: int, bn: nn.Module) -> None:
         super().__init__()
         self.into, self.dimensions = into, dimensions
+        self.num_features, self.eps, self.momentum = bn.num_features, bn.eps, bn.momentum  # a forward may read them
         self.training = False
 
     def extra_repr(self):
@@ -58,8 +59,9 @@ def fold(module: nn.Module) -> nn.Module:
     does not undo this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells
     what was folded, and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it,
     the layer's output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The
-    forward is looked at with the arguments that its callers give it, or its defaults, and as its attributes are now. A
-    layer that an untraceable forward of an outer module takes from within an inner one is not seen.
+    forward is looked at with the arguments that its callers give it, or its defaults, its inputs taken for tensors, and
+    as its attributes are now. A layer that an untraceable forward of an outer module takes from within an inner one, or
+    that a method other than forward calls, is not seen.
 
     Returns:
         ``module``.
@@ -87,7 +89,8 @@ def fold(module: nn.Module) -> nn.Module:
             why = _fold_into(model.modules[layer], model.modules[name])
         if why is None:
             folded[name] = layer
-            model.replace(name, FoldedBatchNorm(layer, _PAIRS[type(model.modules[layer])][1]))
+            dimensions = _PAIRS[type(model.modules[layer])][1]
+            model.replace(name, FoldedBatchNorm(layer, dimensions, model.modules[name]))
         else:
             left[name] = why
     for name, bn in module.named_modules():

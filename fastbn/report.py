@@ -88,9 +88,9 @@ def check_module(module: object, caller: str) -> None:
 
 
 def keep(module: nn.Module, made: Report) -> None:
-    module.__dict__[_ATTRIBUTE] = made
+    getattr(module, "_orig_mod", module).__dict__[_ATTRIBUTE] = made
 
 
 def forget(module: nn.Module) -> None:
-    module.__dict__.pop(_ATTRIBUTE, None)
+    getattr(module, "_orig_mod", module).__dict__.pop(_ATTRIBUTE, None)
     records.forget(module)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from . import activations, arguments, ops
 from .autograd import batch_norm, composed_backward, differentiable_backward
 from .exchange import exchange_of, group_of, through_group
+from .graph import records
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -304,6 +305,7 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, nn.BatchNorm2d):
         Returns:
             ``module``.
         """
+        records.forget(module)  # what was fused is no longer
         for name, child in module.named_modules():
             if (target := _SYNCHRONIZED.get(type(child))) is not None:
                 if type(child) in _DIMENSIONS:

@@ -120,6 +120,7 @@ LEFT = {
     "the statistics are used": (lambda self, x: self.bn(self.conv(x)) + self.bn.running_mean.sum(), "shares"),
     "in the wrong order": (lambda self, x: self.conv(self.bn(x)), "no weights"),
     "something between": (lambda self, x: self.bn(self.conv(x) * 2), "no weights"),
+    "all parameters are used": (lambda self, x: self.bn(self.conv(x)) + sum(p.sum() for p in self.parameters()), "see"),
     "it does not trace": (conditional, "torch.fx"),
     "nobody calls it": (lambda self, x: self.conv(x) * 2, "no forward"),
 }
@@ -266,3 +267,16 @@ def test_twice():
 def test_a_functional_residual_block():
     model = Of(lambda self, x: F.relu(self.bn(self.conv(x)) + x))
     fold(model, (3, 4, 5, 5), folded={"bn": "conv"}, convert=CONVERSIONS["fused"])
+
+
+def test_what_a_forward_reads_of_a_batch_norm_is_there_after_the_fold():
+    fold(Of(lambda self, x: self.bn(self.conv(x)) * (self.bn.num_features == 4)), (3, 4, 5, 5), folded={"bn": "conv"})
+
+
+def test_a_compiled_model():
+    model = trained(block(), (3, 4, 5, 5))
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    expected = model(x)
+    compiled = fastbn.fold(torch.compile(model, backend="eager"))
+    torch.testing.assert_close(compiled(x), expected)
+    assert list(fastbn.report(compiled).folded) == ["_orig_mod.bn"]

@@ -430,3 +430,28 @@ def test_many_modes_dtypes_layouts_and_sizes_stay_fused(monkeypatch):
     monkeypatch.setattr(matching, "batch_norm", None)
     with pytest.raises(TypeError, match="NoneType"):
         ours(x)  # the last capture still calls the fused batch norm
+
+
+def test_a_forward_that_counts_is_not_captured_for_each_number(monkeypatch):
+    def counts(self, x):
+        self.steps += 1
+        return F.relu(self.bn(self.conv(x)))
+
+    captures = []
+    original = matching.find
+    monkeypatch.setattr(matching, "find", lambda graph: captures.append(1) or original(graph))
+    model = simple(counts)
+    model.steps = 0
+    model = fastbn.convert(model, fuse=True)
+    for _ in range(12):
+        model(images(dtype=torch.float32))
+    assert model.steps == 12 and len(captures) <= 3
+
+
+def test_module_compile_is_asked_first():
+    """Whoever calls module.compile() gets the backend that was asked for."""
+    graphs = []
+    model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+    model.compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    model(images(dtype=torch.float32))
+    assert len(graphs) == 1

@@ -235,6 +235,18 @@ def test_the_residual_changes_between_batch_norm_and_add():
     fuse(simple(forward, other=conv()), fused={"bn": ADD_RELU})
 
 
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_the_residual_changes_after_the_add(act):
+    """An add keeps neither operand for backward; the fused operation keeps the residual, unless a bit mask will do."""
+
+    def forward(self, x):
+        residual = self.other(x)
+        y = getattr(F, act)(self.bn(self.conv(x)) + residual)
+        return y, residual.mul_(2)
+
+    fuse(simple(forward, other=conv()), fused={"bn": ADD_RELU if act == "relu" else ADD})
+
+
 def test_the_same_batch_norm_runs_between_batch_norm_and_add():
     """The order of its two calls decides what the running statistics are."""
     model = simple(lambda self, x: F.relu(self.bn(self.conv(x)) + torch.sin(self.bn(x * 7))))

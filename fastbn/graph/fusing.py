@@ -33,7 +33,12 @@ _RETRIES = 8  # as many recompilations as Dynamo allows a function by default
 # Hooks count that are registered after the capture. An error in a capture is the module's own, or none: run it to see.
 # Modes, dtypes and layouts are a graph each; cache_size_limit is the older name of recompile_limit. Newer versions of
 # torch keep such changes to the thread.
-_DYNAMO = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "cache_size_limit": 64}
+_DYNAMO = {
+    "skip_nnmodule_hook_guards": False,
+    "suppress_errors": True,
+    "cache_size_limit": 64,
+    "allow_unspec_int_on_nn_module": True,  # a forward that counts its calls is not captured for each number
+}
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -129,10 +134,11 @@ def _restore(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether somebody watches the operations of this call one by one, or it is one of DataParallel's replicas, which
-    live for one call."""
+    """Whether somebody watches the operations of this call one by one, or compiles the module (module.compile()), or it
+    is one of DataParallel's replicas, which live for one call."""
     return (
-        _C.is_watched()
+        module._compiled_call_impl is not None
+        or _C.is_watched()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or in_forward_mode()
         or _torch_module._has_any_global_hook()
@@ -152,6 +158,12 @@ class _Quiet(logging.Filter):
 _quiet = _Quiet()
 
 
+@functools.cache
+def _settings() -> dict[str, Any]:
+    """Those of _DYNAMO that this version of torch has."""
+    return {name: value for name, value in _DYNAMO.items() if hasattr(torch._dynamo.config, name)}
+
+
 @contextlib.contextmanager
 def _capturing(module: nn.Module) -> Iterator[None]:
     for name in ("convert_frame", "variables.tensor"):
@@ -159,7 +171,7 @@ def _capturing(module: nn.Module) -> Iterator[None]:
     depth = getattr(_quiet.calls, "depth", 0)
     _quiet.calls.depth = depth + 1
     try:
-        with torch._dynamo.config.patch(**_DYNAMO):
+        with torch._dynamo.config.patch(**_settings()):
             yield
     except Exception:
         # Bad input fails in a capture too, and Dynamo leaves the function alone from then on: the next call gets

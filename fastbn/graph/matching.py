@@ -35,6 +35,8 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.tanh: ("tanh", _PLAIN), torch.tanh: ("tanh", _PLAIN), torch.tanh_: ("tanh", _PLAIN),
     "tanh": ("tanh", _PLAIN), "tanh_": ("tanh", _PLAIN),
 }  # fmt: skip
+# Activations whose backward pass reads a bit mask instead of the residual.
+_MASKED = ("relu", "leaky_relu", "relu6")
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SIGNATURE = inspect.signature(batch_norm)
 _SIGNATURES = {F.batch_norm: inspect.signature(F.batch_norm), batch_norm: _SIGNATURE, ops.batch_norm: _SIGNATURE}
@@ -158,7 +160,7 @@ def _follow(bn: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node]) -> Matc
         return why
     after = _only_user(user)
     act = None if isinstance(after, str) else _activation(after, user)
-    if act is None or not _same_modes(user, after):
+    if act is None or not _same_modes(user, after) or (act[0] not in _MASKED and _is_written_later(residual, user)):
         return Match(bn, user, early=early)
     return Match(bn, user, after, *act, early=early)
 
@@ -225,6 +227,18 @@ def _same_modes(start: fx.Node, end: fx.Node) -> bool:
     return not any(
         n.op == "call_function" and getattr(n.target, "__name__", "").startswith("_") for n in between(start, end)
     )
+
+
+def _is_written_later(residual: fx.Node, add: fx.Node) -> bool:
+    """Whether the residual may be changed after the add, which reads it for the last time; the fused operation keeps it
+    for its backward pass, to compute the activation's input again."""
+    mine, node = storages(residual), add.next
+    while node.op != "output":
+        written = writes(node, _buffers)
+        if (storages(*node.all_input_nodes) if written is None else written) & mine:
+            return True
+        node = node.next
+    return False
 
 
 def _is_written(tensor: fx.Node, start: fx.Node, end: fx.Node) -> bool:

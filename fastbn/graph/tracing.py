@@ -75,7 +75,10 @@ def _trace(module: nn.Module) -> fx.Graph:
             p.name: p.default for p in inspect.signature(twin.forward).parameters.values() if p.default is not p.empty
         }
         with _lock, _isinstance_of_proxies(twin):
-            return _Tracer().trace(twin, defaults)
+            graph = _Tracer().trace(twin, defaults)
+        if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
+            raise Untraceable("its forward computes with tensors that torch.fx does not see, such as parameters()")
+        return graph
     except Untraceable:
         raise
     except Exception as error:
