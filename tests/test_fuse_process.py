@@ -1,0 +1,108 @@
+"""fastbn.convert(fuse=True) and the process around it: threads, random generators, errors, and how often a forward is
+captured. In: models that are called again and again. Out: as without fastbn, and still fused."""
+
+import copy
+import random
+import threading
+
+import pytest
+import torch
+from fusing import RELU, ResNet, conv, images, simple
+from torch import nn
+from torch.nn import functional as F
+
+import fastbn
+from fastbn.graph import matching
+
+pytestmark = pytest.mark.cpu
+
+
+def test_threads_convert_and_call_at_once():
+    """All are fused, also after Dynamo has captured in two threads at once."""
+    problems = []
+
+    def work():
+        try:
+            for _ in range(3):
+                model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+                model(images(dtype=torch.float32))
+                if fastbn.report(model).fused != {"1": RELU}:
+                    problems.append(fastbn.report(model))
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
+def test_convert_changes_nothing_of_the_process():
+    """No trace runs until the model is called: random generators, builtins and torch.nn.Module stay as they are."""
+    before = torch.get_rng_state(), random.getstate(), isinstance, dict(vars(nn.Module))
+    fastbn.convert(ResNet(), fuse=True)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = fastbn.convert(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+    assert torch.equal(torch.rand(3), expected)
+    assert (random.getstate(), isinstance, dict(vars(nn.Module))) == before[1:]
+    x = images(dtype=torch.float32)
+    torch.manual_seed(5)
+    model(x)
+    assert torch.equal(torch.rand(3), expected), "nor does the capture draw"
+
+
+def test_an_error_in_a_forward_is_the_models_own():
+    model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+    with pytest.raises(RuntimeError, match="to have 6 channels, but got 5") as raised:
+        model(torch.randn(2, 5, 4, 4))
+    assert type(raised.value) is RuntimeError
+    model(torch.randn(2, 6, 4, 4))
+    assert fastbn.report(model).fused == {"1": RELU}
+
+
+def test_many_modes_dtypes_layouts_and_sizes_stay_fused(monkeypatch):
+    """More captures than the eight that Dynamo allows by default."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    ours = fastbn.convert(copy.deepcopy(model), fuse=True)
+    for dtype in (torch.float32, torch.float64):
+        for m in (ours, model):
+            m.to(dtype)
+        for training in (True, False):
+            for grad in (True, False):
+                for memory_format in (torch.contiguous_format, torch.channels_last):
+                    for size in (4, 6, 7):
+                        x = torch.randn(2, 3, size, 5, dtype=dtype).contiguous(memory_format=memory_format)
+                        with torch.set_grad_enabled(grad):
+                            torch.testing.assert_close(ours.train(training)(x), model.train(training)(x))
+    monkeypatch.setattr(matching, "batch_norm", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        ours(x)  # the last capture still calls the fused batch norm
+
+
+def test_a_forward_that_counts_is_not_captured_for_each_number(monkeypatch):
+    def counts(self, x):
+        self.steps += 1
+        return F.relu(self.bn(self.conv(x)))
+
+    captures = []
+    original = matching.find
+    monkeypatch.setattr(matching, "find", lambda graph: captures.append(1) or original(graph))
+    model = simple(counts)
+    model.steps = 0
+    model = fastbn.convert(model, fuse=True)
+    for _ in range(12):
+        model(images(dtype=torch.float32))
+    assert model.steps == 12 and len(captures) <= 3
+
+
+def test_module_compile_is_asked_first():
+    """Whoever calls module.compile() gets the backend that was asked for."""
+    graphs = []
+    model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+    model.compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    model(images(dtype=torch.float32))
+    assert len(graphs) == 1
