@@ -92,4 +92,4 @@ def test_random_programs(first):
     model = Programs(seeds).double()
     ours = fastbn.convert(copy.deepcopy(model), fuse=True)
     assert_same_steps(ours, model, images(), steps=2)
-    assert len(fastbn.report(ours).fused) > 10
+    assert len(fastbn.report(ours).fused) >= 5
