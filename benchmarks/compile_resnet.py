@@ -83,26 +83,27 @@ def call(model: nn.Module, x: torch.Tensor, training: bool, autocast: bool) -> C
 
 
 def first_call() -> None:
-    """In a process of its own for each, as a process remembers what it has imported."""
-    for backend in ("eager", "fastbn_eager"):
-        code = (
-            "import sys, time, torch, torch._dynamo, fastbn\n"
-            f"sys.path.insert(0, {str(sys.path[0])!r})\n"
-            "from networks import ResNet50\n"
-            "model, x = ResNet50(), torch.randn(2, 3, 64, 64)\n"
-            "model(x).sum().backward()\n"
-            f"compiled = torch.compile(model, backend={backend!r})\n"
-            "start = time.perf_counter()\n"
-            "compiled(x)\n"
-            "print(time.perf_counter() - start)\n"
-        )
-        seconds = [
-            float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-            for _ in range(5)
-        ]
-        print(
-            f"first call, {backend}: {sorted(seconds)[2]:.2f} s (of {', '.join(f'{s:.2f}' for s in sorted(seconds))})"
-        )
+    """By turns, each in a process of its own, as a process remembers what it has imported."""
+    seconds: dict[str, list[float]] = {"eager": [], "fastbn_eager": []}
+    for _ in range(5):
+        for backend, times in seconds.items():
+            code = (
+                "import sys, time, torch, torch._dynamo, fastbn\n"
+                f"sys.path.insert(0, {str(sys.path[0])!r})\n"
+                "from networks import ResNet50\n"
+                "model, x = ResNet50(), torch.randn(2, 3, 64, 64)\n"
+                "model(x).sum().backward()\n"
+                f"compiled = torch.compile(model, backend={backend!r})\n"
+                "start = time.perf_counter()\n"
+                "compiled(x)\n"
+                "print(time.perf_counter() - start)\n"
+            )
+            run = {"capture_output": True, "text": True, "check": True, "cwd": sys.path[0]}
+            done = subprocess.run([sys.executable, "-c", code], **run)
+            times.append(float(done.stdout))
+    for backend, times in seconds.items():
+        times.sort()
+        print(f"first call, {backend}: {times[2]:.2f} s ({times[0]:.2f} to {times[-1]:.2f})")
 
 
 def main() -> None:
