@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 from fusing import RELU, ResNet, conv, images, simple
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import fastbn
-from fastbn.graph import matching
+from fastbn.graph import effects, matching
 
 pytestmark = pytest.mark.cpu
 
@@ -106,3 +106,14 @@ def test_module_compile_is_asked_first():
     model.compile(backend=lambda graph, _: graphs.append(graph) or graph)
     model(images(dtype=torch.float32))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_what_an_operator_writes_to_is_read_from_its_schema(keyword):
+    graph = fx.Graph()
+    x, other = graph.placeholder("x"), graph.placeholder("other")
+    for node in (x, other):
+        node.meta["example_value"] = torch.zeros(2)
+    args, kwargs = ((), {"self": x, "other": other}) if keyword else ((x, other), {})
+    node = graph.call_function(torch.ops.aten.mul_.Tensor, args, kwargs)
+    assert effects.writes(node, lambda _: None) == effects.storages(x) != effects.storages(other)

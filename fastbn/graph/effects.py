@@ -61,8 +61,9 @@ def writes(node: fx.Node, batch_norm_buffers: Callable[[fx.Node], Iterable[Any] 
         return None
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        arguments = zip(target._schema.arguments, node.args, strict=False)
-        return storages(*(a for schema, a in arguments if schema.alias_info is not None and schema.alias_info.is_write))
+        given = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        marked = {a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        return storages(*(value for name, value in given.items() if name in marked))
     name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or "torch"
     if name.startswith("_") or not (module in _KNOWN_MODULES or module.startswith(_KNOWN_PREFIXES)):
         return None
