@@ -55,6 +55,59 @@ def test_convert_changes_nothing_of_the_process():
     assert torch.equal(torch.rand(3), expected), "nor does the capture draw"
 
 
+def test_a_capture_leaves_the_draws_of_other_threads():
+    """Dynamo puts torch's generator back after a capture, and what was drawn meanwhile came a second time."""
+    stop, drawn = threading.Event(), []
+
+    def draw():
+        while not stop.is_set():
+            drawn.append(torch.randint(0, 2**62, ()).item())
+
+    functions = torch.random.set_rng_state, torch.cuda.set_rng_state
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        for _ in range(3):
+            model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
+            model(images(dtype=torch.float32))
+    finally:
+        stop.set()
+        other.join()
+    assert len(drawn) > 100 and len(set(drawn)) == len(drawn)
+    assert (torch.random.set_rng_state, torch.cuda.set_rng_state) == functions
+
+
+def test_a_forward_that_draws_gets_the_numbers_of_the_unfused_one():
+    def forward(self, x):
+        x = F.dropout(F.relu(self.bn(self.conv(x))), 0.5, self.training)
+        return x + torch.rand(1, dtype=x.dtype) + torch.randn_like(x)
+
+    model = simple(forward)
+    fused = fastbn.convert(copy.deepcopy(model), fuse=True)
+    x = images(dtype=torch.float32)
+    results = []
+    for m in (model, fused):
+        torch.manual_seed(5)
+        results.append([*(m(x) for _ in range(3)), torch.rand(3)])
+    torch.testing.assert_close(results[1], results[0])
+    assert fastbn.report(fused).fused
+
+
+def test_a_forward_may_set_the_generator():
+    def forward(self, x):
+        state = torch.random.get_rng_state()
+        x = F.relu(self.bn(self.conv(x))) + torch.rand(1, dtype=x.dtype)
+        torch.random.set_rng_state(state)
+        return x
+
+    model, x = fastbn.convert(simple(forward), fuse=True), images(dtype=torch.float32)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model(x)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_an_error_in_a_forward_is_the_models_own():
     model = fastbn.convert(nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), fuse=True)
     with pytest.raises(RuntimeError, match="to have 6 channels, but got 5") as raised:

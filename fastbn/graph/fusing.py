@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..autograd import in_forward_mode
 from ..ops import _C, is_compiling
+from . import generators
 
 _ORIGINAL = "_fastbn_original"
 # Each module has a function, and so a code object, of its own: Dynamo counts recompilations by code object.
@@ -171,7 +172,7 @@ def _capturing(module: nn.Module) -> Iterator[None]:
     depth = getattr(_quiet.calls, "depth", 0)
     _quiet.calls.depth = depth + 1
     try:
-        with torch._dynamo.config.patch(**_settings()):
+        with torch._dynamo.config.patch(**_settings()), generators.left_alone():
             yield
     except Exception:
         # Bad input fails in a capture too, and Dynamo leaves the function alone from then on: the next call gets
