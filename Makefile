@@ -73,7 +73,7 @@ help:
 	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
 	@echo "make report-check fails where those figures are stale, measured with other kernels than csrc/ has: before a release"
 	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
-	@echo "make test       lint, include check, and the tests that are not slow"
+	@echo "make test       lint, and the tests that are not slow"
 	@echo "make test-slow  the slow tests"
 	@echo "make asan       the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator"
@@ -84,7 +84,7 @@ help:
 	@echo "make docs       the documentation as a site, in build/docs; make docs-serve shows it on port 8000"
 	@echo "make build      install fastbn into $(VENV), which every target above does when sources changed"
 	@echo "make venv       make $(VENV) with torch and the tools"
-	@echo "make lint       ruff, clang-format, include check; make format applies the first two"
+	@echo "make lint       ruff, clang-format, include and import rules; make format applies the first two"
 	@echo "make sdist      a source distribution, in dist/"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) as well"
 	@echo
@@ -135,8 +135,9 @@ lint: venv includes
 	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 includes: venv
-	$(SAY) "include rules"
+	$(SAY) "include rules of csrc/, import rules of fastbn/"
 	$(PY) tests/check_includes.py
+	$(PY) tests/check_imports.py
 
 format: venv
 	$(BIN)/ruff check --fix-only .

@@ -47,7 +47,7 @@ def seconds_of_collectives(channels):
     """Of gathering as batch norm does it, and by Gloo."""
     packet = torch.zeros(3, channels, dtype=torch.float64)
     steps = (
-        lambda: fastbn.sync._gathered(packet, dist.group.WORLD),
+        lambda: fastbn.nn.sync._gathered(packet, dist.group.WORLD),
         lambda: fastbn.exchange.through_group(packet, RANKS, dist.group.WORLD),
     )
     times = [[seconds_of(step, 20) for step in steps] for _ in range(15)]

@@ -7,17 +7,17 @@
 from . import functional
 from .autograd import BatchNormFunction
 from .checkpointing import update_stats_once
-from .convert import convert, revert
 from .explain import CudaPlan, Plan, explain
-from .fold import fold
-from .frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, freeze
-from .ghost import GhostBatchNorm1d, GhostBatchNorm2d
-from .masked import MaskedBatchNorm1d
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from .report import Report, report
+from .graph.convert import convert, freeze, revert
+from .graph.fold import fold
+from .graph.report import Report, report
+from .nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from .nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d
+from .nn.masked import MaskedBatchNorm1d
+from .nn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .nn.sync import SyncBatchNorm, SyncBatchNormAct
 from .serialization import SAFE_GLOBALS
 from .stats import update_bn
-from .sync import SyncBatchNorm, SyncBatchNormAct
 
 __version__ = "0.1.0"
 __all__ = [

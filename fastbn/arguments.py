@@ -27,6 +27,11 @@ def check_memory(**tensors: object) -> None:
             ops._C.check_memory(t, name)
 
 
+def check_module(module: object, caller: str) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"fastbn.{caller}: expected a torch.nn.Module, got {type(module).__name__}")
+
+
 def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps, whole=True):
     """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps.
 

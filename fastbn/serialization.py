@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from . import frozen, ghost, masked, modules, sync
-from .fold import FoldedBatchNorm
 from .graph import fusing
-from .report import Report
+from .graph.fold import FoldedBatchNorm
+from .graph.report import Report
+from .nn import frozen, ghost, masked, modules, sync
 
 #: Classes and functions of fastbn in pickles of whole models, converted, fused, folded or frozen. For
 #: ``torch.serialization.add_safe_globals``, beside the classes of the model itself and those of torch.nn in it. A

@@ -15,9 +15,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .arguments import check_memory
-from .masked import MaskedBatchNorm1d
-from .report import check_module
+from .arguments import check_memory, check_module
+from .nn.masked import MaskedBatchNorm1d
 
 MODES = ("train", "eval")
 

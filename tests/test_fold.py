@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import fastbn
-from fastbn.fold import FoldedBatchNorm
+from fastbn.graph.fold import FoldedBatchNorm
 
 pytestmark = pytest.mark.cpu
 

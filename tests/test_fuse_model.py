@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastbn
-from fastbn.modules import BatchNorm2d
+from fastbn.nn.modules import BatchNorm2d
 
 pytestmark = pytest.mark.cpu
 

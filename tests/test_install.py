@@ -50,7 +50,8 @@ def test_an_extension_that_does_not_load_says_so_in_one_line():
 def test_there_is_no_silent_fallback():
     """A missing extension is an error, not a slow batch norm."""
     code = (
-        "import sys; sys.modules['fastbn._C'] = None\ntry: import fastbn.modules\nexcept ImportError: print('refused')"
+        "import sys; sys.modules['fastbn._C'] = None\n"
+        "try: import fastbn.nn.modules\nexcept ImportError: print('refused')"
     )
     assert run("-c", code).stdout.strip() == "refused"
 

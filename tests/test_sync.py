@@ -485,7 +485,7 @@ def check_on_gpu():
             )
             stats = [torch.zeros(C, dtype=wide, device=device), torch.ones(C, dtype=wide, device=device)]
             counter = torch.tensor(0, device=device)
-            output = fastbn.sync.sync_batch_norm(
+            output = fastbn.nn.sync.sync_batch_norm(
                 own, w, b, *stats, counter, 0.25, 1e-5, dist.group.WORLD, "relu", None, residual
             )
             output.backward(dy.split(counts)[rank].to(device))

@@ -1,1 +1,1 @@
-"""Fusing on torch.fx graphs: the pattern matcher, its effects analysis, and the backends of torch.compile."""
+"""What acts on whole models and captured graphs: convert, fuse, fold, report, and the backends of torch.compile."""

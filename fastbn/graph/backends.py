@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..records import record
 from . import matching
-from .records import record
 
 # Inductor makes convolutions channels_last, and converts weights and activations in every step. oneDNN chooses its
 # layouts itself: without the conversions a training step of ResNet-18 takes 13 % less, NOTES.md#under-torchcompile.

@@ -8,10 +8,8 @@ from torch import Tensor, fx, nn
 from torch.jit import is_scripting
 from torch.nn import functional as F
 
-from . import modules
-from .autograd import batch_norm
-from .graph.fusing import unfuse
-from .report import check_module, forget
+from ..autograd import batch_norm
+from .modules import leaf_call
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
@@ -57,7 +55,7 @@ class _FrozenBatchNorm(nn.Module):
             )
         else:
             if isinstance(input, fx.Proxy):
-                node = modules.leaf_call(self, input)
+                node = leaf_call(self, input)
                 if node is not None:
                     return node
             else:
@@ -79,57 +77,3 @@ class FrozenBatchNorm2d(_FrozenBatchNorm):
 class FrozenBatchNorm3d(_FrozenBatchNorm):
     __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C, D, H, W): y =", 1)
     _check_input_dim = nn.BatchNorm3d._check_input_dim
-
-
-_FROZEN = {
-    nn.BatchNorm1d: FrozenBatchNorm1d, modules.BatchNorm1d: FrozenBatchNorm1d,
-    nn.BatchNorm2d: FrozenBatchNorm2d, modules.BatchNorm2d: FrozenBatchNorm2d,
-    nn.BatchNorm3d: FrozenBatchNorm3d, modules.BatchNorm3d: FrozenBatchNorm3d,
-}  # fmt: skip
-
-
-def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
-    """Turn every ``BatchNorm1d/2d/3d`` in ``module``, torch.nn's or fastbn's, into a FrozenBatchNorm, in place.
-
-    Modules stay the same objects, and so do their tensors. For good: num_batches_tracked is gone. Subclasses are left
-    alone, and what ``convert(fuse=True)`` fused is undone.
-
-    Args:
-        module: any module; it may be a batch norm itself.
-        trainable: keep weight and bias as parameters; otherwise they become buffers (remove them from optimizers).
-
-    Returns:
-        ``module``.
-
-    Raises:
-        TypeError: ``module`` is not a ``torch.nn.Module``.
-        ValueError: a batch norm has no running statistics, or weight or bias are not its own (pruned), so that they
-            cannot become buffers. Then nothing is changed.
-    """
-    check_module(module, "freeze")
-    found = {name: m for name, m in module.named_modules() if type(m) in _FROZEN}
-    for name, m in found.items():
-        label = name or type(m).__name__
-        if getattr(m, "running_mean", None) is None or getattr(m, "running_var", None) is None:
-            raise ValueError(f"fastbn.freeze: {label} has no running statistics to use")
-        if not trainable and not {"weight", "bias"} <= m._parameters.keys():
-            raise ValueError(
-                f"fastbn.freeze: weight and bias of {label} should be parameters of its own, to become buffers; undo "
-                "what replaced them (torch.nn.utils.prune.remove), or use trainable=True"
-            )
-    unfuse(module)
-    forget(module)
-    for m in found.values():
-        _freeze(m, trainable)
-    return module
-
-
-def _freeze(m, trainable):
-    m.__class__ = _FROZEN[type(m)]
-    for name in ("num_batches_tracked", "momentum", "affine", "track_running_stats"):
-        if hasattr(m, name):
-            delattr(m, name)
-    if not trainable:
-        for name in ("weight", "bias"):
-            value = m._parameters.pop(name)
-            m.register_buffer(name, None if value is None else value.detach())

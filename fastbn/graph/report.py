@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .graph import records
+from .. import records
+from ..arguments import check_module
 
 _ATTRIBUTE = "_fastbn_report"
 
@@ -80,11 +81,6 @@ def _described(results: dict[bool, tuple[str | None, str]]) -> str | None:
         return patterns.pop() if patterns else None
     modes = {True: "training", False: "eval"}
     return "; ".join(f"{pattern} ({modes[mode]} only)" for mode, (pattern, _) in results.items() if pattern is not None)
-
-
-def check_module(module: object, caller: str) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"fastbn.{caller}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def keep(module: nn.Module, made: Report) -> None:

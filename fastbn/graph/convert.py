@@ -4,12 +4,15 @@ Modules flow in; the same modules flow out, with other classes.
 """
 
 import torch
+from torch import nn
 
-from .graph.fusing import fuse as _fuse
-from .graph.fusing import unfuse
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .report import Report, check_module, forget, keep
-from .sync import SyncBatchNorm, become_local, desynchronize
+from ..arguments import check_module
+from ..nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from ..nn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..nn.sync import SyncBatchNorm, become_local, desynchronize
+from .fusing import fuse as _fuse
+from .fusing import unfuse
+from .report import Report, forget, keep
 
 _TO_FASTBN = {
     torch.nn.BatchNorm1d: BatchNorm1d,
@@ -18,6 +21,11 @@ _TO_FASTBN = {
 }
 _TO_FASTBN_SYNC = {torch.nn.SyncBatchNorm: SyncBatchNorm}
 _TO_TORCH = {ours: theirs for theirs, ours in (_TO_FASTBN | _TO_FASTBN_SYNC).items()}
+_FROZEN = {
+    nn.BatchNorm1d: FrozenBatchNorm1d, BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d, BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d, BatchNorm3d: FrozenBatchNorm3d,
+}  # fmt: skip
 
 
 def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool | None = None) -> torch.nn.Module:
@@ -105,3 +113,50 @@ def _reclass(module: torch.nn.Module, classes: dict[type, type]) -> torch.nn.Mod
         if (target := classes.get(type(child))) is not None:
             child.__class__ = target
     return module
+
+
+def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
+    """Turn every ``BatchNorm1d/2d/3d`` in ``module``, torch.nn's or fastbn's, into a FrozenBatchNorm, in place.
+
+    Modules stay the same objects, and so do their tensors. For good: num_batches_tracked is gone. Subclasses are left
+    alone, and what ``convert(fuse=True)`` fused is undone.
+
+    Args:
+        module: any module; it may be a batch norm itself.
+        trainable: keep weight and bias as parameters; otherwise they become buffers (remove them from optimizers).
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: a batch norm has no running statistics, or weight or bias are not its own (pruned), so that they
+            cannot become buffers. Then nothing is changed.
+    """
+    check_module(module, "freeze")
+    found = {name: m for name, m in module.named_modules() if type(m) in _FROZEN}
+    for name, m in found.items():
+        label = name or type(m).__name__
+        if getattr(m, "running_mean", None) is None or getattr(m, "running_var", None) is None:
+            raise ValueError(f"fastbn.freeze: {label} has no running statistics to use")
+        if not trainable and not {"weight", "bias"} <= m._parameters.keys():
+            raise ValueError(
+                f"fastbn.freeze: weight and bias of {label} should be parameters of its own, to become buffers; undo "
+                "what replaced them (torch.nn.utils.prune.remove), or use trainable=True"
+            )
+    unfuse(module)
+    forget(module)
+    for m in found.values():
+        _freeze(m, trainable)
+    return module
+
+
+def _freeze(m, trainable):
+    m.__class__ = _FROZEN[type(m)]
+    for name in ("num_batches_tracked", "momentum", "affine", "track_running_stats"):
+        if hasattr(m, name):
+            delattr(m, name)
+    if not trainable:
+        for name in ("weight", "bias"):
+            value = m._parameters.pop(name)
+            m.register_buffer(name, None if value is None else value.detach())

@@ -5,12 +5,10 @@ gathered into a matrix (M, C), which the kernels normalize as any other, and sca
 """
 
 import torch
-from torch import Tensor, fx
-from torch.jit import is_scripting
+from torch import Tensor
 
-from .arguments import check_memory
-from .autograd import batch_norm as _batch_norm
-from .modules import BatchNorm1d, _state_of, leaf_call
+from ..arguments import check_memory
+from ..autograd import batch_norm as _batch_norm
 
 
 def valid_positions(input, mask):
@@ -75,36 +73,9 @@ def masked_batch_norm(
             position in training; and what `fastbn.functional.batch_norm` raises. A batch without valid positions is no
             error: the output is zero, and the running statistics stay.
     """
-    return _masked(input, mask, (weight, bias, running_mean, running_var, None, training), momentum, eps)
+    return run_masked(input, mask, (weight, bias, running_mean, running_var, None, training), momentum, eps)
 
 
-def _masked(input, mask, state, momentum, eps):
+def run_masked(input, mask, state, momentum, eps):
     valid = valid_positions(input, mask)
     return scatter(_batch_norm(gather(input, valid), *state, momentum, eps), input, valid)
-
-
-class MaskedBatchNorm1d(BatchNorm1d):
-    """torch.nn.BatchNorm1d on padded sequences, called as ``module(input, mask)``: input (N, C, L), mask bool (N, L) or
-    lengths (N,); see `fastbn.functional.masked_batch_norm`. Arguments, parameters and state are torch's."""
-
-    def _check_input_dim(self, input):
-        if input.dim() != 3:
-            raise ValueError(f"expected 3D input (got {input.dim()}D input)")
-
-    def valid(self, input: Tensor, mask: Tensor) -> Tensor:
-        """The values that are counted, (M, C)."""
-        return gather(input, valid_positions(input, mask))
-
-    def forward(self, input: Tensor, mask: Tensor) -> Tensor:
-        if is_scripting():
-            raise RuntimeError(
-                "fastbn: MaskedBatchNorm1d does not run in TorchScript; use torch.export or torch.compile"
-            )
-        else:
-            if isinstance(input, fx.Proxy):
-                node = leaf_call(self, input, mask)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            return _masked(input, mask, _state_of(self), self.momentum, self.eps)

@@ -6,20 +6,17 @@ In: (N, C, ...). Out: what a batch norm called on one chunk after the other make
 import math
 
 import torch
-from torch import Tensor, fx
-from torch.jit import is_scripting
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import arguments, ops
-from .autograd import (
+from .. import arguments, ops
+from ..autograd import (
     batch_norm,
     batch_norm_of_nothing,
     differentiable_backward,
     in_forward_mode,
     register_update_of_each,
 )
-from .modules import BatchNorm1d, BatchNorm2d, _state_of, leaf_call
-from .ops import is_compiling
+from ..ops import is_compiling
 
 _forward = torch.ops.fastbn.ghost_forward.default
 _backward = torch.ops.fastbn.ghost_backward.default
@@ -117,7 +114,7 @@ def ghost_batch_norm(
         raise TypeError("ghost_batch_norm(): argument 'momentum' must be float, not NoneType")
     check_virtual_batch_size(virtual_batch_size)
     state = weight, bias, running_mean, running_var, None, training
-    return _ghost(input, virtual_batch_size, state, momentum, eps)
+    return run_ghost(input, virtual_batch_size, state, momentum, eps)
 
 
 def check_virtual_batch_size(size):
@@ -127,14 +124,14 @@ def check_virtual_batch_size(size):
         raise ValueError(f"virtual_batch_size should be positive, not {size}")
 
 
-def _ghost(input, virtual_batch_size, state, momentum, eps):
+def run_ghost(input, virtual_batch_size, state, momentum, eps):
     weight, bias, running_mean, running_var, num_batches_tracked, training = state
     if training and not is_compiling():
         output = ops._C.ghost_batch_norm(input, *state[:5], momentum, eps, virtual_batch_size)
         if output is not NotImplemented:
             return output
     if has_torch_function_unary(input):
-        return handle_torch_function(_ghost, (input,), input, virtual_batch_size, state, momentum, eps)
+        return handle_torch_function(run_ghost, (input,), input, virtual_batch_size, state, momentum, eps)
     if not training:
         return batch_norm(input, *state, momentum, eps)
     arguments.check_memory(
@@ -161,55 +158,3 @@ def _ghost(input, virtual_batch_size, state, momentum, eps):
         values = torch.sym_min(virtual_batch_size, input.size(0)) * positions, last * positions
         _update(moments, *values, momentum, running_mean, running_var, num_batches_tracked)
     return output
-
-
-class _Ghost:
-    """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-        virtual_batch_size: int,
-    ) -> None:
-        check_virtual_batch_size(virtual_batch_size)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.virtual_batch_size = virtual_batch_size
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
-
-    def forward(self, input: Tensor) -> Tensor:
-        if is_scripting():
-            if self.training:
-                raise RuntimeError(
-                    "fastbn: ghost batch norm does not train in TorchScript; script the model in eval mode"
-                )
-            return self._scripted_batch_norm(input)
-        else:
-            if isinstance(input, fx.Proxy):
-                node = leaf_call(self, input)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            return _ghost(input, self.virtual_batch_size, _state_of(self), self.momentum, self.eps)
-
-
-class GhostBatchNorm1d(_Ghost, BatchNorm1d):
-    """torch.nn.BatchNorm1d on chunks of virtual_batch_size samples of (N, C) or (N, C, L), each normalized by its own
-    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
-    parameters and state are torch's."""
-
-
-class GhostBatchNorm2d(_Ghost, BatchNorm2d):
-    """torch.nn.BatchNorm2d on chunks of virtual_batch_size samples of (N, C, H, W), each normalized by its own
-    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
-    parameters and state are torch's."""

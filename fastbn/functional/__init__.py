@@ -1,6 +1,6 @@
 """In: tensors as torch.nn.functional takes them. Out: the same function, faster."""
 
-from .autograd import batch_norm as _batch_norm
+from ..autograd import batch_norm as _batch_norm
 from .ghost import ghost_batch_norm
 from .masked import masked_batch_norm
 

@@ -4,9 +4,9 @@ from torch import Tensor, fx, nn
 from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _NormBase
 
-from . import activations
-from .autograd import batch_norm
-from .checkpointing import is_repeated
+from .. import activations
+from ..autograd import batch_norm
+from ..checkpointing import is_repeated
 from .scripting import Scriptable, scripted_activation
 
 
@@ -48,7 +48,7 @@ class _FastBatchNorm(Scriptable):
                     return node
             else:
                 self._check_input_dim(input)
-            return batch_norm(input, *_state_of(self), self.momentum, self.eps)
+            return batch_norm(input, *state_of(self), self.momentum, self.eps)
 
 
 def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy | None:
@@ -63,7 +63,7 @@ def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy | None:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
-def _state_of(module):
+def state_of(module):
     """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module.
 
     Only what the pass uses is looked up, as in torch: old checkpoints and hand-written states may lack the rest.
@@ -155,7 +155,7 @@ class _BatchNormAct(Scriptable, _NormBase):
             else:
                 self._check_input_dim(input)
             return batch_norm(
-                input, *_state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
+                input, *state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
             )
 
     def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:

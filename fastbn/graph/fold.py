@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from .arguments import check_memory
-from .graph.fusing import fuse, is_fused, unfuse
-from .graph.tracing import graphs, is_plain
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .report import Report, check_module, keep
-from .sync import SyncBatchNorm
+from ..arguments import check_memory, check_module
+from ..nn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..nn.sync import SyncBatchNorm
+from .fusing import fuse, is_fused, unfuse
+from .report import Report, keep
+from .tracing import graphs, is_plain
 
 _FASTBN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 # In eval these are local, and take inputs of any dimensions.

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from . import activations, arguments, ops
-from .autograd import batch_norm, composed_backward, differentiable_backward
-from .exchange import exchange_of, group_of, through_group
-from .graph import records
+from .. import activations, arguments, ops, records
+from ..autograd import batch_norm, composed_backward, differentiable_backward
+from ..exchange import exchange_of, group_of, through_group
+from ..ops import _C, is_compiling
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -29,10 +29,9 @@ from .modules import (
     BatchNormAct3d,
     _BatchNormAct,
     _FastBatchNorm,
-    _state_of,
     leaf_call,
+    state_of,
 )
-from .ops import _C, is_compiling
 
 
 def _gathered(packet, group):
@@ -219,7 +218,7 @@ def _forward(module, input, *ending):
         module._check_input_dim(input)
     elif (node := leaf_call(module, input, *(t for t in ending[2:] if t is not None))) is not None:
         return node
-    weight, bias, mean, var, counter, training = _state_of(module)
+    weight, bias, mean, var, counter, training = state_of(module)
     if (group := _group_of(module)) is None:
         return batch_norm(input, weight, bias, mean, var, counter, training, module.momentum, module.eps, *ending)
     return sync_batch_norm(input, weight, bias, mean, var, counter, module.momentum, module.eps, group, *ending)

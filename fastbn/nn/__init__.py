@@ -1,0 +1,1 @@
+"""The modules: subclasses and relatives of torch.nn's batch norms."""

@@ -1,0 +1,59 @@
+"""Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1) as modules; `functional.ghost` has the function."""
+
+from torch import Tensor, fx
+from torch.jit import is_scripting
+
+from ..functional.ghost import check_virtual_batch_size, run_ghost
+from .modules import BatchNorm1d, BatchNorm2d, leaf_call, state_of
+
+
+class _Ghost:
+    """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        virtual_batch_size: int,
+    ) -> None:
+        check_virtual_batch_size(virtual_batch_size)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.virtual_batch_size = virtual_batch_size
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            if self.training:
+                raise RuntimeError(
+                    "fastbn: ghost batch norm does not train in TorchScript; script the model in eval mode"
+                )
+            return self._scripted_batch_norm(input)
+        else:
+            if isinstance(input, fx.Proxy):
+                node = leaf_call(self, input)
+                if node is not None:
+                    return node
+            else:
+                self._check_input_dim(input)
+            return run_ghost(input, self.virtual_batch_size, state_of(self), self.momentum, self.eps)
+
+
+class GhostBatchNorm1d(_Ghost, BatchNorm1d):
+    """torch.nn.BatchNorm1d on chunks of virtual_batch_size samples of (N, C) or (N, C, L), each normalized by its own
+    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
+    parameters and state are torch's."""
+
+
+class GhostBatchNorm2d(_Ghost, BatchNorm2d):
+    """torch.nn.BatchNorm2d on chunks of virtual_batch_size samples of (N, C, H, W), each normalized by its own
+    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
+    parameters and state are torch's."""
