@@ -102,9 +102,9 @@ def as_cpp(kernels: list[str]) -> list[str]:
 def extension():
     simt = os.environ.get("FASTBN_SIMT") == "1"
     cuda = not simt and want_cuda()
-    files = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + sources("csrc/cuda/*.cpp")
+    files = sources("csrc/*/*.cpp")
     kernels = sources("csrc/cuda/*.cu")
-    include_dirs = [str(ROOT / "csrc")]
+    include_dirs = []
     # OpenMP is compiled in but not linked: its symbols are then those of the runtime that torch brought, and
     # there is one thread pool in the process instead of two.
     # Nobody asks whether an operation on floats raised a flag: with a choice in them, loops become vectors so.

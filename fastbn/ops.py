@@ -2,7 +2,7 @@
 update_running_stats; stats, gather, finish, grad_stats and grad_apply for a batch that is spread over ranks.
 
 Eager calls go to `_C` directly. What traces operators (torch.compile, torch.export, fake tensors, functorch) goes
-through torch.library, to the same functions of ops.cpp.
+through torch.library, to the same functions of csrc/torch.
 """
 
 from collections.abc import Callable

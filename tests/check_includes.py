@@ -1,9 +1,4 @@
-"""Hold the include rules of csrc/: sources flow in; a line for each broken rule, and exit status 1, flow out.
-
-1. Includes point down only: core <- cpu, cuda <- context <- ops, call, ghost, ranks <- autograd <- operators, plans,
-   bindings. cpu and cuda never include each other.
-2. Torch is seen by these from context on, and by cpu/parallel.*, alone, so that kernels build and run without it; core/
-   and cpu/ see no CUDA header either, and the emulator is seen by cuda/device.cuh alone.
+"""Check the include rules of csrc/, one rule a folder: a line for each broken rule, and exit status 1 if there are any.
 
 Usage: check_includes.py [csrc folder]
 """
@@ -12,23 +7,17 @@ import re
 import sys
 from pathlib import Path
 
-# One floor: what a call is made of, and the operations made of calls.
-OPS = ("ops", "call", "ghost", "ranks")
-# The top one: what Python and torch's dispatcher call.
-BINDINGS = ("operators", "plans", "bindings")
-# For each part, the parts whose headers it may include.
+# For each folder, which is a layer, the folders whose headers its files may include.
 MAY_INCLUDE = {
     "core": {"core"},
+    "runtime": {"core", "runtime"},
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
-    "context": {"core", "cpu", "context"},
-    **{part: {"core", "cpu", "cuda", "context", *OPS} for part in OPS},
-    "autograd": {"core", "ops", "autograd"},
-    "operators": {"ops", "operators"},
-    "plans": {"core", "cpu", "cuda", "context", "ops", "plans"},
-    "bindings": {"core", "cpu", "ops", "autograd", "operators", "plans", "bindings"},
+    "torch": {"core", "runtime", "cpu", "cuda", "torch"},
 }
-TORCH_PARTS = {"context", *OPS, "autograd", *BINDINGS}
+# Kernels build and run without torch, and nvcc never sees its headers.
+MAY_INCLUDE_TORCH = {"torch"}
+MAY_INCLUDE_CUDA = {"cuda", "torch"}
 # The emulator of tests/simt, which stands in for the CUDA headers where g++ compiles the kernels.
 EMULATOR = ("cuda/device.cuh", '"simt.h"')
 SUFFIXES = {".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".inc"}
@@ -37,33 +26,24 @@ TORCH = re.compile(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h$")
 CUDA = re.compile(r"(cuda|cub|thrust|nv|cooperative_groups)[^/]*(/|\.h$)")
 
 
-def part_of(path: Path) -> str:
-    """The part a file belongs to: its folder in csrc/, or the name of a file in csrc/ itself."""
-    return path.parts[0] if len(path.parts) > 1 else path.stem
-
-
-def may_see_torch(path: Path) -> bool:
-    return part_of(path) in TORCH_PARTS or (part_of(path) == "cpu" and path.stem == "parallel")
-
-
 def problem_with(root: Path, path: Path, target: str) -> str | None:
     """What is wrong with ``#include target`` in ``path`` (relative to ``root``), or None."""
-    part = part_of(path)
-    name = target[1:-1]
+    folder, name = path.parts[0], target[1:-1]
     if not re.fullmatch(r'"[^"]+"|<[^>]+>', target):
         return "cannot be read: name the file"
     if (path.as_posix(), target) == EMULATOR:
         return None
     if TORCH.match(name):
-        return None if may_see_torch(path) else f"torch belongs in {', '.join(sorted(TORCH_PARTS))} and cpu/parallel.*"
-    if part in {"core", "cpu"} and CUDA.match(name):
-        return f"{part}/ knows no CUDA"
-    for folder in (path.parent, Path()):
-        found = (root / folder / name).resolve()
-        if found.is_file() and found.is_relative_to(root):
-            other = part_of(found.relative_to(root))
-            return None if other in MAY_INCLUDE[part] else f"{part} must not include {other}"
-    return "is no file of csrc/" if target.startswith('"') else None
+        return None if folder in MAY_INCLUDE_TORCH else f"{folder}/ must not include torch"
+    if CUDA.match(name):
+        return None if folder in MAY_INCLUDE_CUDA else f"{folder}/ must not include CUDA"
+    if target.startswith("<"):
+        return None
+    found = (root / path.parent / name).resolve()
+    if not found.is_file() or not found.is_relative_to(root):
+        return "is no file of csrc/, by its path from here"
+    other = found.relative_to(root).parts[0]
+    return None if other in MAY_INCLUDE[folder] else f"{folder}/ must not include {other}/"
 
 
 def check(root: Path) -> list[str]:
@@ -75,8 +55,8 @@ def check(root: Path) -> list[str]:
     problems = []
     for file in files:
         path = file.relative_to(root)
-        if part_of(path) not in MAY_INCLUDE:
-            problems.append(f"{path}: belongs to no part of the house ({', '.join(MAY_INCLUDE)})")
+        if path.parts[0] not in MAY_INCLUDE:
+            problems.append(f"{path}: is in none of the folders {', '.join(MAY_INCLUDE)}")
             continue
         text = file.read_text()
         for match in INCLUDE.finditer(text):

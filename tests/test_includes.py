@@ -10,40 +10,38 @@ pytestmark = pytest.mark.cpu
 
 SCRIPT = Path(__file__).with_name("check_includes.py")
 
-HOUSE = {
+TREE = {
     "core/moments.h": "#include <cmath>\n",
     "core/formula.h": '#include "moments.h"\n',
     "cpu/kernels.h": '#include "../core/formula.h"\n',
-    "cpu/kernels.cpp": '#include <immintrin.h>\n#include "cpu/kernels.h"  // by the path from csrc\n',
-    "cpu/parallel.cpp": "#include <ATen/Parallel.h>\n",
+    "cpu/kernels.cpp": '#include <immintrin.h>\n#include "kernels.h"  // beside it\n',
     "cuda/device.cuh": '#include <cuda_runtime.h>\n#include "simt.h"\n',
     "cuda/stats.cu": '#include "../core/formula.h"\n#include "device.cuh"\n',
-    "context.h": "#include <c10/cuda/CUDAGuard.h>\n",
-    "ops.h": "#include <ATen/ATen.h>\n",
-    "ops.cpp": '#include "context.h"\n#include "cpu/kernels.h"\n#include "ops.h"\n',
-    "autograd.h": '#include "ops.h"\n',
-    "bindings.cpp": '#include <torch/extension.h>\n#include "autograd.h"\n',
+    "runtime/pages.h": '#include "../core/moments.h"\n',
+    "torch/context.h": '#include <c10/cuda/CUDAGuard.h>\n#include "../runtime/pages.h"\n',
+    "torch/ops.h": '#include <ATen/ATen.h>\n#include "../cpu/kernels.h"\n#include "context.h"\n',
 }
 
 BROKEN = {
     "core includes cpu": ("core/bad.h", '#include "../cpu/kernels.h"'),
     "core includes cuda, by angle brackets": ("core/bad.h", "#include <cuda/device.cuh>"),
     "cpu includes cuda": ("cpu/bad.cpp", '#include "../cuda/device.cuh"'),
+    "cpu includes runtime": ("cpu/bad.cpp", '#include "../runtime/pages.h"'),
     "cuda includes cpu": ("cuda/bad.cu", '#include "../cpu/kernels.h"'),
-    "cpu includes ops": ("cpu/bad.cpp", '#include "../ops.h"'),
-    "ops includes bindings": ("ops.cpp", '#include "bindings.cpp"'),
-    "ops includes autograd": ("ops.cpp", '#include "autograd.h"'),
+    "cpu includes the folder torch": ("cpu/bad.cpp", '#include "../torch/ops.h"'),
+    "runtime includes torch": ("runtime/bad.h", "#include <c10/core/Allocator.h>"),
     "torch in core": ("core/bad.h", "#include <c10/util/Half.h>"),
     "torch in a kernel": ("cpu/bad.cpp", "  #  include <ATen/ATen.h>"),
     "torch in quotes": ("cuda/bad.cu", '#include "torch/extension.h"'),
     "pybind11 in a kernel": ("cpu/bad.cpp", "#include <pybind11/pybind11.h>"),
     "the emulator in a kernel": ("cuda/bad.cu", '#include "simt.h"'),
-    "context includes ops": ("context.h", '#include "ops.h"'),
     "CUDA in core": ("core/bad.h", "#include <cuda_fp16.h>"),
     "a macro for a name": ("core/bad.h", "#include HEADER"),
     "a missing file": ("cpu/bad.cpp", '#include "nowhere.h"'),
+    "the path from csrc": ("torch/bad.cpp", '#include "cpu/kernels.h"'),
     "a file outside csrc": ("cpu/bad.cpp", '#include "../../outside.h"'),
-    "a new part": ("attic/bad.h", "#include <cmath>"),
+    "a new folder": ("attic/bad.h", "#include <cmath>"),
+    "a file in no folder": ("bad.h", "#include <cmath>"),
 }
 
 
@@ -54,9 +52,9 @@ def run(*arguments):
 
 
 @pytest.fixture
-def house(tmp_path):
+def tree(tmp_path):
     (tmp_path / "outside.h").touch()
-    for name, text in HOUSE.items():
+    for name, text in TREE.items():
         write(tmp_path / "csrc" / name, text)
     return tmp_path / "csrc"
 
@@ -71,15 +69,15 @@ def test_tree_holds():
     assert status == 0, output
 
 
-def test_good_house_passes(house):
-    status, output = run(house)
+def test_good_tree_passes(tree):
+    status, output = run(tree)
     assert status == 0, output
 
 
 @pytest.mark.parametrize(("name", "line"), BROKEN.values(), ids=BROKEN.keys())
-def test_broken_rule_is_found(house, name, line):
-    write(house / name, f"#include <vector>\n{line}\n")
-    status, output = run(house)
+def test_broken_rule_is_found(tree, name, line):
+    write(tree / name, f"#include <vector>\n{line}\n")
+    status, output = run(tree)
     assert status == 1
     assert name in output
     assert len(output.splitlines()) == 1, "one rule was broken, one line is due"

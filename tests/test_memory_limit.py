@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not CSRC.is_dir(), reason="not
 
 MAIN = """
 #include <cstdio>
-#include "cpu/memory_limit.h"
+#include "runtime/memory_limit.h"
 int main(int, char** names) {
-  while (*++names != nullptr) std::printf("%lld\\n", (long long)(fastbn::cpu::memory_limit(*names)));
+  while (*++names != nullptr) std::printf("%lld\\n", (long long)(fastbn::runtime::memory_limit(*names)));
 }
 """
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -46,7 +46,7 @@ TREES = {
 def test_the_least_limit_counts(tmp_path):
     (tmp_path / "main.cpp").write_text(MAIN)
     program = tmp_path / "limits"
-    command = ["g++", "-std=c++17", "-I", CSRC, tmp_path / "main.cpp", CSRC / "cpu/memory_limit.cpp", "-o", program]
+    command = ["g++", "-std=c++17", "-I", CSRC, tmp_path / "main.cpp", CSRC / "runtime/memory_limit.cpp", "-o", program]
     subprocess.run(command, check=True)
     for name, (files, _) in TREES.items():
         for path, text in files.items():

@@ -1,5 +1,4 @@
-// In: a number of independent items. Out: all of them done, on torch's own threads.
-// parallel.cpp is the one file that names a threading backend.
+// A parallel loop over independent items. torch/parallel.cpp implements it with the thread pool of torch.
 #pragma once
 
 #include "../core/platform.h"

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/problem.h"
+#include "../core/problem.h"
 
 namespace fastbn::cpu {
 class Exchange;

@@ -5,8 +5,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
-#include "core/backend.h"
-#include "cpu/pages.h"
+#include "../core/backend.h"
+#include "../runtime/page_cache.h"
 
 #if defined(FASTBN_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -61,7 +61,7 @@ Tensor with_kept_memory(const Allocate& allocate) {
   try {
     return allocate();
   } catch (const c10::Error&) {
-    if (!cpu::release_pages()) throw;
+    if (!page_cache::trim()) throw;
     return allocate();
   }
 }

@@ -4,11 +4,11 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "../core/backend.h"
+#include "../cpu/plan.h"
+#include "../cuda/plan.h"
+#include "../cuda/query.h"
 #include "context.h"
-#include "core/backend.h"
-#include "cpu/plan.h"
-#include "cuda/plan.h"
-#include "cuda/query.h"
 #include "ops.h"
 
 namespace py = pybind11;

@@ -7,10 +7,10 @@
 #include <map>
 #include <string>
 
+#include "../core/backend.h"
+#include "../cpu/exchange.h"
+#include "../runtime/page_cache.h"
 #include "autograd.h"
-#include "core/backend.h"
-#include "cpu/exchange.h"
-#include "cpu/pages.h"
 #include "operators.h"
 #include "plans.h"
 
@@ -229,7 +229,7 @@ void bind_exchange(py::module_& m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   cpu::capability();  // a bad FASTBN_CPU_CAPABILITY is reported by the import
-  cpu::open_page_cache();
+  page_cache::open();
   parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
   identity = py::str("identity").release().ptr();
   m.def("batch_norm", &eager_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),

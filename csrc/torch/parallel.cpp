@@ -1,5 +1,5 @@
-// In: items from parallel.h. Out: calls on the threads of torch's pool, as many as torch.set_num_threads says.
-#include "parallel.h"
+// Implements cpu/parallel.h with the thread pool of torch, so that torch.set_num_threads applies.
+#include "../cpu/parallel.h"
 
 #include <ATen/Parallel.h>
 

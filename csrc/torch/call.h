@@ -6,9 +6,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 
+#include "../core/backend.h"
+#include "../core/dispatch.h"
 #include "context.h"
-#include "core/backend.h"
-#include "core/dispatch.h"
 #include "ops.h"
 
 namespace fastbn {
@@ -81,14 +81,14 @@ class Scratch {
  public:
   Scratch(const Context& context, int64_t bytes) {
     constexpr int64_t least_trimming = 64 << 10;
-    if (!context.on_gpu() && bytes >= least_trimming) pages_ = cpu::take_pages(bytes), bytes_ = bytes;
+    if (!context.on_gpu() && bytes >= least_trimming) pages_ = page_cache::acquire(bytes), bytes_ = bytes;
     if (pages_ == nullptr && bytes > (context.on_gpu() ? 0 : int64_t(sizeof(small_)))) {
       large_ = context.empty({bytes}, at::kByte);
     }
   }
   Scratch(const Scratch&) = delete;
   ~Scratch() {
-    if (pages_ != nullptr) cpu::give_pages(pages_, bytes_);
+    if (pages_ != nullptr) page_cache::release(pages_, bytes_);
   }
   void* data() { return pages_ != nullptr ? pages_ : large_.defined() ? large_.data_ptr() : small_; }
 

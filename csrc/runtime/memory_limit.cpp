@@ -6,7 +6,7 @@
 
 #include "../core/platform.h"
 
-namespace fastbn::cpu {
+namespace fastbn::runtime {
 
 namespace {
 
@@ -53,4 +53,4 @@ int64_t memory_limit(const std::string& root) {
   return limit;
 }
 
-}  // namespace fastbn::cpu
+}  // namespace fastbn::runtime

@@ -3,8 +3,8 @@
 // tell each other on the way.
 #include <ATen/ops/stack.h>
 
+#include "../cpu/exchange.h"
 #include "call.h"
-#include "cpu/exchange.h"
 
 namespace fastbn {
 

@@ -21,8 +21,8 @@ namespace fastbn {
 
 namespace {
 
-// For outputs of cpu::least_kept_bytes and more; see cpu/pages.h.
-struct PagesAllocator final : c10::Allocator {
+// For outputs of page_cache::min_bytes and more.
+struct CachedAllocator final : c10::Allocator {
   struct Block {
     void* data;
     int64_t bytes;
@@ -30,10 +30,10 @@ struct PagesAllocator final : c10::Allocator {
   static void free(void* context) {
     const std::unique_ptr<Block> block(static_cast<Block*>(context));
     c10::profiledCPUMemoryReporter().Delete(block->data);
-    cpu::give_pages(block->data, block->bytes);
+    page_cache::release(block->data, block->bytes);
   }
   c10::DataPtr allocate(size_t bytes) override {
-    auto block = std::make_unique<Block>(Block{cpu::take_pages(int64_t(bytes)), int64_t(bytes)});
+    auto block = std::make_unique<Block>(Block{page_cache::acquire(int64_t(bytes)), int64_t(bytes)});
     // Torch's own allocator has a last try, and raises what programs look for where memory is short.
     if (block->data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(block->data, bytes);
@@ -43,7 +43,7 @@ struct PagesAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-PagesAllocator* const pages_allocator = new PagesAllocator;  // outlives every tensor
+CachedAllocator* const cached_allocator = new CachedAllocator;  // outlives every tensor
 
 #if defined(FASTBN_CUDA)
 
@@ -134,9 +134,9 @@ Tensor Context::empty_like(const Tensor& t, at::MemoryFormat format) const {
 #if defined(FASTBN_CUDA)
   if (gpu_) return at::detail::empty_cuda(t.sizes(), t.scalar_type(), device_, format);
 #endif
-  if (int64_t(t.nbytes()) < cpu::least_kept_bytes)
+  if (int64_t(t.nbytes()) < page_cache::min_bytes)
     return at::detail::empty_cpu(t.sizes(), t.scalar_type(), false, format);
-  return at::detail::empty_generic(t.sizes(), pages_allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+  return at::detail::empty_generic(t.sizes(), cached_allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    t.scalar_type(), format);
 }
 

@@ -3,8 +3,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include "../cpu/exchange.h"
 #include "call.h"
-#include "cpu/exchange.h"
 
 namespace fastbn {
 

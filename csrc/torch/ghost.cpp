@@ -3,8 +3,8 @@
 
 #include <vector>
 
+#include "../cpu/parallel.h"
 #include "call.h"
-#include "cpu/parallel.h"
 
 namespace fastbn {
 

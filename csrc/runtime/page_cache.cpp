@@ -1,6 +1,6 @@
 // A list of mapped blocks behind one lock. No system call and no allocation is made while the lock is held, so that
 // whoever waits for it, a process that forks above all, waits for less than a microsecond.
-#include "pages.h"
+#include "page_cache.h"
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -16,7 +16,7 @@
 
 #include "memory_limit.h"
 
-namespace fastbn::cpu {
+namespace fastbn::page_cache {
 
 namespace {
 
@@ -27,7 +27,7 @@ constexpr int64_t huge_page = 2 << 20;
 // Kept at most, unless FASTBN_CPU_CACHE_MB says otherwise.
 constexpr int64_t standard_limit = 256'000'000;
 constexpr int64_t part_of_memory = 32;
-// To touch fresh memory costs at most 0.45 ms a MB (see least_kept_bytes): 0.12 s for all of standard_limit, 2 % of
+// To touch fresh memory costs at most 0.45 ms a MB (see min_bytes): 0.12 s for all of standard_limit, 2 % of
 // this time.
 constexpr auto idle_time = std::chrono::seconds(5);
 constexpr auto between_rounds = std::chrono::seconds(1);  // of the thread that looks for idle blocks
@@ -165,13 +165,13 @@ bool keep(const Block& block, bool& starts_thread) {
                                                        [] {
                                                          cache.has_thread = false;
                                                          cache.mutex.unlock();
-                                                         release_pages();
+                                                         trim();
                                                        });
 
 }  // namespace
 
-void open_page_cache() {
-  int64_t limit = smaller(standard_limit, memory_limit() / part_of_memory);
+void open() {
+  int64_t limit = smaller(standard_limit, runtime::memory_limit() / part_of_memory);
   if (const char* given = std::getenv("FASTBN_CPU_CACHE_MB"); given != nullptr && *given != 0) {
     char* end = nullptr;
     const long long megabytes = std::strtoll(given, &end, 10);
@@ -184,11 +184,11 @@ void open_page_cache() {
   cache.limit = limit;
 }
 
-void* take_pages(int64_t bytes) {
+void* acquire(int64_t bytes) {
   const int64_t size = size_of_block(bytes);
   char* data = take_kept(size);
   if (data == nullptr) data = map_block(size, bytes);
-  if (data == nullptr && release_pages()) data = map_block(size, bytes);
+  if (data == nullptr && trim()) data = map_block(size, bytes);
   if (data == nullptr) return nullptr;
   const Lock lock(cache.mutex);
   cache.used += size;
@@ -196,7 +196,7 @@ void* take_pages(int64_t bytes) {
   return data;
 }
 
-void give_pages(void* data, int64_t bytes) {
+void release(void* data, int64_t bytes) {
   const Block block{static_cast<char*>(data), size_of_block(bytes), Clock::now()};
   {
     const Lock lock(cache.mutex);
@@ -212,10 +212,10 @@ void give_pages(void* data, int64_t bytes) {
   if (starts_thread) start_thread();
 }
 
-bool release_pages() {
+bool trim() {
   bool any = false;
   while (unmap_oldest_if([](const Block&) { return true; })) any = true;
   return any;
 }
 
-}  // namespace fastbn::cpu
+}  // namespace fastbn::page_cache
