@@ -29,7 +29,8 @@ CUDA_VENV := .venv-cuda
 CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
 # Of `make ptx`: what nvcc compiles for, and the tests that run from it.
 PTX_ARCHITECTURES := sm_80 sm_90
-PTX_TESTS ?= test_parity.py test_epilogue.py test_ghost.py test_sync.py test_layouts.py test_numerics.py test_devices.py
+PTX_TESTS ?= $(addprefix functional/test_,parity.py epilogue.py epilogue_memory.py layouts.py numerics.py devices.py) \
+    nn/test_batch_norm_act.py nn/test_ghost.py test_sync.py
 # Of `make gpu`: where results go, and the seconds that all of it may take.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 530
@@ -126,7 +127,7 @@ test: lint build
 
 test-slow: build
 	$(SAY) "slow tests"
-	cd tests && $(IN_VENV) $(PY) -m pytest -m slow --ignore-glob="test_simt_*"
+	cd tests && $(IN_VENV) $(PY) -m pytest -m slow --ignore-glob="*/test_simt_*"
 
 lint: venv includes
 	$(SAY) "lint"
@@ -193,9 +194,9 @@ simt-build: venv
 
 simt: simt-build
 	$(SAY) "the tests, with the CUDA kernels on the CPU"
-	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt --ignore-glob="test_simt_*"
+	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt --ignore-glob="*/test_simt_*"
 	$(SAY) "the emulator itself, sanitizers, and planted defects"
-	cd tests && $(IN_VENV) $(PY) -m pytest -p no:cacheprovider --noconftest -W ignore test_simt_emulator.py test_simt_kernels.py
+	cd tests && $(IN_VENV) $(PY) -m pytest -p no:cacheprovider --noconftest -W ignore cuda/test_simt_emulator.py cuda/test_simt_kernels.py
 
 simt-quick: simt-build
 	$(SAY) "quick tests, with the CUDA kernels on the CPU"
@@ -223,14 +224,14 @@ ptx: simt-build
 	for arch in $(PTX_ARCHITECTURES); do echo "$$arch: $$(tail -n 1 ../build/ptx/$$arch.log)"; done; \
 	test $$failed = 0 || { tail -n 60 ../build/ptx/*.log; exit 1; }
 	$(SAY) "the same bits, planted defects, counters"
-	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) $(notdir $(wildcard tests/test_nvcc_*.py))
+	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) $(patsubst tests/%,%,$(wildcard tests/cuda/test_nvcc_*.py))
 	$(SAY) "counts and budget, in build/ptx"
 	cd tests && PYTHONPATH=$(SIMT_SITE) $(PY) ptx/budget.py ../build/ptx
 
 ptx-quick: venv
 	@$(FIND_NVCC)
 	$(SAY) "quick tests of what nvcc compiles"
-	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) -m "not slow" $(notdir $(wildcard tests/test_nvcc_*.py))
+	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) -m "not slow" $(patsubst tests/%,%,$(wildcard tests/cuda/test_nvcc_*.py))
 
 cuda-venv: $(CUDA_VENV)/.packages
 

@@ -27,7 +27,7 @@ OUT = Path(os.environ.get("OUT") or BENCHMARKS / "results").resolve()
 PARTS = ["build", "tests", "sanitizers", "probe", "benchmark"]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # Test files that need a package which may be missing.
-NEEDS = {"test_properties.py": "hypothesis", "test_torch_samples.py": "expecttest"}
+NEEDS = {"functional/test_properties.py": "hypothesis", "integration/test_torch_samples.py": "expecttest"}
 LONGEST_LOG = 3_000_000
 
 
@@ -121,7 +121,9 @@ def build_parts() -> list[Part]:
 def test_parts() -> list[Part]:
     cores = os.cpu_count() or 2
     missing = {name for name, module in NEEDS.items() if not has(module)}
-    names = sorted(path.name for path in TESTS.glob("test_*.py") if path.name != "test_cuda.py")
+    names = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
+    gpu_alone = [name for name in names if name.startswith("cuda/test_gpu_")]
+    names = [name for name in names if name not in gpu_alone]
     files = [name for name in names if name not in missing]
     some = ["--backend", "cuda", "-m", "not slow"]
     if has("xdist"):
@@ -130,7 +132,7 @@ def test_parts() -> list[Part]:
         count = max(1, min(4, cores // 2))
         shares = {f"parity {i + 1}": files[i::count] for i in range(count)}
     parts = [Part(name, "tests", pytest(*some, *share), 170, TESTS) for name, share in shares.items()]
-    parts.append(Part("test_cuda.py", "tests", pytest("--backend", "cuda", "test_cuda.py"), 170, TESTS))
+    parts.append(Part("GPU alone", "tests", pytest("--backend", "cuda", *gpu_alone), 170, TESTS))
     for name in sorted(missing.intersection(names)):
         parts.append(Part(name, "tests", [], 0, detail=f"needs {NEEDS[name]}, which is not installed"))
     return parts
@@ -144,7 +146,7 @@ def sanitizer_parts() -> list[Part]:
         command = [program, "--tool", tool, "--error-exitcode", "9"]
         if tool != "initcheck":  # which must see who writes
             command += ["--kernel-name", "kernel_substring=fastbn"]
-        command += python(TESTS / "sanitize_cases.py")
+        command += python(TESTS / "cuda" / "sanitize_cases.py")
         # with torch's cache of memory, one tensor's end is another's begin
         part = Part(tool, "sanitizers", command, 170, TESTS, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         if not program:

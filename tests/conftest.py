@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("reference")
+pytest.register_assert_rewrite("epilogue", "fusing", "nets", "on_gpu", "reference")
 # They need nvcc and not fastbn: make ptx and make ptx-quick run them, without this file.
-collect_ignore_glob = ["test_nvcc_*"]
+collect_ignore_glob = ["cuda/test_nvcc_*"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 // In: the name of one mistake. Out: the emulator's report of it, or "NOT NOTICED" and what the kernel returned. Every
-// kernel here but `right` is wrong; tests/test_simt_emulator.py says who has to notice, and with which words.
+// kernel here but `right` is wrong; tests/cuda/test_simt_emulator.py says who has to notice, and with which words.
 #include <cstdio>
 #include <functional>
 #include <map>

@@ -27,10 +27,11 @@ def names_that_blocks_use():
     return {"fastbn": fastbn, "torch": torch, "nn": nn, "model": model, "loader": loader, "optimizer": optimizer}
 
 
-MODULES = [m.name for m in pkgutil.iter_modules(fastbn.__path__) if m.name not in ("__main__", "_C")]
+NAMES = [m.name for m in pkgutil.walk_packages(fastbn.__path__, "fastbn.")]
+MODULES = [name for name in NAMES if name not in ("fastbn.__main__", "fastbn._C")]
 
 
-@pytest.mark.parametrize("name", ["fastbn", *(f"fastbn.{m}" for m in MODULES)])
+@pytest.mark.parametrize("name", ["fastbn", *MODULES])
 def test_docstrings(name):
     importlib.import_module(name)
     failed, tried = doctest.testmod(sys.modules[name], extraglobs=names_that_blocks_use())

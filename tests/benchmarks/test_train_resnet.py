@@ -17,7 +17,7 @@ from rich.console import Console
 import fastbn
 
 pytestmark = pytest.mark.cpu
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_resnet.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_resnet.py"
 FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 

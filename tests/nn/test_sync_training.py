@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 import fastbn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.cpu
 
 

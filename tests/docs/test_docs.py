@@ -25,7 +25,7 @@ from test_examples import names_that_blocks_use
 
 import fastbn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HAS_RESULTS = (ROOT / "benchmarks" / "results").is_dir()
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not HAS_RESULTS, reason="a source distribution has no results")]
 README = ROOT / "README.md"

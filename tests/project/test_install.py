@@ -19,7 +19,7 @@ import fastbn
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TESTS = Path(__file__).parent
 
 
@@ -203,7 +203,7 @@ def test_the_sdist_has_everything_to_build_and_test(sdist, source_tree):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "fastbn/__init__.py", "tests/conftest.py"}
-    for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "fastbn/*.py", "fastbn/*.pyi", "tests/*.py"):
+    for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "fastbn/**/*.py", "fastbn/*.pyi", "tests/**/*.py", "tests/*.ini"):
         wanted |= {str(path.relative_to(source_tree)) for path in source_tree.glob(pattern)}
     assert wanted <= names, wanted - names
     assert not [name for name in names if re.search(r"\.(so|o|pyc|json)$|^build/", name)]

@@ -15,7 +15,7 @@ import torch
 
 pytestmark = pytest.mark.cpu
 
-PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
+PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
 MODULES = [path.stem for path in PAPER.glob("*.py")]
 NAMES = ["sigmoids", "inception", "ensemble", "population", "batch_size", "shift"]
 

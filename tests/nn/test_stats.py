@@ -286,7 +286,7 @@ def test_two_ranks_get_what_one_gets(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), str(meeting)],
-            cwd=os.path.dirname(__file__), env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         for rank in range(2)
     ]  # fmt: skip

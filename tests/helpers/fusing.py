@@ -63,6 +63,19 @@ class Of(nn.Module):
         return self.function(self, x)
 
 
+class Branches(nn.Module):
+    """Many small forwards in one capture, by name: {name: (self, x) -> tensor}."""
+
+    def __init__(self, forwards, **children):
+        super().__init__()
+        self.forwards = forwards
+        for name in forwards:
+            setattr(self, name, simple(None, **{k: copy.deepcopy(m) for k, m in children.items()}))
+
+    def forward(self, x):
+        return tuple(y for name, f in self.forwards.items() for y in as_tuple(f(getattr(self, name), x)))
+
+
 def simple(forward, **children):
     return Of(forward, conv=conv(), bn=nn.BatchNorm2d(6), **children)
 

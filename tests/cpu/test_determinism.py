@@ -119,7 +119,7 @@ def python(code, capability=None):
     if capability is not None:
         environment["FASTBN_CPU_CAPABILITY"] = capability
     command = [sys.executable, *(["-c", code] if isinstance(code, str) else code)]
-    return subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_each_capability(best, capability):
     chosen = (
         "test_shapes or test_row_lengths or test_channel_counts or constant_channel or no_multiple or gradients_of_some"
     )
-    files = ["test_parity.py", "test_numerics.py", "test_layouts.py", "test_epilogue.py"]
+    files = [f"functional/test_{name}.py" for name in ("parity", "numerics", "layouts", "epilogue")]
     done = python(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "sanitize", "-k", chosen, *files], capability)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 200, "the subset has become empty"
@@ -159,7 +159,7 @@ def test_each_capability(best, capability):
 def test_lower_capabilities_pass_everything_numerical(best, capability):
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"this machine has {best} only")
-    files = ["test_parity.py", "test_numerics.py", "test_layouts.py", "test_sizes.py", "test_epilogue.py"]
+    files = [f"functional/test_{name}.py" for name in ("parity", "numerics", "layouts", "sizes", "epilogue")]
     done = python([*PYTEST, "-m", "not slow", *files], capability)
     assert done.returncode == 0, done.stdout[-3000:]
 

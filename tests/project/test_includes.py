@@ -8,7 +8,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-SCRIPT = Path(__file__).with_name("check_includes.py")
+SCRIPT = Path(__file__).parents[1] / "check_includes.py"
 
 TREE = {
     "core/moments.h": "#include <cmath>\n",

@@ -12,7 +12,7 @@ from torch import nn
 import fastbn
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]
-FAQ = Path(__file__).parents[1] / "docs" / "faq.md"
+FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not CSRC.is_dir(), reason="not a checkout")]
 

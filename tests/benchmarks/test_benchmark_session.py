@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 HEAD = {
     "kind": "environment", "csrc": "ab" * 32, "fastbn": "0", "torch": "2", "cpu": "x", "threads": 1, "cores": 2,
