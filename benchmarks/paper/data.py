@@ -1,128 +1,130 @@
-"""In: the name of a folder with MNIST's IDX files, or none for scikit-learn's digits. Out: `Data`, images in [0, 1]
-with labels, training and test set, and random batches of them.
+"""MNIST and Fashion-MNIST from IDX files, or scikit-learn's digits where there are none.
 
-Digits are few and easy, which hides differences between networks: `place` makes them harder where an experiment asks
-for it. Each image lands at a random place of a larger canvas, under noise, anew each time; so a network never sees the
-same image twice, and what counts is how fast it learns, as with ImageNet.
+A data set is named by the SHA-256 of what its files hold, not by its folder: files with other content are "unknown".
+The last sixth of the training images is the validation set, which chooses learning rates; the test set chooses nothing.
 """
 
+import functools
 import gzip
+import hashlib
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
-PARTS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-UNSIGNED_BYTE = 8  # the third byte of an IDX file: the type of its values; the fourth is the number of dimensions
-# Of MNIST's 10,000 test images, this many: the accuracy is asked for often. Digits have fewer.
-MOST_TEST_IMAGES = 2000
-# Digits are 8 x 8; larger images are averaged down to at most this side before they are placed on a canvas.
-LARGEST_SIDE = 14
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+SHA256 = {
+    "MNIST": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+    "Fashion-MNIST": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+}
+FOLDERS = {"MNIST": "mnist", "Fashion-MNIST": "fashion-mnist"}
+Part = tuple[torch.Tensor, torch.Tensor]  # images (N, 1, H, W), float32, and labels (N,), int64
 
 
 class BadData(Exception):
-    """A file is missing or is not what it should be; the message names it and says what was expected."""
+    """A file is missing or damaged; the message names it and says what was expected."""
 
 
 @dataclass(frozen=True)
 class Data:
     name: str
-    train_images: torch.Tensor  # (N, 1, H, W) float32 in [0, 1]
-    train_labels: torch.Tensor  # (N,) int64
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    sha256: tuple[str, ...]  # of the files' content, uncompressed; none of digits
+    train: Part
+    validation: Part
+    test: Part
 
-    @property
-    def side(self) -> int:
-        return self.train_images.shape[-1]
+    def about(self) -> dict:
+        sizes = {part: len(getattr(self, part)[1]) for part in ("train", "validation", "test")}
+        return {"name": self.name, "sha256": list(self.sha256), **sizes}
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The bytes of an IDX file, gzipped or not, as an array of so many dimensions."""
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise BadData(f"{path}: cannot be read ({error})") from None
-    magic = bytes([0, 0, UNSIGNED_BYTE, dimensions])
-    if content[:4] != magic:
-        raise BadData(f"{path}: begins with {content[:4].hex() or 'nothing'}, expected {magic.hex()} "
-                      f"(IDX, unsigned bytes, {dimensions} dimensions)")  # fmt: skip
-    start = 4 + 4 * dimensions
-    if len(content) < start:
-        raise BadData(f"{path}: ends within its header: {len(content)} bytes, expected at least {start}")
+def content_of(folder: Path, name: str) -> bytes:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            try:
+                return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            except (OSError, EOFError) as error:
+                raise BadData(f"{path}: cannot be read ({error})") from None
+    raise BadData(f"{folder}: has neither {name} nor {name}.gz, expected the IDX files {', '.join(FILES)}")
+
+
+def parse_idx(name: object, content: bytes, dimensions: int) -> np.ndarray:
+    """An IDX file's values, as an array of so many dimensions."""
+    magic, start = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions  # 8 stands for unsigned bytes
+    if content[:4] != magic or len(content) < start:
+        raise BadData(f"{name}: begins with {content[:start].hex() or 'nothing'}, expected {magic.hex()} (IDX, "
+                      f"unsigned bytes, {dimensions} dimensions) and the sizes")  # fmt: skip
     sizes = struct.unpack(f">{dimensions}I", content[4:start])
     if len(content) != start + math.prod(sizes):
-        shape = " x ".join(map(str, sizes))
-        raise BadData(f"{path}: has {len(content)} bytes, expected {start + math.prod(sizes)} for {shape} values")
+        raise BadData(f"{name}: has {len(content)} bytes, expected {start + math.prod(sizes)} for sizes {sizes}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
 
 
-def find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise BadData(f"{folder}: has neither {name} nor {name}.gz, expected MNIST's IDX files {', '.join(PARTS)}")
-
-
 def load_idx(folder: Path) -> Data:
-    tensors = []
-    for images_name, labels_name in (PARTS[:2], PARTS[2:]):
-        images_path, labels_path = find(folder, images_name), find(folder, labels_name)
-        images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-        if len(images) != len(labels) or len(images) == 0:
-            raise BadData(f"{labels_path}: has {len(labels)} labels, expected one for each of the {len(images)} images "
-                          f"in {images_path}, and at least one")  # fmt: skip
-        if labels.max() > 9:
-            raise BadData(f"{labels_path}: has the label {labels.max()}, expected 0 to 9")
-        tensors += [torch.tensor(images).float().unsqueeze(1) / 255, torch.tensor(labels).long()]
-    if tensors[0].shape[1:] != tensors[2].shape[1:]:
-        raise BadData(f"{folder}: images for training are {tuple(tensors[0].shape[2:])}, those for the test "
-                      f"{tuple(tensors[2].shape[2:])}, expected the same size")  # fmt: skip
-    return Data("MNIST", tensors[0], tensors[1], tensors[2][:MOST_TEST_IMAGES], tensors[3][:MOST_TEST_IMAGES])
+    contents, parts = [content_of(folder, name) for name in FILES], []
+    for images_at in (0, 2):
+        names = [folder / name for name in FILES[images_at : images_at + 2]]
+        images, labels = (parse_idx(names[i], contents[images_at + i], 3 - 2 * i) for i in (0, 1))
+        if len(images) != len(labels) or len(images) < 6 or labels.max() > 9:
+            raise BadData(f"{names[1]}: has {len(labels)} labels, expected one from 0 to 9 for each of the "
+                          f"{len(images)} images in {names[0]}, and at least 6")  # fmt: skip
+        parts.append((torch.tensor(images).float().unsqueeze(1) / 255, torch.tensor(labels).long()))
+    hashes = tuple(hashlib.sha256(content).hexdigest() for content in contents)
+    known = {expected: name for name, expected in SHA256.items()}
+    return split(known.get(hashes, f"unknown images (SHA-256 {hashes[0][:12]}...)"), hashes, *parts)
 
 
-def load(folder: Path | None = None) -> Data:
-    if folder is not None:
-        return load_idx(folder)
+def split(name: str, hashes: tuple[str, ...], train: Part, test: Part) -> Data:
+    count = len(train[1]) - len(train[1]) // 6
+    return Data(name, hashes, (train[0][:count], train[1][:count]), (train[0][count:], train[1][count:]), test)
+
+
+@functools.cache
+def load(folder: Path, name: str) -> Data:
+    """The data set in ``folder``'s folder for this name, pixels from 0 to 1; digits if there is no such folder."""
+    if (folder / FOLDERS[name]).exists():
+        return load_idx(folder / FOLDERS[name])
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    # always the same split, whatever the seeds
-    split = train_test_split(images, torch.tensor(digits.target), test_size=800, random_state=0, stratify=digits.target)
-    train_images, test_images, train_labels, test_labels = split
-    return Data("digits", train_images, train_labels, test_images, test_labels)
+    images, labels = torch.tensor(digits.images).float().unsqueeze(1) / 16, torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # whatever the seeds
+    return split("scikit-learn's digits", (), *((images[some], labels[some]) for some in (order[:-400], order[-400:])))
 
 
-def small(images: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(images, math.ceil(images.shape[-1] / LARGEST_SIDE))
+@functools.cache
+def load_small(folder: Path, name: str) -> Data:
+    """Images averaged down to a side of at most 14, with the training set's mean 0 and standard deviation 1."""
+    data = load(folder, name)
+    factor = math.ceil(data.train[0].shape[-1] / 14)
+    std, mean = torch.std_mean(F.avg_pool2d(data.train[0], factor))
+    parts = {part: (F.avg_pool2d(getattr(data, part)[0], factor).sub(mean).div(std), getattr(data, part)[1])
+             for part in ("train", "validation", "test")}  # fmt: skip
+    return replace(data, **parts)
 
 
-def place(images: torch.Tensor, margin: int, noise: float, generator: torch.Generator) -> torch.Tensor:
-    """Each image at a random place of a canvas that is larger by twice the margin, with Gaussian noise on it; then each
-    canvas to mean 0 and variance 1, which makes it easier for the networks without batch norm."""
-    images = small(images)
-    count, _, height, width = images.shape
-    # with twice the margin around it, every window that is larger by twice the margin holds the whole image
-    windows = F.pad(images, [2 * margin] * 4).unfold(2, height + 2 * margin, 1).unfold(3, width + 2 * margin, 1)
-    down, right = torch.randint(2 * margin + 1, (2, count), generator=generator)
-    canvas = windows[torch.arange(count), :, down, right]
-    canvas = canvas + noise * torch.randn(canvas.shape, generator=generator)
-    std, mean = torch.std_mean(canvas, (1, 2, 3), keepdim=True)
-    return (canvas - mean) / std
-
-
-def batches(images: torch.Tensor, labels: torch.Tensor, size: int, generator: torch.Generator,
-            margin: int = 0, noise: float = 0.0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+def batches(part: Part, size: int, seed: int, shuffle: bool = True) -> Iterator[Part]:
     """Batches without end, each of exactly this size; every epoch in a new order, less what does not fill one."""
-    size = min(size, len(labels))
+    images, labels = part
+    size, generator = min(size, len(labels)), torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
     while True:
-        for chosen in torch.randperm(len(labels), generator=generator).split(size):
+        for chosen in order.split(size):
             if len(chosen) == size:
-                batch = images[chosen]
-                yield (place(batch, margin, noise, generator) if margin or noise else batch), labels[chosen]
+                yield images[chosen], labels[chosen]
+        if shuffle:
+            order = torch.randperm(len(labels), generator=generator)

@@ -1,154 +1,117 @@
 """The paper's experiments in small, on a CPU: ``python benchmarks/paper/run.py --help`` (make paper).
 
 Data and settings flow in, paper.json flows out, and from it alone pictures and a page: ``--pictures`` draws them anew.
-Numbers of the same seeds are the same; times are kept apart from them. In the file: results, settings, times, machine.
 """
 
 import argparse
-import contextlib
-import dataclasses
+import importlib
 import json
 import os
-import platform
 import sys
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
-import batch_size
-import ensemble
-import inception
-import population
-import shift
-import sigmoids
+import pages
+import spread
 import torch
-from data import BadData, Data, load
-from pictures import draw
-from report import page
-from rich.console import Console
-from settings import FULL, QUICK, Settings
-from workers import Workers, cores, progress_bar
+from data import BadData, load, load_small
+from settings import DATA, FULL, QUICK, RESULTS, SECONDS, WORK, Plan
+from workers import Workers, clock
 
-import fastbn
+sys.path.append(str(Path(__file__).parents[1]))  # behind this folder, which has files of the same names
+from environment import environment
 
-# Each with about how many seconds it takes on one core, for the progress bar.
-EXPERIMENTS = {
-    "sigmoids": (sigmoids.run, 60),
-    "inception": (inception.run, 250),
-    "ensemble": (ensemble.run, 190),
-    "population": (population.run, 65),
-    "batch_size": (batch_size.run, 220),
-    "shift": (shift.run, 90),
-}
-RESULTS = Path(__file__).parents[1] / "results" / "paper"
+EXPERIMENTS = {name: importlib.import_module(name) for name in SECONDS}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The experiments of Ioffe & Szegedy (2015) in small, on a CPU.")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's IDX files, gzipped or not (default: digits)")
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME",
-                        help=f"of {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, help="how many, 0 and up (default 3)")
-    parser.add_argument("--jobs", type=int, default=cores(), help="trainings at once (default: all cores)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="(default results/paper)")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each, which shows nothing: for the tests")
-    parser.add_argument("--pictures", action="store_true", help="run nothing: pictures and page of what is in --output")
+    add, names = parser.add_argument, list(EXPERIMENTS)
+    add("--data", type=Path, default=DATA, metavar="DIR", help="has folders mnist and fashion-mnist with IDX files "
+        "(make paper-data); where one is missing, scikit-learn's digits are taken")  # fmt: skip
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
+    add("--jobs", type=int, default=torch.get_num_threads(), help="trainings at once (default: all cores)")
+    add("--output", type=Path, metavar="DIR", help="(default benchmarks/results/paper; with --quick build/paper/quick)")
+    add("--work", type=Path, default=WORK, metavar="DIR", help="keeps finished trainings (default build/paper)")
+    add("--quick", action="store_true", help="a few steps of each, which shows nothing: for the tests")
+    add("--pictures", action="store_true", help="run nothing: pictures and page of what is in --output")
     chosen = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
-            parser.error(f"argument --{name}: {getattr(chosen, name)} is not 1 or more")
+    if chosen.jobs < 1:
+        parser.error(f"argument --jobs: {chosen.jobs} is not 1 or more")
+    chosen.output = chosen.output or (WORK / "quick" if chosen.quick else RESULTS)
     return chosen
 
 
-def machine(jobs: int) -> dict:
-    return {
-        "torch": torch.__version__,
-        "fastbn": fastbn.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "jobs": jobs,
-    }
+def short(value: object):
+    """Five digits are more than any number here has to say."""
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.5g}"))
 
 
-def begin(settings: Settings, data: Data, jobs: int, names: list[str], folder: Path) -> dict:
-    """What a run of these experiments fills in. What the folder has of others stays, if data, machine, and all settings
-    that are not of these experiments are the same."""
-    about = {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)}
-    paper = {
-        "data": about,
-        "settings": dataclasses.asdict(settings),
-        "machine": machine(jobs),
-        "results": {},
-        "times": {},
-    }
-    paper = json.loads(json.dumps(paper))  # tuples become lists, as in the file
-    with contextlib.suppress(OSError, ValueError):
-        old = json.loads((folder / "paper.json").read_text())
-        same = all(old[part] == paper[part] for part in ("data", "machine"))
-        if same and all(old["settings"].get(k) == v for k, v in paper["settings"].items() if k not in names):
-            return {**paper, "results": old["results"], "times": old["times"]}
-    return paper
+def run_all(settings: Plan, names: list[str], workers: Workers) -> dict:
+    """Each experiment in a thread of its own, so that no core waits for an experiment's last training."""
+    with ThreadPoolExecutor(len(names)) as threads:
+        found = {name: threads.submit(EXPERIMENTS[name].run, settings, workers) for name in names}
+        try:
+            return {name: short(future.result()) for name, future in found.items()}
+        except BaseException:
+            workers.pool.shutdown(wait=False, cancel_futures=True)  # which ends the threads, too
+            raise
 
 
-def run_all(
-    paper: dict, settings: Settings, names: list[str], workers: Workers, console: Console, folder: Path
-) -> None:
-    """Each experiment's results and times, written as they come: a run that is stopped keeps them."""
-    if workers.progress:
-        total = sum(EXPERIMENTS[name][1] for name in names)
-        workers.task = workers.progress.add_task("beginning", total=total)
-    for name in names:
-        run, workers.cost = EXPERIMENTS[name]
-        if workers.progress:
-            workers.progress.update(workers.task, description=name)
-        start = time.perf_counter()
-        found = run(settings, workers.data, workers)
-        paper["times"][name] = {"steps": found.pop("times", {}), "wall_s": time.perf_counter() - start}
-        paper["results"][name] = found
-        write(paper, folder)
-        console.print(f"{name}: {paper['times'][name]['wall_s']:.0f} s")
+def page(paper: dict) -> str:
+    """Prose is in text/, with names in braces for what the numbers say."""
+    spread.counted = 0
+    texts, (mnist, fashion) = Path(__file__).parent / "text", paper["data"]
+    common = {**paper["settings"], "mnist": mnist["name"], "fashion": fashion["name"]}
+    parts = [(texts / f"{name}.md").read_text().format(**EXPERIMENTS[name].words(found, paper), **common)
+             for name, found in paper["results"].items()]  # fmt: skip
+    head = {**paper, **paper["environment"], **common, "tests": spread.counted, "chance": round(spread.counted / 20)}
+    head |= {f"{name}_took": clock(paper["run"][f"{name}_s"]) for name in ("wall", "cpu")}
+    return "\n".join([(texts / "head.md").read_text().format(**head), *parts])
 
 
-def write(paper: dict, folder: Path) -> None:
-    for part in ("results", "times"):
-        paper[part] = {name: paper[part][name] for name in EXPERIMENTS if name in paper[part]}
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "paper.json.part"
-    beside.write_text(json.dumps(paper, indent=1, allow_nan=False) + "\n")
-    os.replace(beside, folder / "paper.json")  # so that a run that is stopped here does not lose the old file
-
-
-def show(paper: dict, folder: Path) -> None:
-    draw(paper, folder)
+def show(paper: dict, folder: Path, suffix: str = "svg") -> None:
+    with pages.plt.style.context(pages.STYLE):
+        for name, found in paper["results"].items():
+            if hasattr(EXPERIMENTS[name], "plot"):
+                pages.save(EXPERIMENTS[name].plot(found, paper), folder / f"{name}.{suffix}")
     (folder / "paper.md").write_text(page(paper))
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse_arguments(arguments)
-    console = Console(highlight=False)
+    file = chosen.output / "paper.json"
     if chosen.pictures:
-        show(json.loads((chosen.output / "paper.json").read_text()), chosen.output)
+        show(json.loads(file.read_text()), chosen.output)
         return 0
     settings = QUICK if chosen.quick else FULL
-    if chosen.seeds:
-        settings = dataclasses.replace(settings, seeds=tuple(range(chosen.seeds)))
     try:
-        data = load(chosen.data)
+        data = [load(chosen.data, "MNIST").about(), load_small(chosen.data, "Fashion-MNIST").about()]
     except BadData as error:
-        console.print(f"[red]cannot load the data:[/] {error}", soft_wrap=True)
+        print(f"cannot load the data: {error}")
         return 1
-    console.print(
-        f"{data.name}, {len(data.train_labels)} images; {chosen.jobs} training{'s' * (chosen.jobs > 1)} at once"
-    )
-    start = time.perf_counter()
-    paper = begin(settings, data, chosen.jobs, chosen.only, chosen.output)
-    with progress_bar(console) as progress, Workers(data, chosen.data, chosen.jobs, progress) as workers:
-        # learning rates that are in the file need not be searched again
-        kept = {name: found for name, found in paper["results"].items() if name not in chosen.only}
-        workers.known = {name: found["search"] for name, found in kept.items() if "search" in found}
-        run_all(paper, settings, chosen.only, workers, console, chosen.output)
-    show(paper, chosen.output)
-    console.print(f"{time.perf_counter() - start:.0f} s; results in {os.path.relpath(chosen.output)}/paper.md")
+    print(f"{data[0]['name']} and {data[1]['name']}; trainings at once: {chosen.jobs}")
+    if not all(d["sha256"] for d in data):
+        print("make paper-data fetches MNIST and Fashion-MNIST; results of digits say little")
+    start, about = time.monotonic(), environment()
+    depends = [data, about["torch"], about["csrc"], about["capability"], about["torch_capability"]]
+    total_s = sum(SECONDS[name] for name in chosen.only)
+    with Workers(chosen.work, chosen.data, depends, chosen.jobs, total_s) as workers:
+        try:
+            results = run_all(settings, chosen.only, workers)
+        except (KeyboardInterrupt, CancelledError):
+            print("\nstopping when the trainings under way are done; the same command goes on from there")
+            return 130
+    spent = {"wall_s": time.monotonic() - start, "cpu_s": workers.cpu_s, "found_s": workers.found_s}
+    paper = {"data": data, "environment": about, "run": {**short(spent), "jobs": chosen.jobs}, "settings": settings,
+             "results": results}  # fmt: skip
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(paper, allow_nan=False) + "\n")
+    os.replace(beside, file)  # so that a run that is stopped here does not lose the old file
+    show(json.loads(file.read_text()), chosen.output)
+    print(f"\n{clock(spent['wall_s'])} ({clock(workers.cpu_s)} of CPU time in trainings): {file.with_suffix('.md')}")
     return 0
 
 
