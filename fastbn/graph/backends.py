@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..records import record
-from . import matching
+from . import matching, pooling
 
 # Inductor makes convolutions channels_last, and converts weights and activations in every step. oneDNN chooses its
 # layouts itself: without the conversions a training step of ResNet-18 takes 13 % less, NOTES.md#under-torchcompile.
@@ -61,4 +61,6 @@ def fastbn(
     rewrite(module, example_inputs)
     if torch.is_grad_enabled() and all(t.device.type == "cpu" for t in example_inputs if isinstance(t, Tensor)):
         options = _CPU_TRAINING | (options or {})
+        pooling.replace(module.graph)
+        module.recompile()
     return torch._TorchCompileInductorWrapper(mode, options, None)(module, example_inputs)

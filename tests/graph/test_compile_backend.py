@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import fastbn
+from fastbn.graph import pooling
 from fastbn.graph.backends import fastbn_eager
 
 pytestmark = pytest.mark.cpu
@@ -174,3 +175,47 @@ def test_training_alone_in_eval_and_checkpointed():
     x = images()
     torch.testing.assert_close(ours(x), model(x))
     torch.testing.assert_close(ours.state_dict(), model.state_dict())
+
+
+POOLS = {
+    "ints": nn.MaxPool2d(3, 2, 1),
+    "pairs": nn.MaxPool2d((3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+    "stride_of_the_window": nn.MaxPool2d(2, ceil_mode=True),
+    "indices": nn.MaxPool2d(2, return_indices=True),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pooling_is_one_operator(name, layout):
+    """As the backend "fastbn" does before it calls Inductor on a CPU, and so without Inductor's compiler."""
+
+    def forward(self, x):
+        y = POOLS[name](F.relu(self.bn(self.conv(x))))
+        return torch.cat([t.flatten().double() for t in y]) if isinstance(y, tuple) else y
+
+    def backend(graph, inputs):
+        pooling.replace(graph.graph)
+        graph.recompile()
+        names.extend(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    names = []
+    model = simple(forward).double().to(memory_format=layout)
+    x = images().to(memory_format=layout)
+    results, strides = [], []
+    for m in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        model.zero_grad()
+        leaf = x.detach().requires_grad_()
+        y = m(leaf)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, model.conv.weight.grad.clone()])
+        strides.append([y.stride(), leaf.grad.stride()])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert strides[0] == strides[1]
+    assert "max_pool2d" in names
+
+
+def test_max_pooling_without_a_batch_dimension():
+    x = torch.randn(3, 8, 8)
+    torch.testing.assert_close(pooling.max_pool2d(x, 3, 2), F.max_pool2d(x, 3, 2))
