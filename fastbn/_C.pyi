@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import NotImplementedType
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -172,7 +173,7 @@ def set_differentiable_backward(
 def set_differentiable_ghost_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """The same of ghost batch norm, with the arguments of fastbn::ghost_backward."""
 
-def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, str | int]:
+def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, Any]:
     """How the kernels would walk a tensor of these sizes: the fields of fastbn.Plan that they decide."""
 
 def cuda_plan(
@@ -183,7 +184,7 @@ def cuda_plan(
     training: bool,
     aligned: bool,
     device: dict[str, int | bool],
-) -> dict[str, str | int | bool]:
+) -> dict[str, Any]:
     """How the CUDA kernels would walk such tensors, direction "forward" or "backward", on a GPU with these numbers.
 
     A pure function in every build: the GPU need not be there. device and the result have the names of the fields of
@@ -196,7 +197,16 @@ def cuda_device(input: Tensor) -> dict[str, int | bool]:
 def cpu_capability() -> str:
     """The instruction set of the kernels that run: "baseline", "avx2" or "avx512"."""
 
-def build_info() -> dict[str, str | list[str] | None]:
+class _BuildInfo(TypedDict):
+    torch: str
+    compiler: str
+    backends: list[str]
+    cuda: str | None
+    cuda_architectures: str | None
+    cpu_capability: str
+    cpu_capability_of_processor: str
+
+def build_info() -> _BuildInfo:
     """Versions of torch and of the compiler at build time, backends and CUDA built in, and CPU capabilities.
 
     backends: ["cpu"], ["cpu", "cuda"], or ["simt"], the build for tests that runs the CUDA kernels on the CPU.

@@ -23,16 +23,16 @@ class Activation:
     default: float | None = None
 
 
-def _silu_derivative(z, _):
+def _silu_derivative(z: Tensor, _: float) -> Tensor:
     s = torch.sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
-def _hardswish_derivative(z, _):
+def _hardswish_derivative(z: Tensor, _: float) -> Tensor:
     return torch.where(z <= -3, 0.0, torch.where(z < 3, z / 3 + 0.5, 1.0))
 
 
-def _gelu_derivative(z, _):
+def _gelu_derivative(z: Tensor, _: float) -> Tensor:
     return torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
@@ -65,7 +65,7 @@ def check(activation: str, param: float | None) -> float:
         raise ValueError(f"batch_norm(): activation should be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if param is None:
         return 0.0 if row.default is None else row.default
-    if not isinstance(param, Real):
+    if not isinstance(param, (float, Real)):
         raise TypeError(f"batch_norm(): argument 'activation_param' must be float, not {type(param).__name__}")
     if row.default is None:
         raise ValueError(f"batch_norm(): activation_param should be None for {activation}, which has none, not {param}")

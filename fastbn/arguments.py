@@ -5,8 +5,10 @@ The short way through the extension only knows what is right (is_ordinary in aut
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import ops
@@ -32,7 +34,10 @@ def check_module(module: object, caller: str) -> None:
         raise TypeError(f"fastbn.{caller}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
-def check_each(input, weight, bias, running_mean, running_var, training, momentum, eps, whole=True):
+def check_each(
+    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: Any, momentum: Any, eps: Any,
+    whole: bool = True,
+) -> tuple[float | None, float]:  # fmt: skip
     """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps.
 
     whole: input is the whole batch, and no rank has more of it.
@@ -53,7 +58,10 @@ def check_each(input, weight, bias, running_mean, running_var, training, momentu
     return None if momentum is None else _number(momentum, "momentum", 7), _number(eps, "eps", 8)
 
 
-def check_together(input, weight, bias, running_mean, running_var, training):
+def check_together(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool,
+) -> None:  # fmt: skip
     """Checks of the arguments against each other; all of them are tensors or None."""
     if (running_mean is None) != (running_var is None) and training:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
@@ -87,7 +95,7 @@ def check_together(input, weight, bias, running_mean, running_var, training):
         ops._C.check_device(input)
 
 
-def check_residual(residual, input):
+def check_residual(residual: Any, input: Tensor) -> None:
     """What is added before the activation, a tensor or None: it has the sizes, dtype and device of input."""
     if residual is None:
         return
@@ -99,7 +107,7 @@ def check_residual(residual, input):
             raise RuntimeError(f"batch_norm(): residual should have the {name} of input, {right}, not {found}")
 
 
-def _number(value, name, position):
+def _number(value: Any, name: str, position: int) -> Any:
     """Of the kinds that torch takes for a float argument."""
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad:
         return value.item()
@@ -107,7 +115,7 @@ def _number(value, name, position):
     return value
 
 
-def _require(right, name, position, kind, value):
+def _require(right: bool, name: str, position: int, kind: str, value: object) -> None:
     if not right:
         found = "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"batch_norm(): argument '{name}' (position {position}) must be {kind}, not {found}")

@@ -5,91 +5,28 @@ AD, double backward, torch.compile, fake tensors) takes `BatchNormFunction`, whi
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, arguments, interop, ops
 from .activations import ACTIVATIONS
+from .composed import composed_backward, composed_forward, moments_of
 from .ops import is_compiling
 
-
-def _per_channel(t, like):
-    return t.reshape(1, -1, *[1] * (like.dim() - 2))
-
-
-def _moments_of(input, ranks=None):
-    """Mean and biased variance of the batch, differentiable."""
-    axes = [i for i in range(input.dim()) if i != 1]
-    wide = input.double()
-    if ranks is None:
-        return torch.stack([wide.mean(axes), wide.var(axes, correction=0)])
-    mean = ranks.sum(wide.sum(axes)) / ranks.count
-    centred = wide - _per_channel(mean, input)
-    return torch.stack([mean, ranks.sum((centred * centred).sum(axes)) / ranks.count])
+# weight, bias, running_mean, running_var, num_batches_tracked, and whether the statistics are those of the batch.
+State: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]
 
 
-def _normalized(input, weight, bias, mean, var, eps):
-    output = (input.double() - _per_channel(mean, input)) * _per_channel(torch.rsqrt(var + eps), input)
-    if weight is not None:
-        output = output * _per_channel(weight.double(), input)
-    if bias is not None:
-        output = output + _per_channel(bias.double(), input)
-    return output
+def merge_batch_dim(t: Any, dim: int | None, size: int, channel_dim: int) -> Any:
+    """Merge the dimension that vmap maps into the channels: `size` batch norms of C channels are one of size * C.
 
-
-def composed_forward(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
-    """The output of batch norm in torch operations on float64: what is differentiated where no kernel is."""
-    arguments.check_memory(input=input, weight=weight, bias=bias, moments=moments, residual=residual)
-    mean, var = _moments_of(input) if moments is None else moments
-    z = _normalized(input, weight, bias, mean, var, eps)
-    if residual is not None:
-        z = z + residual.double()
-    param = activations.check(activation, activation_param)
-    return ACTIVATIONS[activation].forward(z, param).to(input.dtype)
-
-
-def composed_backward(
-    grad_output, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None,
-    ranks=None,
-):  # fmt: skip
-    """Gradients of input, weight, bias and residual in torch operations (Ioffe & Szegedy 2015, section 3).
-
-    ranks: of a batch that is spread over them, with a method `sum` over all of them and the `count` of values there.
+    None stays None.
     """
-    arguments.check_memory(
-        grad_output=grad_output, input=input, weight=weight, bias=bias, moments=moments, residual=residual
-    )
-    training = moments is None
-    mean, var = _moments_of(input, ranks) if training else moments
-    axes = [i for i in range(input.dim()) if i != 1]
-    rstd = _per_channel(torch.rsqrt(var + eps), input)
-    dz = grad_output.double()
-    if activation != "identity":
-        z = _normalized(input, weight, bias, mean, var, eps)
-        if residual is not None:
-            z = z + residual.double()
-        param = activations.check(activation, activation_param)
-        dz = dz * ACTIVATIONS[activation].derivative(z, param)
-    normalized = (input.double() - _per_channel(mean, input)) * rstd
-    grad_bias = dz.sum(axes)
-    grad_weight = (dz * normalized).sum(axes)
-    grad_input, sums = dz, torch.stack([grad_weight, grad_bias])
-    if weight is not None:
-        grad_input, sums = grad_input * _per_channel(weight.double(), input), sums * weight.double()
-    if training:
-        count = input.numel() // input.size(1)
-        if ranks is not None:
-            sums, count = ranks.sum(sums), ranks.count
-        dot, sum_ = (_per_channel(s, input) for s in sums)
-        grad_input = grad_input - (sum_ + normalized * dot) / count
-    dtype = ops.param_dtype(input, weight)
-    return (grad_input * rstd).to(input.dtype), grad_weight.to(dtype), grad_bias.to(dtype), dz.to(input.dtype)
-
-
-def _fold_batch(t, dim, size, channel_dim):
-    """A mapped dimension made a part of the channels: one batch norm of size * C channels is `size` of C."""
     if t is None:
         return None
     t = t.movedim(dim, channel_dim) if dim is not None else t.unsqueeze(channel_dim)
@@ -98,11 +35,12 @@ def _fold_batch(t, dim, size, channel_dim):
     return t.expand(sizes).flatten(channel_dim, channel_dim + 1)
 
 
-def _unfold_batch(t, size, channel_dim):
+def split_batch_dim(t: Tensor | None, size: int, channel_dim: int) -> Tensor | None:
+    """The reverse of `merge_batch_dim`: the mapped dimension comes before the channels."""
     return None if t is None else t.unflatten(channel_dim, (size, -1))
 
 
-def in_forward_mode():
+def in_forward_mode() -> bool:
     """Within a dual level, by torch.autograd.forward_ad or torch.func.jvp: then batch norm is torch operations, for
     each of which torch knows the tangent under every other transformation."""
     return forward_ad._current_level >= 0
@@ -123,22 +61,28 @@ class BatchNormFunction(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(cls, input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
-        ending = (activation, activation_param, residual)
+    def apply(
+        cls, input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float,
+        activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        epilogue = (activation, activation_param, residual)
         if not in_forward_mode():
-            return super().apply(input, weight, bias, moments, eps, *ending)
-        output = composed_forward(input, weight, bias, moments, eps, *ending)
+            return super().apply(input, weight, bias, moments, eps, *epilogue)
+        output = composed_forward(input, weight, bias, moments, eps, *epilogue)
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-            return output, _moments_of(input) if moments is None else moments.clone()
+            return output, moments_of(input) if moments is None else moments.clone()
 
     @staticmethod
-    def forward(input, weight, bias, moments, eps, activation, activation_param, residual):
+    def forward(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float, activation: str,
+        activation_param: float | None, residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return ops.forward(input, weight, bias, moments, eps, activation, activation_param, residual)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, moments, ctx.eps, *ending = inputs
-        ctx.activation, ctx.activation_param, residual = ending
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, weight, bias, moments, ctx.eps, *epilogue = inputs
+        ctx.activation, ctx.activation_param, residual = epilogue
         ctx.training = moments is None
         ctx.mark_non_differentiable(output[1])
         ctx.has_residual = residual is not None
@@ -147,7 +91,7 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, output[1], residual)
 
     @staticmethod
-    def backward(ctx, grad_output, _):
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         input, weight, bias, moments, residual = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad[:3], ctx.has_residual and ctx.needs_input_grad[7]]
         *grads, grad_residual = differentiable_backward(
@@ -157,15 +101,21 @@ class BatchNormFunction(torch.autograd.Function):
         return *grads, None, None, None, None, grad_residual
 
     @staticmethod
-    def vmap(info, in_dims, input, weight, bias, moments, eps, activation, activation_param, residual):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor | None, bias: Tensor | None,
+        moments: Tensor | None, eps: float, activation: str, activation_param: float | None, residual: Tensor | None,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:  # fmt: skip
         size = info.batch_size
-        folded = [
-            _fold_batch(t, d, size, c)
-            for t, d, c in zip((input, weight, bias, moments), in_dims, (1, 0, 0, 1), strict=False)
-        ]
-        residual = _fold_batch(residual, in_dims[7], size, 1)
-        output, used = BatchNormFunction.apply(*folded, eps, activation, activation_param, residual)
-        return (_unfold_batch(output, size, 1), _unfold_batch(used, size, 1)), (1, 1)
+        input, weight, bias, moments, residual = (
+            merge_batch_dim(t, d, size, c)
+            for t, d, c in zip(
+                (input, weight, bias, moments, residual), (*in_dims[:4], in_dims[7]), (1, 0, 0, 1, 1), strict=True
+            )
+        )
+        output, used = BatchNormFunction.apply(
+            input, weight, bias, moments, eps, activation, activation_param, residual
+        )
+        return (split_batch_dim(output, size, 1), split_batch_dim(used, size, 1)), (1, 1)
 
 
 class BatchNormBackward(torch.autograd.Function):
@@ -173,11 +123,13 @@ class BatchNormBackward(torch.autograd.Function):
 
     @classmethod
     def apply(
-        cls, grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
-    ):
-        ending = (activation, activation_param, bias, residual)
+        cls, grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, eps: float, training: bool,
+        wanted: Sequence[bool], activation: str, activation_param: float | None, bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        epilogue = (activation, activation_param, bias, residual)
         if not in_forward_mode():
-            return super().apply(grad_output, input, weight, moments, eps, training, wanted, *ending)
+            return super().apply(grad_output, input, weight, moments, eps, training, wanted, *epilogue)
         grads = composed_backward(
             grad_output, input, weight, bias, None if training else moments, eps, activation, activation_param, residual
         )
@@ -185,35 +137,38 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
-    ):
+        grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, eps: float, training: bool,
+        wanted: Sequence[bool], activation: str, activation_param: float | None, bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         grads = ops.backward(
             grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
         )
         return tuple(g if m else None for g, m in zip(grads, wanted, strict=True))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad_output, input, weight, moments, ctx.eps, ctx.training, ctx.wanted, *ending = inputs
-        ctx.activation, ctx.activation_param, bias, residual = ending
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad_output, input, weight, moments, ctx.eps, ctx.training, ctx.wanted, *epilogue = inputs
+        ctx.activation, ctx.activation_param, bias, residual = epilogue
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, input, weight, moments, bias, residual)
 
     @staticmethod
-    def backward(ctx, *cotangents):
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, input, weight, moments, bias, residual = ctx.saved_tensors
         given = {"grad_output": grad_output, "input": input, "weight": weight, "bias": bias, "residual": residual}
         given = {name: t for name, t in given.items() if t is not None}
 
-        def f(*primals):
-            tensors = {"weight": None, "bias": None, "residual": None, **dict(zip(given, primals, strict=True))}
+        def f(*primals: Tensor) -> tuple[Tensor, ...]:
+            tensors: dict[str, Any] = {"weight": None, "bias": None, "residual": None}
+            tensors.update(zip(given, primals, strict=True))
             grads = composed_backward(
                 **tensors, moments=None if ctx.training else moments, eps=ctx.eps, activation=ctx.activation,
                 activation_param=ctx.activation_param,
             )  # fmt: skip
             return tuple(g for g, m in zip(grads, ctx.wanted, strict=True) if m)
 
-        outputs, pull = torch.func.vjp(f, *given.values())
+        outputs, pull, *_ = torch.func.vjp(f, *given.values())
         wanted = [c for c, m in zip(cotangents, ctx.wanted, strict=True) if m]
         pulled = pull(tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, wanted, strict=True)))
         grads = dict(zip(given, pulled, strict=True))
@@ -224,27 +179,29 @@ class BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info, in_dims, grad_output, input, weight, moments, eps, training, wanted, activation, activation_param,
-        bias, residual,
-    ):  # fmt: skip
+        info: Any, in_dims: tuple[int | None, ...], grad_output: Tensor, input: Tensor, weight: Tensor | None,
+        moments: Tensor, eps: float, training: bool, wanted: Sequence[bool], activation: str,
+        activation_param: float | None, bias: Tensor | None, residual: Tensor | None,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:  # fmt: skip
         size = info.batch_size
         dims = (*in_dims[:4], *in_dims[9:])
         tensors = (grad_output, input, weight, moments, bias, residual)
         grad_output, input, weight, moments, bias, residual = (
-            _fold_batch(t, d, size, c) for t, d, c in zip(tensors, dims, (1, 1, 0, 1, 0, 1), strict=True)
+            merge_batch_dim(t, d, size, c) for t, d, c in zip(tensors, dims, (1, 1, 0, 1, 0, 1), strict=True)
         )
         grads = BatchNormBackward.apply(
             grad_output, input, weight, moments, eps, training, wanted, activation, activation_param, bias, residual
         )
         axes = (1, 0, 0, 1)
-        unfolded = tuple(_unfold_batch(g, size, c) for g, c in zip(grads, axes, strict=True))
-        return unfolded, tuple(c if m else None for c, m in zip(axes, wanted, strict=True))
+        split = tuple(split_batch_dim(g, size, c) for g, c in zip(grads, axes, strict=True))
+        return split, tuple(c if m else None for c, m in zip(axes, wanted, strict=True))
 
 
 def differentiable_backward(
-    grad_output, input, weight, moments, eps, training, wanted, activation="identity", activation_param=None,
-    bias=None, residual=None,
-):  # fmt: skip
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, eps: float, training: bool,
+    wanted: Sequence[bool], activation: str = "identity", activation_param: float | None = None,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of input, weight, bias and residual, None where they are not wanted, that can be differentiated again.
 
     bias and residual are needed only where there is an activation.
@@ -266,12 +223,12 @@ torch.library.register_autograd(
 )
 
 
-def register_update_of_each(name, updated):
+def register_update_of_each(name: str, updated: Sequence[int]) -> None:
     """vmap of the operator `name`, which brings statistics up to date: one call for each of the batch. updated: which
     arguments it changes."""
 
     @torch.library.register_vmap(f"fastbn::{name}")
-    def update_each(info, in_dims, *arguments):
+    def update_each(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[None, None]:
         if any(arguments[k] is not None and in_dims[k] is None for k in updated):
             raise RuntimeError(
                 "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated "
@@ -288,29 +245,31 @@ register_update_of_each("update_running_stats", updated=(3, 4))
 
 
 def batch_norm(
-    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-    activation="identity", activation_param=None, residual=None,
-):  # fmt: skip
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float,
+    activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Batch norm that also counts the batch and updates its running statistics.
 
     Everything is as in `fastbn.functional.batch_norm`, and num_batches_tracked (int64, 0-d, or None) is incremented.
     momentum None stands for 1 / num_batches_tracked, the cumulative average.
     """
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-    ending = (activation, activation_param, residual)
+    epilogue = (activation, activation_param, residual)
     if not is_compiling():
-        output = ops._C.batch_norm(*tensors, training, momentum, eps, *ending)
+        output = ops._C.batch_norm(*tensors, training, momentum, eps, *epilogue)
         if output is not NotImplemented:
             return output
     if has_torch_function_variadic(*tensors, residual):
-        return handle_torch_function(batch_norm, (*tensors, residual), *tensors, training, momentum, eps, *ending)
-    return _careful_batch_norm(*tensors, training, momentum, eps, *ending)
+        return handle_torch_function(batch_norm, (*tensors, residual), *tensors, training, momentum, eps, *epilogue)
+    return _slow_path(*tensors, training, momentum, eps, *epilogue)
 
 
-def _careful_batch_norm(
-    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-    activation, activation_param, residual,
-):  # fmt: skip
+def _slow_path(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float,
+    activation: str, activation_param: float | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The long way: it checks every argument, and is made of operators that torch.compile, functorch, modes and fake
     tensors can see."""
     arguments.check_memory(
@@ -346,11 +305,17 @@ def _careful_batch_norm(
 
 
 def _by_operators(
-    forward, input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-    activation="identity", activation_param=None, residual=None,
-):  # fmt: skip
+    forward: Callable[..., tuple[Tensor, Tensor]], input: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool,
+    momentum: float | None, eps: float, activation: str = "identity", activation_param: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Batch norm without argument checks; forward is the operator, or what has its derivatives otherwise."""
-    moments = None if training else torch.stack([running_mean.flatten(), running_var.flatten()]).double()
+    moments = None
+    if not training:
+        if running_mean is None or running_var is None:
+            raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+        moments = torch.stack([running_mean.flatten(), running_var.flatten()]).double()
     output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
     # Both here or neither: torch.utils.checkpoint ends a forward that it repeats with the last tensor that is saved for
     # backward, which may be one of those above.
@@ -364,12 +329,12 @@ def _by_operators(
 ops.implement("batch_norm", functools.partial(_by_operators, ops.forward))
 
 
-def _count_batch(num_batches_tracked):
+def _count_batch(num_batches_tracked: Tensor | None) -> None:
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
 
 
-def batch_norm_of_nothing(input, weight, bias):
+def batch_norm_of_nothing(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """What torch makes of an input without elements: the gradients of the parameters are zeros, and parameters
     without elements are an IndexError."""
     output = input.clone()

@@ -4,6 +4,7 @@ In: a training step within `update_stats_once`. Out: statistics and counters tha
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -14,7 +15,7 @@ _open = 0
 
 
 @contextlib.contextmanager
-def update_stats_once():
+def update_stats_once() -> Iterator[None]:
     """Within this context a forward pass that runs during a backward pass leaves running statistics and counters alone.
 
     torch.utils.checkpoint, use_reentrant or not, runs forwards a second time in backward, and batch norms would count
@@ -42,6 +43,6 @@ def update_stats_once():
         _open -= 1
 
 
-def is_repeated():
+def is_repeated() -> bool:
     """Whether the forward pass that runs now was asked to leave statistics alone."""
     return not is_compiling() and _open > 0 and torch._C._current_graph_task_id() != -1

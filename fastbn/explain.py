@@ -8,13 +8,14 @@ import torch
 from . import ops
 
 
+@dataclass(frozen=True)
 class _Table:
-    def __str__(self):
+    def __str__(self) -> str:
         width = max(len(f.name) for f in fields(self))
         return "\n".join(f"{f.name:{width}}  {_shown(getattr(self, f.name))}" for f in fields(self))
 
 
-def _shown(value):
+def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return "  ".join(f"{_shown(v):>13}" for v in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -89,7 +90,7 @@ class CudaPlan(_Table):
     workspace_bytes: tuple[int, int]
 
 
-def explain(input, *, training=True):
+def explain(input: torch.Tensor, *, training: bool = True) -> Plan | CudaPlan:
     """The plan for batch norm of `input`, a tensor (N, C, ...) on a device with kernels; nothing is computed.
 
     training False: the eval forward pass, and a backward pass with constant statistics.
@@ -121,7 +122,7 @@ def explain(input, *, training=True):
     )
 
 
-def _explain_cuda(input, sizes, channels_last, training):
+def _explain_cuda(input: torch.Tensor, sizes: list[int], channels_last: bool, training: bool) -> CudaPlan:
     # a tensor that is in no order that kernels know is copied to fresh, aligned memory
     dense = input.is_contiguous(memory_format=ops.output_format(input))
     aligned = not dense or input.data_ptr() % 16 == 0

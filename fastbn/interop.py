@@ -13,19 +13,20 @@ from .ops import is_compiling
 _ORDINARY = (type(None), Tensor, nn.Parameter)
 
 
-def is_torchs(*tensors: Tensor | None) -> bool:
-    """Whether torch.nn.functional.batch_norm has to compute a call with these tensors, the input first.
+def is_torchs(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch.nn.functional.batch_norm has to compute a call with these tensors.
 
     That is so for a DTensor, whose sharding rules are torch's; for an mkldnn tensor, whose layout only torch's kernels
     know; within torch.func.functionalize, which has no rule for autograd.Function; under torch.jit.trace, so that what
     was traced loads where fastbn is not installed and is known to exporters and counters of operations; and where
     torch.compile compiles a transform of torch.func, for which operators with derivatives in Python have no rule.
     """
+    tensors = (input, *others)
     if any(type(t) not in _ORDINARY for t in tensors) and any(isinstance(t, _dtensor()) for t in tensors):
         return True
     if is_compiling():
         return _is_transformed()
-    return tensors[0].is_mkldnn or torch.jit.is_tracing() or _is_functionalized()
+    return input.is_mkldnn or torch.jit.is_tracing() or _is_functionalized()
 
 
 def _dtensor() -> Any:
@@ -39,7 +40,7 @@ def _is_transformed() -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile calls this as it
 # compiles, within the transform.
-_is_transformed._dynamo_marked_constant = True
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_functionalized() -> bool:

@@ -10,26 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def _load():
-    """Import fastbn._C, or say in one line why it does not load beside this torch."""
-    remedy = "Rebuild it beside this torch: pip install --force-reinstall --no-deps --no-cache-dir fastbn"
-    try:
-        from . import _C
-    except ImportError as error:
-        raise ImportError(
-            f"fastbn: the extension does not load with torch {torch.__version__}: {error}. {remedy}"
-        ) from error
-    built_for = _C.build_info()["torch"]
-    if built_for.split("+")[0] != torch.__version__.split("+")[0]:
-        raise ImportError(
-            f"fastbn: the extension was built for torch {built_for}, but this is torch {torch.__version__}. {remedy}"
-        )
-    return _C
-
-
-_C = _load()
-_BACKENDS = _C.build_info()["backends"]
+_REMEDY = "Rebuild it beside this torch: pip install --force-reinstall --no-deps --no-cache-dir fastbn"
+try:
+    from . import _C as _C
+except ImportError as error:
+    raise ImportError(
+        f"fastbn: the extension does not load with torch {torch.__version__}: {error}. {_REMEDY}"
+    ) from error
+_INFO = _C.build_info()
+if _INFO["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+    raise ImportError(
+        f"fastbn: the extension was built for torch {_INFO['torch']}, but this is torch {torch.__version__}. {_REMEDY}"
+    )
+_BACKENDS = _INFO["backends"]
 # The build for tests that runs the CUDA kernels on the CPU.
 SIMULATED = _BACKENDS == ["simt"]
 # Devices that batch norm may be called with; on meta nothing is computed.
@@ -72,7 +65,7 @@ def is_compiling() -> bool:
     return torch.compiler.is_dynamo_compiling() or _is_exporting()
 
 
-def output_format(input):
+def output_format(input: Tensor) -> torch.memory_format:
     """The memory format of the output, as in ops.cpp: that of input, or what torch suggests if it has none."""
     if input.is_contiguous():
         return torch.contiguous_format
@@ -83,30 +76,37 @@ def output_format(input):
 
 
 @torch.library.register_fake("fastbn::forward")
-def _forward_fake(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None):
+def _forward_fake(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float,
+    activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     output = torch.empty_like(input, memory_format=output_format(input))
     return output, input.new_empty((2, input.size(1)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastbn::backward")
 def _backward_fake(
-    grad_output, input, weight, moments, eps, training, output_mask, activation="identity", activation_param=None,
-    bias=None, residual=None,
-):  # fmt: skip
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, eps: float, training: bool,
+    output_mask: list[bool], activation: str = "identity", activation_param: float | None = None,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     nothing = input.new_empty(0)
     dtype = param_dtype(input, weight)
-    param = [input.new_empty(input.size(1), dtype=dtype) if m else nothing for m in output_mask[1:3]]
+    grad_weight, grad_bias = (input.new_empty(input.size(1), dtype=dtype) if m else nothing for m in output_mask[1:3])
     grad_input = grad_input_like(input) if output_mask[0] else nothing
     grad_residual = torch.empty_like(input, memory_format=output_format(input)) if output_mask[3] else nothing
-    return grad_input, *param, grad_residual
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 @torch.library.register_fake("fastbn::update_running_stats")
-def _update_running_stats_fake(moments, count, momentum, running_mean, running_var, num_batches_tracked):
+def _update_running_stats_fake(
+    moments: Tensor, count: int, momentum: float | None, running_mean: Tensor | None, running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> None:  # fmt: skip
     pass
 
 
-def grad_input_like(input):
+def grad_input_like(input: Tensor) -> Tensor:
     """Empty, with the strides of the gradient of input, as in ops.cpp."""
     memory_format = output_format(input)
     if memory_format == torch.contiguous_format:
@@ -115,37 +115,43 @@ def grad_input_like(input):
 
 
 @torch.library.register_fake("fastbn::stats")
-def _stats_fake(input):
+def _stats_fake(input: Tensor) -> Tensor:
     return input.new_empty((3, input.size(1)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastbn::gather")
-def _gather_fake(values, ranks, group):
+def _gather_fake(values: Tensor, ranks: int, group: str) -> Tensor:
     return values.new_empty((ranks, *values.shape))
 
 
 @torch.library.register_fake("fastbn::finish")
-def _finish_fake(packets, momentum, running_mean, running_var, num_batches_tracked):
+def _finish_fake(
+    packets: Tensor, momentum: float | None, running_mean: Tensor | None, running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:  # fmt: skip
     return packets.new_empty(packets.shape[1:])
 
 
 @torch.library.register_fake("fastbn::grad_stats")
 def _grad_stats_fake(
-    grad_output, input, weight, packet, eps, activation="identity", activation_param=None, bias=None, residual=None
-):
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, packet: Tensor, eps: float,
+    activation: str = "identity", activation_param: float | None = None, bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return packet.new_empty((2, input.size(1)))
 
 
 @torch.library.register_fake("fastbn::grad_apply")
 def _grad_apply_fake(
-    grad_output, input, weight, packet, total, eps, wants_residual, activation="identity", activation_param=None,
-    bias=None, residual=None,
-):  # fmt: skip
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, packet: Tensor, total: Tensor, eps: float,
+    wants_residual: bool, activation: str = "identity", activation_param: float | None = None,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     residual_gradient = torch.empty_like(input, memory_format=output_format(input))
     return grad_input_like(input), residual_gradient if wants_residual else input.new_empty(0)
 
 
-def param_dtype(input, weight):
+def param_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:
     """The dtype of the gradients of weight and bias."""
     if weight is not None:
         return weight.dtype

@@ -7,9 +7,11 @@ by Chan's formula (Chan, Golub, LeVeque 1983): the result is that of one batch w
 import contextlib
 import functools
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
@@ -21,8 +23,46 @@ from .nn.masked import MaskedBatchNorm1d
 MODES = ("train", "eval")
 
 
+class _Pool:
+    """Moments of the values seen so far: count, and (C,) float64 mean and sum of squared deviations from it."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.count = self.batches = 0
+        self.mean, self.m2 = torch.zeros(2, channels, dtype=torch.float64, device=device)
+
+    def merge(self, count: int, batches: int, mean: Tensor, m2: Tensor) -> None:
+        """In place; a side without values adds nothing."""
+        if count == 0:
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.m2 += m2 + delta.square() * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count, self.batches = total, self.batches + batches
+
+    def see(self, values: Tensor) -> None:
+        if values.numel() == 0:
+            return
+        count = values.numel() // values.size(1)
+        _, moments = ops.forward(values, None, None, None, 1.0)
+        self.merge(count, 1, moments[0], moments[1] * count)
+
+
+# Batch norms by their names in the model, and what each of them saw.
+Norms: TypeAlias = dict[str, Any]
+Pools: TypeAlias = dict[str, _Pool]
+
+
 @torch.no_grad()
-def update_bn(loader, model, device=None, *, mode="train", progress=None, process_group=None):
+def update_bn(
+    loader: Iterable[Any],
+    model: nn.Module,
+    device: torch.device | str | int | None = None,
+    *,
+    mode: str = "train",
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    process_group: Any | None = None,
+) -> None:
     """Give every batch norm in ``model`` the mean and the unbiased variance of its input over all of ``loader``'s data.
 
     A running average forgets what it saw, and lags behind the weights; this does neither (Ioffe & Szegedy 2015,
@@ -93,9 +133,9 @@ def update_bn(loader, model, device=None, *, mode="train", progress=None, proces
             _store(norms, pools)
 
 
-def _one_by_one(norms, batches, group):
+def _one_by_one(norms: Norms, batches: Callable[[], None], group: Any | None) -> Pools:
     """In the order of calls, each with all those before it done. Returns the pools of all that were called."""
-    waiting, done = dict(norms), {}
+    waiting, done = dict(norms), Pools()
     while waiting:
         pools = _merged(_collect(waiting, batches, only_first=True), group)
         seen = {name: pool for name, pool in pools.items() if pool.count}
@@ -109,43 +149,18 @@ def _one_by_one(norms, batches, group):
     return done
 
 
-class _Pool:
-    """Moments of the values seen so far: count, and (C,) float64 mean and sum of squared deviations from it."""
-
-    def __init__(self, channels, device):
-        self.count = self.batches = 0
-        self.mean, self.m2 = torch.zeros(2, channels, dtype=torch.float64, device=device)
-
-    def merge(self, count, batches, mean, m2):
-        """In place; a side without values adds nothing."""
-        if count == 0:
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.m2 += m2 + delta.square() * (self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count, self.batches = total, self.batches + batches
-
-    def see(self, values):
-        if values.numel() == 0:
-            return
-        count = values.numel() // values.size(1)
-        _, moments = ops.forward(values, None, None, None, 1.0)
-        self.merge(count, 1, moments[0], moments[1] * count)
-
-
-def _is_counted(module):
+def _is_counted(module: nn.Module) -> bool:
     if not isinstance(module, _NormBase) or isinstance(module, _InstanceNorm):
         return False
     return all(getattr(module, name, None) is not None for name in ("running_mean", "running_var"))
 
 
-def _collect(norms, batches, only_first=False):
+def _collect(norms: Norms, batches: Callable[[], None], only_first: bool = False) -> Pools:
     """Pools of the inputs of norms, by name; only_first: of the one that is called before the others."""
     pools = {name: _Pool(m.num_features, m.running_mean.device) for name, m in norms.items()}
-    first = []
+    first: list[str] = []
 
-    def see(name, module, args, kwargs):
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if only_first and not first:
             first.append(name)
         if only_first and name != first[0]:
@@ -165,13 +180,16 @@ def _collect(norms, batches, only_first=False):
     return pools
 
 
-def _run(loader, model, device, progress):
+def _run(
+    loader: Iterable[Any], model: nn.Module, device: torch.device | str | int | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None,
+) -> None:  # fmt: skip
     for batch in loader if progress is None else progress(loader):
         input = batch[0] if isinstance(batch, (tuple, list)) else batch
         model(input if device is None else input.to(device))
 
 
-def _merged(pools, group):
+def _merged(pools: Pools, group: Any | None) -> Pools:
     """The pools of all ranks, merged in the order of ranks, by one collective: the same bits everywhere."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return pools
@@ -191,7 +209,7 @@ def _merged(pools, group):
     return merged
 
 
-def _store(norms, pools):
+def _store(norms: Norms, pools: Pools) -> None:
     for name, pool in pools.items():
         if pool.count == 0:
             continue
@@ -205,7 +223,7 @@ def _store(norms, pools):
 
 
 @contextlib.contextmanager
-def _unchanged_if_it_raises(norms):
+def _unchanged_if_it_raises(norms: Iterable[nn.Module]) -> Iterator[None]:
     kept = [(t, t.clone()) for m in norms for t in m._buffers.values() if t is not None]
     try:
         yield
@@ -216,7 +234,7 @@ def _unchanged_if_it_raises(norms):
 
 
 @contextlib.contextmanager
-def _modes_kept(model):
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     kept = [(m, m.training) for m in model.modules()]
     try:
         yield
@@ -225,6 +243,6 @@ def _modes_kept(model):
             m.training = training
 
 
-def _eagerly():
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
     """Compiled code may not look for hooks. Who has not imported torch._dynamo has compiled nothing."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

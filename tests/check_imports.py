@@ -15,7 +15,7 @@ LAYERS = (
     {"_C"},
     {"ops"},
     {"activations", "arguments", "checkpointing", "exchange", "explain", "records"},
-    {"interop"},
+    {"composed", "interop"},
     {"autograd"},
     {"functional"},
     {"nn"},

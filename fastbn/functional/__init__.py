@@ -1,5 +1,7 @@
 """In: tensors as torch.nn.functional takes them. Out: the same function, faster."""
 
+from torch import Tensor
+
 from ..autograd import batch_norm as _batch_norm
 from .ghost import ghost_batch_norm
 from .masked import masked_batch_norm
@@ -8,19 +10,19 @@ __all__ = ["batch_norm", "ghost_batch_norm", "masked_batch_norm"]
 
 
 def batch_norm(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     *,
-    activation="identity",
-    activation_param=None,
-    residual=None,
-):
+    activation: str = "identity",
+    activation_param: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Normalize each channel of a batch, as torch.nn.functional.batch_norm does.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias (Ioffe & Szegedy 2015, algorithms 1 and 2), with mean and biased

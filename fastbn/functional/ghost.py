@@ -4,12 +4,16 @@ In: (N, C, ...). Out: what a batch norm called on one chunk after the other make
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import arguments, ops
 from ..autograd import (
+    State,
     batch_norm,
     batch_norm_of_nothing,
     differentiable_backward,
@@ -23,7 +27,7 @@ _backward = torch.ops.fastbn.ghost_backward.default
 _update = torch.ops.fastbn.ghost_update.default
 
 
-def chunk_sizes(samples, positions, virtual_batch_size):
+def chunk_sizes(samples: int, positions: int, virtual_batch_size: int) -> tuple[int, int]:
     """Number of chunks, and samples in the last: what ghost_chunks in ghost.cpp makes of (samples, C, positions)."""
     count = -(-samples // virtual_batch_size)
     if count > 1 and (samples - (count - 1) * virtual_batch_size) * positions == 1:
@@ -32,34 +36,43 @@ def chunk_sizes(samples, positions, virtual_batch_size):
 
 
 @torch.library.register_fake("fastbn::ghost_forward")
-def _forward_fake(input, weight, bias, virtual_batch_size, eps):
+def _forward_fake(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, virtual_batch_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
     count, _ = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
     output = torch.empty_like(input, memory_format=ops.output_format(input))
     return output, input.new_empty((count, 2, input.size(1)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastbn::ghost_backward")
-def _backward_fake(grad_output, input, weight, moments, virtual_batch_size, eps, output_mask):
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, virtual_batch_size: int, eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = ops.param_dtype(input, weight)
     dx = ops.grad_input_like(input) if output_mask[0] else input.new_empty(0)
-    return dx, *(input.new_empty(input.size(1) if m else 0, dtype=dtype) for m in output_mask[1:])
+    grad_weight, grad_bias = (input.new_empty(input.size(1) if m else 0, dtype=dtype) for m in output_mask[1:])
+    return dx, grad_weight, grad_bias
 
 
 @torch.library.register_fake("fastbn::ghost_update")
-def _update_fake(moments, values, last, momentum, running_mean, running_var, num_batches_tracked):
+def _update_fake(
+    moments: Tensor, values: int, last: int, momentum: float | None, running_mean: Tensor | None,
+    running_var: Tensor | None, num_batches_tracked: Tensor | None,
+) -> None:  # fmt: skip
     pass
 
 
 register_update_of_each("ghost_update", updated=(4, 5, 6))
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, weight, _, ctx.virtual_batch_size, ctx.eps = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(input, weight, output[1])
 
 
-def _gradients(ctx, grad_output, _):
+def _gradients(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     wanted = tuple(ctx.needs_input_grad[:3])
     # to be differentiated again: by way of batch norms whose own derivatives are known
     gradients = _chunk_by_chunk if torch.is_grad_enabled() else _backward
@@ -71,7 +84,10 @@ def _gradients(ctx, grad_output, _):
 torch.library.register_autograd("fastbn::ghost_forward", _gradients, setup_context=_setup)
 
 
-def _chunk_by_chunk(grad_output, input, weight, moments, virtual_batch_size, eps, wanted):
+def _chunk_by_chunk(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, virtual_batch_size: int, eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     _, last = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
     sizes = [virtual_batch_size] * (moments.size(0) - 1) + [last]
     parts = [
@@ -87,8 +103,16 @@ ops._C.set_differentiable_ghost_backward(_chunk_by_chunk)
 
 
 def ghost_batch_norm(
-    input, virtual_batch_size, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
+    input: Tensor,
+    virtual_batch_size: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """`fastbn.functional.batch_norm` of chunks of virtual_batch_size samples, each by its own statistics, in one call.
 
     Chunks are those of ``input.split(virtual_batch_size)``: the last one has what is left. Only if that is one value a
@@ -117,14 +141,14 @@ def ghost_batch_norm(
     return run_ghost(input, virtual_batch_size, state, momentum, eps)
 
 
-def check_virtual_batch_size(size):
+def check_virtual_batch_size(size: object) -> None:
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"virtual_batch_size should be an int, not {type(size).__name__}")
     if size < 1:
         raise ValueError(f"virtual_batch_size should be positive, not {size}")
 
 
-def run_ghost(input, virtual_batch_size, state, momentum, eps):
+def run_ghost(input: Tensor, virtual_batch_size: int, state: State, momentum: float | None, eps: float) -> Tensor:
     weight, bias, running_mean, running_var, num_batches_tracked, training = state
     if training and not is_compiling():
         output = ops._C.ghost_batch_norm(input, *state[:5], momentum, eps, virtual_batch_size)

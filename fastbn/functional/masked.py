@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_memory
+from ..autograd import State
 from ..autograd import batch_norm as _batch_norm
 
 
-def valid_positions(input, mask):
+def valid_positions(input: Tensor, mask: Tensor) -> Tensor:
     """mask as booleans (N, ...), True where valid, from those or from int64/int32 lengths (N,). Raises if it is none.
 
     Lengths count positions of the last dimension of an input (N, C, L).
@@ -40,20 +41,28 @@ def valid_positions(input, mask):
     return torch.arange(length, device=input.device) < mask.unsqueeze(1)
 
 
-def gather(input, valid):
+def gather(input: Tensor, valid: Tensor) -> Tensor:
     """The valid positions of input, (M, C)."""
     return input.movedim(1, -1)[valid]
 
 
-def scatter(rows, input, valid):
+def scatter(rows: Tensor, input: Tensor, valid: Tensor) -> Tensor:
     """The reverse: of the sizes and strides of input, zero elsewhere."""
     output = torch.zeros_like(input).movedim(1, -1)
     return output.index_put((valid,), rows).movedim(-1, 1)
 
 
 def masked_batch_norm(
-    input, mask, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
+    input: Tensor,
+    mask: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """`fastbn.functional.batch_norm` of the valid positions of a padded batch; the others are zero in the output.
 
     What padding holds (NaN too) changes neither statistics, outputs, running statistics nor gradients, and its own
@@ -76,6 +85,6 @@ def masked_batch_norm(
     return run_masked(input, mask, (weight, bias, running_mean, running_var, None, training), momentum, eps)
 
 
-def run_masked(input, mask, state, momentum, eps):
+def run_masked(input: Tensor, mask: Tensor, state: State, momentum: float | None, eps: float) -> Tensor:
     valid = valid_positions(input, mask)
     return scatter(_batch_norm(gather(input, valid), *state, momentum, eps), input, valid)

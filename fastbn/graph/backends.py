@@ -52,7 +52,7 @@ def fastbn_eager(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Calla
 
 def fastbn(
     module: fx.GraphModule,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Sequence[Any],
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,

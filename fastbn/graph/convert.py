@@ -3,6 +3,8 @@
 Modules flow in; the same modules flow out, with other classes.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,14 +16,14 @@ from .fusing import fuse as _fuse
 from .fusing import unfuse
 from .report import Report, forget, keep
 
-_TO_FASTBN = {
+_TO_FASTBN: dict[type, type] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
 }
-_TO_FASTBN_SYNC = {torch.nn.SyncBatchNorm: SyncBatchNorm}
+_TO_FASTBN_SYNC: dict[type, type] = {torch.nn.SyncBatchNorm: SyncBatchNorm}
 _TO_TORCH = {ours: theirs for theirs, ours in (_TO_FASTBN | _TO_FASTBN_SYNC).items()}
-_FROZEN = {
+_FROZEN: dict[type, type] = {
     nn.BatchNorm1d: FrozenBatchNorm1d, BatchNorm1d: FrozenBatchNorm1d,
     nn.BatchNorm2d: FrozenBatchNorm2d, BatchNorm2d: FrozenBatchNorm2d,
     nn.BatchNorm3d: FrozenBatchNorm3d, BatchNorm3d: FrozenBatchNorm3d,
@@ -151,7 +153,7 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
     return module
 
 
-def _freeze(m, trainable):
+def _freeze(m: Any, trainable: bool) -> None:
     m.__class__ = _FROZEN[type(m)]
     for name in ("num_batches_tracked", "momentum", "affine", "track_running_stats"):
         if hasattr(m, name):

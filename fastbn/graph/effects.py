@@ -54,7 +54,7 @@ def writes(node: fx.Node, batch_norm_buffers: Callable[[fx.Node], Iterable[Any] 
     written: list[Any] = [node.kwargs["out"]] if "out" in node.kwargs else []
     first = node.args[:1]
     if node.op == "call_method":
-        if node.target.endswith("_") and not node.target.endswith("__"):
+        if str(node.target).endswith("_") and not str(node.target).endswith("__"):
             written += first
         return storages(*written)
     if node.op != "call_function":

@@ -6,9 +6,10 @@ channels and b' = (b - mean) * scale + bias (Jacob et al. 2018, section 3.2).
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..arguments import check_memory, check_module
 from ..nn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -33,16 +34,16 @@ _PAIRS = {
 class FoldedBatchNorm(nn.Identity):
     """What stands where a batch norm was: it returns its input, and refuses what the fold is not right for."""
 
-    def __init__(self, into: str, dimensions: int, bn: nn.Module) -> None:
+    def __init__(self, into: str, dimensions: int, bn: Any) -> None:
         super().__init__()
         self.into, self.dimensions = into, dimensions
         self.num_features, self.eps, self.momentum = bn.num_features, bn.eps, bn.momentum  # a forward may read them
         self.training = False
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"into {self.into}"
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError(f"this batch norm was folded into {self.into} for inference and cannot be trained")
         if input.dim() != self.dimensions:  # the channels of other inputs are not those of the layer before
@@ -83,9 +84,10 @@ def fold(module: nn.Module) -> nn.Module:
     left = {}
     model = _Model(module)
     for node in model.batch_norms():
-        name, why = node.target, model.objection(node)
+        name, why = str(node.target), model.objection(node)
+        before: Any = node.args[0]
         if why is None:
-            layer = node.args[0].target
+            layer = before.target
             why = _fold_into(model.modules[layer], model.modules[name])
         if why is None:
             folded[name] = layer
@@ -111,8 +113,8 @@ class _Model:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.names = Counter(self.modules.values())
         self.graphs, self.reasons = graphs(root)
-        self.calls = Counter(self.modules[n.target] for g in self.graphs for n in g.nodes if n.op == "call_module")
-        self.taken = {id(self._tensor(n.target)) for g in self.graphs for n in g.nodes if n.op == "get_attr"}
+        self.calls = Counter(self.modules[str(n.target)] for g in self.graphs for n in g.nodes if n.op == "call_module")
+        self.taken = {id(self._tensor(str(n.target))) for g in self.graphs for n in g.nodes if n.op == "get_attr"}
         self.owners = Counter(id(p) for m in self.names for p in m._parameters.values())
 
     def _tensor(self, target: str) -> object:
@@ -124,22 +126,23 @@ class _Model:
         seen = set()
         for graph in self.graphs:
             for node in graph.nodes:
-                if node.op == "call_module" and type(m := self.modules[node.target]) in _NORMS and m not in seen:
+                if node.op == "call_module" and type(m := self.modules[str(node.target)]) in _NORMS and m not in seen:
                     seen.add(m)
                     yield node
 
     def objection(self, node: fx.Node) -> str | None:
         """Why a batch norm cannot be folded, or None."""
-        bn, before = self.modules[node.target], node.args[0]
+        bn: Any = self.modules[str(node.target)]
+        before: Any = node.args[0]
         layer = self.modules[before.target] if before.op == "call_module" else None
-        if type(layer) not in _PAIRS:
+        if layer is None or type(layer) not in _PAIRS:
             what = f"{before.target} ({type(layer).__name__})" if layer is not None else _name_of(before)
             return f"follows {what}, which has no weights to take it in"
         if type(bn) not in _SYNCHRONIZED and type(bn).__name__ != _PAIRS[type(layer)][0]:
             return f"{type(bn).__name__} does not go with {type(layer).__name__}"
         if len(before.users) != 1:
             return f"the output of {before.target} is used {len(before.users)} times"
-        for m, name in ((layer, before.target), (bn, node.target)):
+        for m, name in ((layer, before.target), (bn, str(node.target))):
             if self.calls[m] != 1 or self.names[m] != 1:
                 return f"{name} is used in more than one place"
             if not is_plain(m):
@@ -173,7 +176,7 @@ def _name_of(node: fx.Node) -> str:
 
 
 @torch.no_grad()
-def _fold_into(layer, bn):
+def _fold_into(layer: Any, bn: Any) -> str | None:
     """Give the layer its new weights; or say why not, and leave it as it was."""
     weight, bias = layer.weight, layer.bias
     if not weight.is_floating_point() or weight.is_meta:

@@ -60,9 +60,10 @@ def fuse(root: nn.Module) -> dict[nn.Module, str]:
     for module in root.modules():
         if is_fused(module) or not _has_forward(module) or not any(isinstance(m, _BatchNorm) for m in module.modules()):
             continue
-        why = _objection(type(module))
+        cls: Any = type(module)
+        why = _objection(cls)
         if why is None:
-            module.__class__ = _fused_class(type(module))
+            module.__class__ = _fused_class(cls)
         else:
             refused[module] = why
     return refused
@@ -95,7 +96,7 @@ def _objection(cls: type) -> str | None:
 
 
 @functools.cache
-def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(cls: type[Any]) -> type[Any]:
     """A subclass that cannot be told from cls, but for its calls, and whose pickles do not name it."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -105,14 +106,16 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
             return _runner(self)(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        _, args, *rest = super(fused, self).__reduce_ex__(max(protocol, 2))
+        reduced: Any = super(fused, self).__reduce_ex__(max(protocol, 2))
+        _, args, *rest = reduced
         return _remake, (cls, *args[1:]), *rest
 
     members = {
         "__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__, _ORIGINAL: cls,
     }  # fmt: skip
-    fused = type(cls)(cls.__name__, (cls,), members)
+    metaclass: Any = type(cls)
+    fused: type[nn.Module] = metaclass(cls.__name__, (cls,), members)
     return fused
 
 
@@ -122,14 +125,14 @@ def _remake(cls: type[nn.Module], *args: Any) -> nn.Module:
     Fused classes have no names to be found by. torch.load(weights_only=True) gives a state only to instances of classes
     that it was told of, and to those by the ``__setstate__`` that they have, be it their own.
     """
-    module = copyreg.__newobj__(cls, *args)
+    module: nn.Module = copyreg.__newobj__(cls, *args)  # type: ignore[attr-defined]
     module.__dict__["__setstate__"] = functools.partial(_restore, module)
     return module
 
 
 def _restore(module: nn.Module, state: dict[str, Any]) -> None:
     del module.__dict__["__setstate__"]
-    cls = original_class(module)
+    cls: Any = original_class(module)
     cls.__setstate__(module, state)
     module.__class__ = _fused_class(cls)
 

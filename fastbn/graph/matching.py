@@ -151,7 +151,7 @@ def _follow(bn: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node]) -> Matc
         return f"followed by {describe(user)}"
     if call["residual"] is not None:
         return "it has a residual already"
-    residual = user.args[1] if user.args[0] is bn else user.args[0]
+    residual: Any = user.args[1] if user.args[0] is bn else user.args[0]
     why = _objection_to_residual(bn, user, residual, order)
     if why is not None:
         return why
@@ -159,8 +159,9 @@ def _follow(bn: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node]) -> Matc
     if not early and (why := _objection_to_moving(bn, call, user)) is not None:
         return why
     after = _only_user(user)
-    act = None if isinstance(after, str) else _activation(after, user)
-    if act is None or not _same_modes(user, after) or (act[0] not in _MASKED and _is_written_later(residual, user)):
+    if isinstance(after, str) or (act := _activation(after, user)) is None or not _same_modes(user, after):
+        return Match(bn, user, early=early)
+    if act[0] not in _MASKED and _is_written_later(residual, user):
         return Match(bn, user, early=early)
     return Match(bn, user, after, *act, early=early)
 
@@ -177,7 +178,7 @@ def _activation(node: fx.Node, input: fx.Node) -> tuple[str, float | None] | Non
     if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATIONS or node.args[:1] != (input,):
         return None
     name, parameters = _ACTIVATIONS[node.target]
-    given = dict(zip(parameters, node.args[1:], strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(parameters, node.args[1:], strict=False)) | dict(node.kwargs)
     if len(node.args) - 1 > len(parameters) or not given.keys() <= set(parameters):
         return None
     if given.get("approximate", "none") != "none" or not isinstance(given.get("inplace", False), bool):
@@ -185,7 +186,8 @@ def _activation(node: fx.Node, input: fx.Node) -> tuple[str, float | None] | Non
     if node.target is F.hardtanh and (given.get("min_val", -1.0), given.get("max_val", 1.0)) != (0, 6):
         return None  # nn.ReLU6 calls it with these
     param = given.get("negative_slope", given.get("alpha"))
-    return (name, param) if param is None or isinstance(param, Real) else None
+    is_number = param is None or isinstance(param, Real)
+    return (name, param) if is_number else None
 
 
 def _is_addition(node: fx.Node) -> bool:

@@ -3,13 +3,15 @@
 In: the state of a batch norm. Out: modules that compute y = (x - mean) / sqrt(var + eps) * weight + bias in one pass.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.jit import is_scripting
 from torch.nn import functional as F
 
 from ..autograd import batch_norm
-from .modules import leaf_call
+from .modules import Device, Proxy, doc_on, leaf_call
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
@@ -28,8 +30,22 @@ class _FrozenBatchNorm(nn.Module):
         trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
     """
 
+    if TYPE_CHECKING:  # not at run time, where torch.jit.script would read it
+        weight: Tensor | None
+        bias: Tensor | None
+        running_mean: Tensor
+        running_var: Tensor
+
+        def _check_input_dim(self, input: Tensor) -> None: ...
+
     def __init__(
-        self, num_features: int, eps: float = 1e-5, device=None, dtype=None, *, trainable: bool = False
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        trainable: bool = False,
     ) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
@@ -40,11 +56,11 @@ class _FrozenBatchNorm(nn.Module):
             else:
                 self.register_buffer(name, value)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, trainable={isinstance(self.weight, nn.Parameter)}"
 
     def forward(self, input: Tensor) -> Tensor:
@@ -54,7 +70,7 @@ class _FrozenBatchNorm(nn.Module):
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         else:
-            if isinstance(input, fx.Proxy):
+            if isinstance(input, Proxy):
                 node = leaf_call(self, input)
                 if node is not None:
                     return node
@@ -65,15 +81,15 @@ class _FrozenBatchNorm(nn.Module):
 
 
 class FrozenBatchNorm1d(_FrozenBatchNorm):
-    __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C) or (N, C, L): y =", 1)
+    __doc__ = doc_on("(N, C) or (N, C, L)", _FrozenBatchNorm)
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class FrozenBatchNorm2d(_FrozenBatchNorm):
-    __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C, H, W): y =", 1)
+    __doc__ = doc_on("(N, C, H, W)", _FrozenBatchNorm)
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class FrozenBatchNorm3d(_FrozenBatchNorm):
-    __doc__ = _FrozenBatchNorm.__doc__.replace("y =", "On (N, C, D, H, W): y =", 1)
+    __doc__ = doc_on("(N, C, D, H, W)", _FrozenBatchNorm)
     _check_input_dim = nn.BatchNorm3d._check_input_dim

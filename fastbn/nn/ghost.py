@@ -1,13 +1,14 @@
 """Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1) as modules; `functional.ghost` has the function."""
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor
 from torch.jit import is_scripting
 
 from ..functional.ghost import check_virtual_batch_size, run_ghost
-from .modules import BatchNorm1d, BatchNorm2d, leaf_call, state_of
+from .modules import BatchNorm1d, BatchNorm2d, Device, Proxy, _FastBatchNorm, leaf_call, state_of
 
 
-class _Ghost:
+class _Ghost(_FastBatchNorm):
     """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
 
     def __init__(
@@ -17,8 +18,8 @@ class _Ghost:
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         virtual_batch_size: int,
@@ -27,7 +28,7 @@ class _Ghost:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.virtual_batch_size = virtual_batch_size
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
     def forward(self, input: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class _Ghost:
                 )
             return self._scripted_batch_norm(input)
         else:
-            if isinstance(input, fx.Proxy):
+            if isinstance(input, Proxy):
                 node = leaf_call(self, input)
                 if node is not None:
                     return node

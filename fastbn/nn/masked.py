@@ -1,17 +1,17 @@
 """Batch norm of padded sequences as a module; `functional.masked` has the function."""
 
-from torch import Tensor, fx
+from torch import Tensor
 from torch.jit import is_scripting
 
 from ..functional.masked import gather, run_masked, valid_positions
-from .modules import BatchNorm1d, leaf_call, state_of
+from .modules import BatchNorm1d, Proxy, leaf_call, state_of
 
 
 class MaskedBatchNorm1d(BatchNorm1d):
     """torch.nn.BatchNorm1d on padded sequences, called as ``module(input, mask)``: input (N, C, L), mask bool (N, L) or
     lengths (N,); see `fastbn.functional.masked_batch_norm`. Arguments, parameters and state are torch's."""
 
-    def _check_input_dim(self, input):
+    def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 3:
             raise ValueError(f"expected 3D input (got {input.dim()}D input)")
 
@@ -19,13 +19,13 @@ class MaskedBatchNorm1d(BatchNorm1d):
         """The values that are counted, (M, C)."""
         return gather(input, valid_positions(input, mask))
 
-    def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         if is_scripting():
             raise RuntimeError(
                 "fastbn: MaskedBatchNorm1d does not run in TorchScript; use torch.export or torch.compile"
             )
         else:
-            if isinstance(input, fx.Proxy):
+            if isinstance(input, Proxy):
                 node = leaf_call(self, input, mask)
                 if node is not None:
                     return node

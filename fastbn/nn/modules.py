@@ -1,16 +1,23 @@
 """In: the arguments of torch.nn.BatchNorm*d. Out: modules that are those, but for the forward pass."""
 
+from typing import Any, TypeAlias
+
+import torch
 from torch import Tensor, fx, nn
 from torch.jit import is_scripting
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import activations
-from ..autograd import batch_norm
+from ..autograd import State, batch_norm
 from ..checkpointing import is_repeated
 from .scripting import Scriptable, scripted_activation
 
+Device: TypeAlias = torch.device | str | int | None
+# What torch.fx calls a forward with, in the place of a Tensor.
+Proxy: Any = fx.Proxy
 
-class _FastBatchNorm(Scriptable):
+
+class _FastBatchNorm(Scriptable, _BatchNorm):
     """The forward pass of BatchNorm1d, 2d and 3d; all else is torch's, so that state_dict, repr, hooks, conversion
     tools and isinstance see what they know."""
 
@@ -21,8 +28,8 @@ class _FastBatchNorm(Scriptable):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -31,8 +38,9 @@ class _FastBatchNorm(Scriptable):
         if not bias and self.affine:
             self.register_parameter("bias", None)
 
-    def reset_parameters(self):
-        if self.affine and self.bias is None:  # torch before 2.13 would fill it with zeros
+    def reset_parameters(self) -> None:
+        bias: Tensor | None = self._parameters.get("bias", self.bias)
+        if self.affine and bias is None:  # torch before 2.13 would fill it with zeros
             self.reset_running_stats()
             nn.init.ones_(self.weight)
         else:
@@ -42,7 +50,7 @@ class _FastBatchNorm(Scriptable):
         if is_scripting():
             return self._scripted_batch_norm(input)
         else:  # what stands here is not compiled
-            if isinstance(input, fx.Proxy):
+            if isinstance(input, Proxy):
                 node = leaf_call(self, input)
                 if node is not None:
                     return node
@@ -51,24 +59,29 @@ class _FastBatchNorm(Scriptable):
             return batch_norm(input, *state_of(self), self.momentum, self.eps)
 
 
-def leaf_call(module: nn.Module, *inputs: fx.Proxy) -> fx.Proxy | None:
+def leaf_call(module: nn.Module, *inputs: Any) -> Any:
     """The node call_module of a module whose forward torch.fx has entered, as it enters all outside torch.nn.
 
     So batch norms are leaves of a traced model, as torch's own are: it keeps their state and follows their mode. None
     for the module that is traced itself.
     """
-    tracer = inputs[0].tracer
+    tracer: Any = inputs[0].tracer
     if getattr(tracer, "root", None) is module:
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
-def state_of(module):
+def state_of(module: nn.Module) -> State:
     """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module.
 
     Only what the pass uses is looked up, as in torch: old checkpoints and hand-written states may lack the rest.
     """
-    training, mean, var, counter = module.training, None, None, None
+    weight: Any
+    bias: Any
+    mean: Any = None
+    var: Any = None
+    counter: Any = None
+    training = module.training
     has_statistics = not training or (module.track_running_stats and not is_repeated())
     try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
         weight, bias = module._parameters["weight"], module._parameters["bias"]
@@ -97,7 +110,7 @@ class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d on (N, C, D, H, W), by fastbn's kernels; arguments and state are torch's."""
 
 
-class _BatchNormAct(Scriptable, _NormBase):
+class _BatchNormAct(Scriptable):
     """y = act(bn(x) + residual) in one pass over memory. Not a subclass of torch.nn's batch norms: tools that replace
     those would lose the activation. Parameters, buffers and their names are those of torch.nn's, so state dicts load
     both ways.
@@ -118,8 +131,8 @@ class _BatchNormAct(Scriptable, _NormBase):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         activation: str = "relu",
@@ -132,14 +145,14 @@ class _BatchNormAct(Scriptable, _NormBase):
         self.activation = activation
         self.activation_param = activation_param
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         self.reset_running_stats()
         if self.affine:
             nn.init.ones_(self.weight)
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
         return f"{super().extra_repr()}, activation={self.activation!r}{param}"
 
@@ -148,7 +161,7 @@ class _BatchNormAct(Scriptable, _NormBase):
         if is_scripting():
             return self._scripted(input, residual)
         else:
-            if isinstance(input, fx.Proxy):
+            if isinstance(input, Proxy):
                 node = leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
                 if node is not None:
                     return node
@@ -166,16 +179,21 @@ class _BatchNormAct(Scriptable, _NormBase):
         return scripted_activation(z, self.activation, None if param is None else float(param))
 
 
+def doc_on(shape: str, base: type) -> str:
+    """The docstring of a class that is `base` on inputs of this shape."""
+    return f"On {shape}: {base.__doc__}"
+
+
 class BatchNormAct1d(_BatchNormAct):
-    __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C) or (N, C, L): y = act", 1)
+    __doc__ = doc_on("(N, C) or (N, C, L)", _BatchNormAct)
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class BatchNormAct2d(_BatchNormAct):
-    __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, H, W): y = act", 1)
+    __doc__ = doc_on("(N, C, H, W)", _BatchNormAct)
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class BatchNormAct3d(_BatchNormAct):
-    __doc__ = _BatchNormAct.__doc__.replace("y = act", "On (N, C, D, H, W): y = act", 1)
+    __doc__ = doc_on("(N, C, D, H, W)", _BatchNormAct)
     _check_input_dim = nn.BatchNorm3d._check_input_dim

@@ -5,9 +5,10 @@ A scripted model has only operators of torch, so that it loads where fastbn is n
 
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 
-class Scriptable:
+class Scriptable(_NormBase):
     """What modules with the attributes of torch's batch norms compile instead of their own pass."""
 
     def _scripted_batch_norm(self, input: Tensor) -> Tensor:

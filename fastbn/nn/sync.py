@@ -17,7 +17,8 @@ from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .. import activations, arguments, ops, records
-from ..autograd import batch_norm, composed_backward, differentiable_backward
+from ..autograd import batch_norm, differentiable_backward
+from ..composed import composed_backward
 from ..exchange import exchange_of, group_of, through_group
 from ..ops import _C, is_compiling
 from .modules import (
