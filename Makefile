@@ -8,9 +8,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich matplotlib onnx onnxscript
-# Formatters are pinned, because another version formats differently. These three go into the environment even
+# Formatters are pinned, because another version formats differently. These go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
-TOOLS := ninja ruff==0.17.6 clang-format==23.1.5
+# mypy with what it needs, because tools are installed without their dependencies.
+TOOLS := ninja ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 ast-serialize librt mypy-extensions pathspec
 # Of `make docs`, which needs Python 3.11: pinned, because a warning of another version would fail the build.
 DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 latex2mathml==3.81.1
 # Which tests `make asan` runs, and whatever else pytest takes.

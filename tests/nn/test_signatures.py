@@ -61,7 +61,9 @@ def test_signatures_of_drop_ins_are_equal(n):
     ours = inspect.signature(getattr(fastbn, f"BatchNorm{n}d"))
     assert shown(ours) == shown(theirs)
     annotated = {name: p.annotation for name, p in theirs.parameters.items() if p.annotation is not p.empty}
-    assert {name: ours.parameters[name].annotation for name in annotated} == annotated  # torch has none of device, dtype
+    assert {
+        name: ours.parameters[name].annotation for name in annotated
+    } == annotated  # torch has none of device, dtype
     assert ours.return_annotation == theirs.return_annotation
 
 
