@@ -11,26 +11,20 @@ to be executed with their real plans; they show how well the formula agrees, and
 import json
 import math
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ptx.build import library
-from ptx.cases import entries, run_case
+from ptx.counts import ITEM_BYTES, KB, PASSES, count, counted_library, plan_of
 from ptx.predict import limit_us, predicted_us
 from simt.build import JOBS
 
-KB = 1024
 SHAPES = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14), (512, 14),
           (512, 7), (2048, 7)]  # fmt: skip
 BATCHES = (32, 128, 256)
-ITEM_BYTES = {"bf16": 2, "f32": 4}
-PASSES = ("forward", "backward")
 H200 = 132  # multiprocessors; small cases run on fewer of them
 
 # What a launch may cost: GPU_PLAN's budget for every case.
@@ -66,114 +60,9 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
-def plan_of(n, c, s, layout, dtype, direction, multiprocessors, cooperative=True):
-    from fastbn._C import cuda_plan
-
-    device = {
-        "multiprocessors": multiprocessors, "shared_per_multiprocessor": 228 * KB, "shared_per_block": 227 * KB,
-        "shared_reserved": KB, "registers_per_multiprocessor": 64 * KB, "threads_per_multiprocessor": 2048,
-        "cooperative": cooperative, "bytes_per_microsecond": 4_300_000,
-    }  # fmt: skip
-    return cuda_plan([n, c, s, 1], layout == "last", ITEM_BYTES[dtype], direction, True, True, device)
-
-
 def kind_of(plan, dtype, direction):
     """Plans of one kind run the same kernels."""
     return f"{plan['strategy']} {plan['walk']} {direction} {dtype}"
-
-
-# ---- counting --------------------------------------------------------------------------------------------------------
-
-
-def in_function(record, name):
-    """Whether a place of the source is in a function of this name, or in what is inlined into it."""
-    return any(part.split(" ")[-1].removesuffix("{}") == name for part in record.split(" < "))
-
-
-def summary(launches):
-    """The counts of one pass, of all of its launches."""
-    loops = [loop for launch in launches for loop in launch["loops"]]
-    sites = [site for launch in launches for site in launch["sites"]]
-    # How often a thread polls is a matter of the schedule.
-    waits = [
-        w for w in loops if in_function(w["source"], "wait_until") or in_function(w["source"], "sleep_nanoseconds")
-    ]
-    every = [sum(record["instructions"].values()) for record in launches]
-    tensor, other, least = 0, 0, 0
-    for site in sites:
-        outside = site["sectors_of"].get("other", 0)
-        other += outside
-        tensor += sum(site["sectors_of"].values()) - outside
-        least += 0 if outside else site["least_sectors"]
-    vector_sites = [s for s in sites if s["in_vector_loop"] and s["space"] == "shared"]
-    phases = [p for launch in launches for p in launch["phases"] if in_function(p["until"], "block_sums")]
-    return {
-        "instructions": sum(every) - sum(sum(w["instructions"].values()) for w in waits),
-        "loop_instructions": sum(sum(x["instructions"].values()) for x in loops if x["vectors"] > 0),
-        "tensor_sectors": tensor,
-        "least_sectors": least,
-        "other_sectors": other,
-        "shared_cycles": sum(s["cycles"] for s in vector_sites),
-        "shared_least": sum(s["least_cycles"] for s in vector_sites),
-        "round_trips": sum(launch["round_trips"] for launch in launches),
-        "tile_round_trips": max(launch["tile_round_trips"] for launch in launches),
-        "busy_all": sum(p["all"] for p in phases),
-        "busy_longest": sum(p["longest"] for p in phases),
-        "launches": len(launches),
-    }
-
-
-def counters_of(launch, case, direction):
-    """One object of counters.json: a launch as a profiler would show it."""
-    memory = {name: {"requests": 0, "sectors": 0} for name in ("tensor", "other")}
-    for site in launch["sites"]:
-        if site["space"] == "global":
-            outside = site["sectors_of"].get("other", 0)
-            memory["other" if outside else "tensor"]["requests"] += site["requests"]
-            memory["other"]["sectors"] += outside
-            memory["tensor"]["sectors"] += site["sectors"] - outside
-    shared = [site for site in launch["sites"] if site["space"] == "shared"]
-    vectors = case["N"] * case["C"] * case["S"] * ITEM_BYTES[case["dtype"]] / 16 / 32
-    in_loops = sum(sum(loop["instructions"].values()) for loop in launch["loops"] if loop["vectors"] > 0)
-    return {
-        "case": case, "pass": direction, "kernel": launch["kernel"], "blocks": launch["blocks"],
-        "warps": launch["warps"], "instructions": launch["instructions"], **memory,
-        "shared_requests": sum(site["requests"] for site in shared),
-        "shared_cycles": sum(site["cycles"] for site in shared),
-        "shared_cycles_without_conflicts": sum(site["least_cycles"] for site in shared),
-        "block_barriers": launch["block_barriers"], "group_barriers": launch["group_barriers"],
-        "round_trips": launch["round_trips"], "tile_round_trips": launch["tile_round_trips"],
-        "instructions_per_vector": round(in_loops / vectors, 1),
-    }  # fmt: skip
-
-
-def count(n, c, s, multiprocessors, layout, dtype, cooperative=True):
-    """Runs one case from PTX. [(pass, plan, summary)], and the counters of its launches."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "counters"
-        said, _ = run_case(
-            *(f"{key}={value}" for key, value in [("N", n), ("C", c), ("S", s), ("layout", layout), ("dtype", dtype)]),
-            *(f"mps={multiprocessors}", "shared=228", "block=227", f"cooperative={int(cooperative)}"),
-            library=counted_library(),
-            FASTBN_PTX_COUNTERS=str(path),
-        )
-        launches = [json.loads(line) for line in path.read_text().splitlines()]
-    case = {"N": n, "C": c, "S": s, "layout": layout, "dtype": dtype, "multiprocessors": multiprocessors}
-    split = said["forward_launches"]
-    passes, records = [], []
-    for direction, part in zip(PASSES, (launches[:split], launches[split:]), strict=True):
-        plan = plan_of(n, c, s, layout, dtype, direction, multiprocessors, cooperative)
-        passes.append((direction, plan, summary(part)))
-        records += [counters_of(launch, case, direction) for launch in part]
-    return passes, records
-
-
-@cache
-def counted_library():
-    dtypes = tuple(ITEM_BYTES)
-    resident = entries(*dtypes, kernels="resident|grad_resident", endings="Identity")
-    streaming = entries(*dtypes, kernels="stats|apply|grad_stats|grad_apply", endings="Identity|Li[48]EE")
-    return library(only=f"{resident}|(?=.*ColumnsWalk){streaming}", counted=True)
 
 
 # ---- the formula -----------------------------------------------------------------------------------------------------
