@@ -1,7 +1,7 @@
-"""The activations that batch norm can end with: y = act(z). One row each; csrc/core/activation.h has the kernels' side.
+"""The activations that batch norm can apply to its output, y = act(z), in torch operations; one row each.
 
-In: a name and a parameter from a caller. Out: the same, checked; forward and derivative in torch operations, which
-kernels are judged by and which take their place where batch norm is differentiated twice.
+The kernels' versions are in csrc/core/activation.h. Those here are the reference for tests, and are used where batch
+norm is composed of torch operations (double backward, forward-mode AD).
 """
 
 import math
@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Activation:
-    """forward(z, param) is act(z), derivative(z, param) is act'(z). default: of the parameter; None if it has none."""
+    """One activation.
+
+    Attributes:
+        forward: (z, param) -> act(z).
+        derivative: (z, param) -> act'(z).
+        default: the default of the parameter; None if the activation has none.
+    """
 
     forward: Callable[[Tensor, float], Tensor]
     derivative: Callable[[Tensor, float], Tensor]
@@ -36,7 +42,7 @@ def _gelu_derivative(z: Tensor, _: float) -> Tensor:
     return torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
-# The derivative at a kink is torch's: relu and relu6 have 0 there.
+# Where act has a kink, the derivative is the one that torch's autograd uses: 0 for relu and relu6.
 ACTIVATIONS = {
     "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
     "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.where(z <= 0, 0.0, 1.0).to(z.dtype)),
@@ -54,9 +60,14 @@ ACTIVATIONS = {
 
 
 def check(activation: str, param: float | None) -> float:
-    """The parameter to compute with (0 where the activation has none).
+    """Check an activation and its parameter.
 
-    Raises TypeError or ValueError for an activation that is not there, or a parameter that it cannot have.
+    Returns:
+        The parameter's value, or its default if `param` is None; 0 if the activation has no parameter.
+
+    Raises:
+        TypeError: `activation` is not a string, or `param` is not a number.
+        ValueError: there is no such activation, or it has no parameter and `param` is given.
     """
     if not isinstance(activation, str):
         raise TypeError(f"batch_norm(): argument 'activation' must be str, not {type(activation).__name__}")

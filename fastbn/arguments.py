@@ -1,6 +1,7 @@
-"""In: the arguments of batch norm, of any kind. Out: torch's exceptions, or the assurance that they are right.
+"""Checks of arguments, which raise torch's exceptions.
 
-The short way through the extension only knows what is right (is_ordinary in autograd.cpp); who is wrong comes here.
+The fast path in the extension accepts a call or returns NotImplemented (is_ordinary in csrc/torch/autograd.cpp); calls
+that it does not accept are checked here.
 """
 
 import math
@@ -15,10 +16,10 @@ from . import ops
 
 
 def check_memory(**tensors: object) -> None:
-    """Raise RuntimeError for a tensor whose storage was freed, or is too small for its sizes, by its name.
+    """Raise RuntimeError, with its name, for a tensor whose storage was freed or is too small for its sizes.
 
-    The kernels check their arguments. This is for what torch's own operations are about to read: most of them do not
-    look, and the process ends.
+    The kernels check their arguments themselves. This is for tensors that torch's own operations are about to read:
+    most of them do not check, and the process crashes.
     """
     if is_compiling():
         return
@@ -38,9 +39,13 @@ def check_each(
     input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: Any, momentum: Any, eps: Any,
     whole: bool = True,
 ) -> tuple[float | None, float]:  # fmt: skip
-    """Torch's checks of one argument at a time, in its order, with its messages. Returns momentum and eps.
+    """Check each argument by itself, in torch's order and with torch's messages.
 
-    whole: input is the whole batch, and no rank has more of it.
+    Args:
+        whole: input is the whole batch; False if other ranks have more of it, so that one value is no error.
+
+    Returns:
+        momentum and eps as Python numbers.
     """
     _require(isinstance(input, torch.Tensor), "input", 1, "Tensor", input)
     if training:
@@ -62,10 +67,10 @@ def check_together(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, training: bool,
 ) -> None:  # fmt: skip
-    """Checks of the arguments against each other; all of them are tensors or None."""
+    """Check the arguments against each other, once each of them is known to be a tensor or None."""
     if (running_mean is None) != (running_var is None) and training:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    channels = input.size(1) if input.dim() > 1 else 0  # as torch counts them
+    channels = input.size(1) if input.dim() > 1 else 0  # as in torch
     shared = None
     tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, t in tensors.items():
@@ -91,12 +96,12 @@ def check_together(
             )
     if input.dim() < 2:
         raise IndexError("Dimension out of range (expected to be in range of [-1, 0], but got 1)")
-    if input.device.type not in ops.DEVICES:  # torch.compile cannot look into the extension, and need not
+    if input.device.type not in ops.DEVICES:  # asked here because Dynamo cannot trace into the extension
         ops._C.check_device(input)
 
 
 def check_residual(residual: Any, input: Tensor) -> None:
-    """What is added before the activation, a tensor or None: it has the sizes, dtype and device of input."""
+    """Check that residual is None, or a tensor with the sizes, dtype and device of input."""
     if residual is None:
         return
     if not isinstance(residual, torch.Tensor):
@@ -108,7 +113,7 @@ def check_residual(residual: Any, input: Tensor) -> None:
 
 
 def _number(value: Any, name: str, position: int) -> Any:
-    """Of the kinds that torch takes for a float argument."""
+    """Check and return a value for a float argument of a torch function: a number, or a 0-d tensor without gradient."""
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad:
         return value.item()
     _require(isinstance(value, (Real, torch.SymFloat, torch.SymInt)), name, position, "float", value)

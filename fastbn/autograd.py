@@ -1,7 +1,8 @@
-"""In: tensors from functional.py. Out: batch norm that every kind of differentiation goes through rightly.
+"""Batch norm under every kind of differentiation.
 
-Eager calls take one call of the extension, whose autograd node is in C++. Everything else (torch.func, vmap, forward
-AD, double backward, torch.compile, fake tensors) takes `BatchNormFunction`, which calls the same two operators.
+`batch_norm` has a fast path, one call of the extension, whose autograd node is in C++. Everything else (torch.func,
+vmap, forward-mode AD, double backward, torch.compile, fake tensors) takes the slow path through `BatchNormFunction`,
+which calls the operators fastbn::forward and fastbn::backward.
 """
 
 import functools
@@ -18,7 +19,7 @@ from .activations import ACTIVATIONS
 from .composed import composed_backward, composed_forward, moments_of
 from .ops import is_compiling
 
-# weight, bias, running_mean, running_var, num_batches_tracked, and whether the statistics are those of the batch.
+# weight, bias, running_mean, running_var, num_batches_tracked, and whether to normalize with the batch's statistics.
 State: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]
 
 
@@ -41,23 +42,28 @@ def split_batch_dim(t: Tensor | None, size: int, channel_dim: int) -> Tensor | N
 
 
 def in_forward_mode() -> bool:
-    """Within a dual level, by torch.autograd.forward_ad or torch.func.jvp: then batch norm is torch operations, for
-    each of which torch knows the tangent under every other transformation."""
+    """Whether the caller is within a dual level of torch.autograd.forward_ad or torch.func.jvp.
+
+    Batch norm is composed of torch operations then, whose tangents torch knows under every other transformation.
+    """
     return forward_ad._current_level >= 0
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """`apply(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None)
-    -> (output, moments)`.
+    """Batch norm without running statistics, as a torch.autograd.Function.
+
+    `apply(input, weight, bias, moments, eps, activation="identity", activation_param=None, residual=None)`
 
     Args:
         input: (N, C, ...), float32, float64, float16 or bfloat16.
-        weight, bias: (C,) or None; the input's dtype, or float32 beside a half input.
-        moments: None to take those of the batch (training), or float64 (2, C), mean and biased variance (eval).
-        eps: added to the variance, inside the root.
+        weight, bias: (C,) or None, in the dtype of input; float32 is possible for a half-precision input.
+        moments: None to use the moments of the batch (training), or float64 (2, C), mean and biased variance (eval).
+        eps: added to the variance, under the square root.
         activation, activation_param, residual: as for `fastbn.functional.batch_norm`.
 
-    Returns the output, of the input's dtype and sizes, and the moments used, float64 (2, C), not differentiable.
+    Returns:
+        The output, with the sizes and dtype of input, and the moments that were used, float64 (2, C), which are not
+        differentiable.
     """
 
     @classmethod
@@ -119,7 +125,7 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 class BatchNormBackward(torch.autograd.Function):
-    """The gradients of batch norm by the kernel; their own derivatives by torch operations, of any order."""
+    """The gradients of batch norm by the kernels. Their derivatives, of any order, are composed of torch operations."""
 
     @classmethod
     def apply(
@@ -202,12 +208,12 @@ def differentiable_backward(
     wanted: Sequence[bool], activation: str = "identity", activation_param: float | None = None,
     bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of input, weight, bias and residual, None where they are not wanted, that can be differentiated again.
+    """Gradients of input, weight, bias and residual that can be differentiated again; None where they are not wanted.
 
-    bias and residual are needed only where there is an activation.
+    bias and residual have to be given only if there is an activation.
     """
     if activation == "identity":
-        # the residual's is grad_output itself
+        # the gradient of residual is grad_output itself
         grads = BatchNormBackward.apply(
             grad_output, input, weight, moments, eps, training, (*wanted[:3], False), activation, None, None, None
         )
@@ -224,8 +230,11 @@ torch.library.register_autograd(
 
 
 def register_update_of_each(name: str, updated: Sequence[int]) -> None:
-    """vmap of the operator `name`, which brings statistics up to date: one call for each of the batch. updated: which
-    arguments it changes."""
+    """Register vmap of an operator that updates statistics: it is called once for each element of the mapped dimension.
+
+    Args:
+        updated: the positions of the arguments that the operator writes to.
+    """
 
     @torch.library.register_vmap(f"fastbn::{name}")
     def update_each(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[None, None]:
@@ -249,10 +258,9 @@ def batch_norm(
     running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float,
     activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Batch norm that also counts the batch and updates its running statistics.
+    """As `fastbn.functional.batch_norm`; also increments num_batches_tracked (int64, 0-d, or None).
 
-    Everything is as in `fastbn.functional.batch_norm`, and num_batches_tracked (int64, 0-d, or None) is incremented.
-    momentum None stands for 1 / num_batches_tracked, the cumulative average.
+    momentum None stands for 1 / num_batches_tracked: running statistics are cumulative averages.
     """
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     epilogue = (activation, activation_param, residual)
@@ -270,8 +278,7 @@ def _slow_path(
     running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float,
     activation: str, activation_param: float | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The long way: it checks every argument, and is made of operators that torch.compile, functorch, modes and fake
-    tensors can see."""
+    """Check every argument, and call operators, which torch.compile, functorch, dispatch modes and fake tensors see."""
     arguments.check_memory(
         input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         num_batches_tracked=num_batches_tracked, residual=residual,
@@ -284,7 +291,7 @@ def _slow_path(
         if input.numel() > 0 and not by_torch:
             arguments.check_together(input, weight, bias, running_mean, running_var, training)
     except Exception:
-        _count_batch(num_batches_tracked)  # as torch, which counts a batch before it looks at it
+        _count_batch(num_batches_tracked)  # torch's modules count a batch before they check it
         raise
     if by_torch:
         _count_batch(num_batches_tracked)
@@ -310,15 +317,15 @@ def _by_operators(
     momentum: float | None, eps: float, activation: str = "identity", activation_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Batch norm without argument checks; forward is the operator, or what has its derivatives otherwise."""
+    """Batch norm without argument checks. forward: the operator fastbn::forward, or `BatchNormFunction.apply`."""
     moments = None
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
         moments = torch.stack([running_mean.flatten(), running_var.flatten()]).double()
     output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
-    # Both here or neither: torch.utils.checkpoint ends a forward that it repeats with the last tensor that is saved for
-    # backward, which may be one of those above.
+    # Both updates stay together, after forward: torch.utils.checkpoint stops a recomputation at the last tensor that is
+    # saved for backward, which may be one that forward saves.
     _count_batch(num_batches_tracked)
     if training and running_mean is not None:
         count = input.numel() // input.size(1)
@@ -335,8 +342,10 @@ def _count_batch(num_batches_tracked: Tensor | None) -> None:
 
 
 def batch_norm_of_nothing(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What torch makes of an input without elements: the gradients of the parameters are zeros, and parameters
-    without elements are an IndexError."""
+    """Batch norm of an input without elements, as torch has it.
+
+    Gradients of the parameters are zeros; parameters without elements are an IndexError.
+    """
     output = input.clone()
     if weight is not None:
         output = output * weight.select(0, 0)

@@ -1,7 +1,4 @@
-"""Running statistics under activation checkpointing (torch.utils.checkpoint), which runs a forward again in backward.
-
-In: a training step within `update_stats_once`. Out: statistics and counters that took each batch once.
-"""
+"""Running statistics under activation checkpointing (torch.utils.checkpoint), which repeats forward passes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,22 +7,23 @@ import torch
 
 from .ops import is_compiling
 
-# Contexts that are open, in any thread: what backward recomputes on a GPU runs in a thread of torch's.
+# The number of open contexts, of all threads: on a GPU, checkpoint recomputes in an autograd thread of torch.
 _open = 0
 
 
 @contextlib.contextmanager
 def update_stats_once() -> Iterator[None]:
-    """Within this context a forward pass that runs during a backward pass leaves running statistics and counters alone.
+    """Context manager: a forward pass that runs during a backward pass does not update running statistics.
 
-    torch.utils.checkpoint, use_reentrant or not, runs forwards a second time in backward, and batch norms would count
-    their batch twice. Put forward and backward into the context; it may as well be around a whole training loop. For
-    fastbn's modules; torch.nn's do not know of it. Outputs and gradients are the same with and without.
+    torch.utils.checkpoint (with use_reentrant or without) runs forward passes a second time in backward, so that batch
+    norms would update running_mean, running_var and num_batches_tracked twice for each batch. Put forward and backward
+    into this context; it may enclose a whole training loop. It applies to fastbn's modules, not to those of torch.nn.
+    Outputs and gradients are the same with and without it.
 
-    Off unless asked, because of its price: every forward pass in training asks torch whether a backward pass is running
-    in its thread, and one that a hook or a custom backward really wants to train on is taken for a repetition. Without
-    this, a momentum of 1 - sqrt(1 - m) makes the same running statistics out of two updates as m of one, if all of the
-    model is checkpointed. Compiled code (torch.compile) is not affected.
+    It is not on by default, because every forward pass in training then asks torch whether a backward pass is running
+    in its thread, and because a forward pass that a hook or a custom backward runs on purpose is taken for a
+    recomputation. Without it, a momentum of 1 - sqrt(1 - m) gives after two updates the running statistics that m gives
+    after one, if the whole model is checkpointed. Code compiled by torch.compile is not affected.
 
     >>> import torch, fastbn
     >>> from torch.utils.checkpoint import checkpoint
@@ -44,5 +42,5 @@ def update_stats_once() -> Iterator[None]:
 
 
 def is_repeated() -> bool:
-    """Whether the forward pass that runs now was asked to leave statistics alone."""
+    """Whether the current forward pass is a recomputation within `update_stats_once`."""
     return not is_compiling() and _open > 0 and torch._C._current_graph_task_id() != -1

@@ -1,4 +1,7 @@
-"""Batch norm composed of torch operations on float64: what is differentiated where the kernels are not."""
+"""Batch norm and its gradients composed of torch operations on float64, which torch can differentiate further.
+
+Used for double backward and forward-mode AD, and by tests as a reference.
+"""
 
 from typing import Protocol
 
@@ -10,11 +13,11 @@ from .activations import ACTIVATIONS
 
 
 class Ranks(Protocol):
-    """The ranks that share a batch, in the passes of this one."""
+    """Reductions over the ranks of a process group that share a batch."""
 
     @property
     def count(self) -> Tensor:
-        """Values of a channel on all ranks."""
+        """The number of values in a channel on all ranks."""
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of t over all ranks, differentiable."""
@@ -51,7 +54,7 @@ def composed_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float,
     activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The output of batch norm in torch operations on float64: what is differentiated where no kernel is."""
+    """The output of batch norm, in the dtype of input. moments None: those of the batch; otherwise float64 (2, C)."""
     arguments.check_memory(input=input, weight=weight, bias=bias, moments=moments, residual=residual)
     mean, var = (moments_of(input) if moments is None else moments).unbind()
     z = _normalized(input, weight, bias, mean, var, eps)
@@ -66,9 +69,11 @@ def composed_backward(
     activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight, bias and residual in torch operations (Ioffe & Szegedy 2015, section 3).
+    """Gradients of input, weight, bias and residual (Ioffe & Szegedy 2015, section 3).
 
-    ranks: of a batch that is spread over them, with a method `sum` over all of them and the `count` of values there.
+    Args:
+        moments: None in training; otherwise the constants that forward normalized with, float64 (2, C).
+        ranks: the ranks that the batch is distributed over, None for a batch of one process.
     """
     arguments.check_memory(
         grad_output=grad_output, input=input, weight=weight, bias=bias, moments=moments, residual=residual

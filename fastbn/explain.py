@@ -1,4 +1,4 @@
-"""In: an input. Out: which kernels would run on it, how, and the bytes that they move."""
+"""Which kernels would run for a tensor, with which geometry, and how many bytes they move."""
 
 import math
 from dataclasses import dataclass, fields
@@ -23,18 +23,19 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Plan(_Table):
-    """How batch norm would run on one tensor on the CPU. Bytes are of one pass over it; print it as a table.
+    """How batch norm would run on one tensor on the CPU; print it as a table.
 
     Attributes:
-        device: where it runs.
-        capability: the instruction set of the kernels.
-        walk: "runs" (wide maps of contiguous channels) or "columns" (channels_last, (N, C), small maps).
-        items: pieces of the channel axis that threads take in turn.
-        channels_an_item: channels in each of them.
-        segments: pieces of the batch; with 1, the second read of an item comes from the cache.
-        forward_bytes, backward_bytes: what passes between memory and caches, if only an item stays in the cache.
-        least_forward_bytes, least_backward_bytes: each tensor read or written once.
-        workspace_bytes: memory of its own while it runs.
+        device: the device of the tensor.
+        capability: the instruction set of the kernels: baseline, avx2 or avx512.
+        walk: the access pattern: "runs" (contiguous rows of one channel: large maps in contiguous layout) or "columns"
+            (channels are adjacent: channels_last, (N, C), small maps).
+        items: the number of channel tiles, which the threads share.
+        channels_an_item: channels in a tile.
+        segments: parts that the batch is split into. With 1, the second read of a tile comes from the cache.
+        forward_bytes, backward_bytes: memory traffic of a pass if only one tile at a time stays in the cache.
+        least_forward_bytes, least_backward_bytes: memory traffic if each tensor is read or written once.
+        workspace_bytes: scratch memory.
     """
 
     device: str
@@ -55,22 +56,22 @@ class CudaPlan(_Table):
     """How batch norm would run on one tensor on a GPU; print it as a table. Pairs are (forward, backward).
 
     Attributes:
-        device: where it runs.
-        strategy: "resident" (one kernel, which reads each tensor once) or "streaming" (two kernels; the second reads
-            the input again).
-        walk: "rows" (an item is one channel) or "columns" (an item is some neighbouring channels of each row).
-        vector: elements in one access: 16 bytes of them, or 1.
-        threads: in a block.
-        items: pieces of the channel axis.
-        channels_an_item: channels in each of them.
-        blocks_an_item: blocks that share an item.
-        groups: resident: items in work at the same time.
-        waves: resident: rounds of groups.
-        blocks: in the grid.
+        device: the device of the tensor.
+        strategy: "resident" (one kernel, which reads each tensor once and keeps it in shared memory) or "streaming"
+            (two kernels; the second reads the input again).
+        walk: the access pattern: "rows" (a tile is one channel) or "columns" (a tile is some adjacent channels).
+        vector: elements of one memory access: as many as 16 bytes hold, or 1.
+        threads: threads in a block.
+        items: the number of channel tiles.
+        channels_an_item: channels in a tile.
+        blocks_an_item: blocks that share a tile.
+        groups: (resident) tiles that are processed at the same time.
+        waves: (resident) how often a group takes a new tile.
+        blocks: blocks in the grid.
         shared_bytes: shared memory of a block.
-        bytes: what passes between the chip and its memory.
-        least_bytes: each tensor read or written once.
-        workspace_bytes: memory of its own while it runs.
+        bytes: traffic between the GPU and its memory.
+        least_bytes: traffic if each tensor is read or written once.
+        workspace_bytes: scratch memory.
     """
 
     device: str
@@ -91,13 +92,17 @@ class CudaPlan(_Table):
 
 
 def explain(input: torch.Tensor, *, training: bool = True) -> Plan | CudaPlan:
-    """The plan for batch norm of `input`, a tensor (N, C, ...) on a device with kernels; nothing is computed.
+    """Show how batch norm would run on a tensor. Nothing is computed.
 
-    training False: the eval forward pass, and a backward pass with constant statistics.
+    Args:
+        input: (N, C, ...), on a device that fastbn has kernels for.
+        training: False for the eval forward pass, and the backward pass with constant statistics.
 
-    Returns a Plan, or a CudaPlan for a tensor on a GPU.
+    Returns:
+        A Plan for a tensor on the CPU, a CudaPlan for one on a GPU.
 
-    Raises TypeError, IndexError, RuntimeError or ValueError for what batch norm could not take either.
+    Raises:
+        TypeError, IndexError, RuntimeError, ValueError, NotImplementedError: batch norm does not accept `input` either.
     """
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"explain(): argument 'input' must be Tensor, not {type(input).__name__}")
@@ -110,20 +115,20 @@ def explain(input: torch.Tensor, *, training: bool = True) -> Plan | CudaPlan:
         return _explain_cuda(input, sizes, channels_last, training)
     plan = ops._C.plan(sizes, channels_last, input.element_size())
     size = math.prod(sizes) * input.element_size()
-    again = training and plan["segments"] > 1  # x, or x and dy, come from memory twice
+    reads_twice = training and plan["segments"] > 1  # x, and dy in backward, come from memory again
     return Plan(
         device=str(input.device),
         capability=ops._C.cpu_capability(),
-        forward_bytes=(3 if again else 2) * size,
+        forward_bytes=(3 if reads_twice else 2) * size,
         least_forward_bytes=2 * size,
-        backward_bytes=(5 if again else 3) * size,
+        backward_bytes=(5 if reads_twice else 3) * size,
         least_backward_bytes=3 * size,
         **plan,
     )
 
 
 def _explain_cuda(input: torch.Tensor, sizes: list[int], channels_last: bool, training: bool) -> CudaPlan:
-    # a tensor that is in no order that kernels know is copied to fresh, aligned memory
+    # A tensor that is neither contiguous nor channels_last is copied first, to memory that is aligned.
     dense = input.is_contiguous(memory_format=ops.output_format(input))
     aligned = not dense or input.data_ptr() % 16 == 0
     device = ops._C.cuda_device(input)

@@ -1,4 +1,4 @@
-"""Calls that torch's own batch norm takes over: tensors and modes for which fastbn's operators have no rule."""
+"""Calls that torch's own batch norm computes: tensors and modes for which fastbn's operators have no rule."""
 
 import sys
 from typing import Any
@@ -10,19 +10,22 @@ from torch.nn import functional as F
 from .activations import ACTIVATIONS
 from .ops import is_compiling
 
-_ORDINARY = (type(None), Tensor, nn.Parameter)
+_EXACT_TYPES = (type(None), Tensor, nn.Parameter)
 
 
 def is_torchs(input: Tensor, *others: Tensor | None) -> bool:
     """Whether torch.nn.functional.batch_norm has to compute a call with these tensors.
 
-    That is so for a DTensor, whose sharding rules are torch's; for an mkldnn tensor, whose layout only torch's kernels
-    know; within torch.func.functionalize, which has no rule for autograd.Function; under torch.jit.trace, so that what
-    was traced loads where fastbn is not installed and is known to exporters and counters of operations; and where
-    torch.compile compiles a transform of torch.func, for which operators with derivatives in Python have no rule.
+    It does for
+
+    - a DTensor: the sharding rules are torch's;
+    - an mkldnn tensor: only torch's kernels know its layout;
+    - torch.func.functionalize: it has no rule for autograd.Function;
+    - torch.jit.trace: the traced model then loads without fastbn, and exporters and FLOP counters know its operators;
+    - a transform of torch.func that torch.compile compiles: it has no rule for operators with derivatives in Python.
     """
     tensors = (input, *others)
-    if any(type(t) not in _ORDINARY for t in tensors) and any(isinstance(t, _dtensor()) for t in tensors):
+    if any(type(t) not in _EXACT_TYPES for t in tensors) and any(isinstance(t, _dtensor()) for t in tensors):
         return True
     if is_compiling():
         return _is_transformed()
@@ -30,7 +33,7 @@ def is_torchs(input: Tensor, *others: Tensor | None) -> bool:
 
 
 def _dtensor() -> Any:
-    """The class, if anybody has imported it: its import takes longer than fastbn's."""
+    """The class DTensor if it is imported already (importing it takes longer than importing fastbn), else ()."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
@@ -38,8 +41,8 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# What torch.compiler.assume_constant_result does, without its import of the compiler: torch.compile calls this as it
-# compiles, within the transform.
+# As torch.compiler.assume_constant_result does, without importing the compiler: Dynamo calls the function while it
+# traces, within the transform, and takes the result for a constant.
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -62,7 +65,7 @@ def batch_norm_of_torch(
     param: float,
     residual: Tensor | None,
 ) -> Tensor:
-    """fastbn.autograd.batch_norm in torch's functions, but for the count of the batch, which was added before."""
+    """fastbn.autograd.batch_norm by torch.nn.functional; num_batches_tracked has been incremented already."""
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

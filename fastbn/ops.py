@@ -1,8 +1,10 @@
-"""In: tensors from autograd.py and sync.py. Out: the extension, and its operators fastbn::forward, backward,
-update_running_stats; stats, gather, finish, grad_stats and grad_apply for a batch that is spread over ranks.
+"""The extension `_C`, and the operators of the namespace fastbn that it registers, with their fake implementations.
 
-Eager calls go to `_C` directly. What traces operators (torch.compile, torch.export, fake tensors, functorch) goes
-through torch.library, to the same functions of csrc/torch.
+An eager call of a plain tensor calls `_C` directly. Whatever traces operators (torch.compile, torch.export, fake
+tensors, functorch) sees the operators, which call the same functions of csrc/torch.
+
+forward, backward and update_running_stats are batch norm in one process; stats, gather, finish, grad_stats and
+grad_apply are its parts for a batch that is distributed over ranks.
 """
 
 from collections.abc import Callable
@@ -23,9 +25,9 @@ if _INFO["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         f"fastbn: the extension was built for torch {_INFO['torch']}, but this is torch {torch.__version__}. {_REMEDY}"
     )
 _BACKENDS = _INFO["backends"]
-# The build for tests that runs the CUDA kernels on the CPU.
+# The build for tests that executes the CUDA kernels on the CPU.
 SIMULATED = _BACKENDS == ["simt"]
-# Devices that batch norm may be called with; on meta nothing is computed.
+# The types of devices that batch norm accepts; on meta nothing is computed.
 DEVICES = ("meta", "cpu") if SIMULATED else ("meta", *_BACKENDS)
 
 forward = torch.ops.fastbn.forward.default
@@ -37,8 +39,8 @@ finish = torch.ops.fastbn.finish.default
 grad_stats = torch.ops.fastbn.grad_stats.default
 grad_apply = torch.ops.fastbn.grad_apply.default
 
-# All of a batch norm as one node of a captured graph, which `graph.matching` finds; its implementation, in autograd.py,
-# is made of the operators above.
+# A whole batch norm as one node of a captured graph, for `graph.matching`. Its implementation, in autograd.py, calls
+# the operators above.
 _library = torch.library.Library("fastbn", "FRAGMENT")
 _library.define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -49,24 +51,24 @@ batch_norm = torch.ops.fastbn.batch_norm.default
 
 
 def implement(name: str, function: Callable[..., Tensor]) -> None:
-    """Make function the implementation of fastbn::name for every dispatch key, by operators that have their own."""
+    """Register function as the composite implementation of fastbn::name, for all dispatch keys."""
     _library.impl(name, function, "CompositeImplicitAutograd")
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # of torch 2.7 and later
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in torch 2.7
 
 
 def is_compiling() -> bool:
-    """Whether Dynamo or torch.export traces the Python code that asks.
+    """Whether Dynamo or torch.export is tracing the caller.
 
-    torch.compiler.is_compiling() is a flag of the process (torch 2.13): it is set while any thread compiles, and stays
-    set after two threads did so at once.
+    Not torch.compiler.is_compiling(), which is one flag for the whole process (torch 2.13): it is set while any thread
+    compiles, and stays set after two threads compiled at the same time.
     """
     return torch.compiler.is_dynamo_compiling() or _is_exporting()
 
 
 def output_format(input: Tensor) -> torch.memory_format:
-    """The memory format of the output, as in ops.cpp: that of input, or what torch suggests if it has none."""
+    """The memory format of the output, as in csrc/torch/ops.cpp: that of input, or the one that torch suggests."""
     if input.is_contiguous():
         return torch.contiguous_format
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
@@ -90,11 +92,13 @@ def _backward_fake(
     output_mask: list[bool], activation: str = "identity", activation_param: float | None = None,
     bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    nothing = input.new_empty(0)
+    not_wanted = input.new_empty(0)
     dtype = param_dtype(input, weight)
-    grad_weight, grad_bias = (input.new_empty(input.size(1), dtype=dtype) if m else nothing for m in output_mask[1:3])
-    grad_input = grad_input_like(input) if output_mask[0] else nothing
-    grad_residual = torch.empty_like(input, memory_format=output_format(input)) if output_mask[3] else nothing
+    grad_weight, grad_bias = (
+        input.new_empty(input.size(1), dtype=dtype) if wanted else not_wanted for wanted in output_mask[1:3]
+    )
+    grad_input = grad_input_like(input) if output_mask[0] else not_wanted
+    grad_residual = torch.empty_like(input, memory_format=output_format(input)) if output_mask[3] else not_wanted
     return grad_input, grad_weight, grad_bias, grad_residual
 
 
@@ -107,7 +111,7 @@ def _update_running_stats_fake(
 
 
 def grad_input_like(input: Tensor) -> Tensor:
-    """Empty, with the strides of the gradient of input, as in ops.cpp."""
+    """An uninitialized tensor with the strides of the gradient of input, as in csrc/torch/ops.cpp."""
     memory_format = output_format(input)
     if memory_format == torch.contiguous_format:
         memory_format = torch._prims_common.suggest_memory_format(input)
@@ -152,7 +156,7 @@ def _grad_apply_fake(
 
 
 def param_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:
-    """The dtype of the gradients of weight and bias."""
+    """The dtype of the parameters and of their gradients: that of weight, else float32 for half-precision inputs."""
     if weight is not None:
         return weight.dtype
     return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype

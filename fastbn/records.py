@@ -1,6 +1,6 @@
-"""What the rewriting of captured graphs did to each batch norm, kept for `fastbn.report`.
+"""Which batch norms were fused in captured graphs, and which were not and why, kept for `fastbn.report`.
 
-A graph knows tensors, not modules, so a batch norm is recognized by its weight, or its running mean where it has none.
+A graph contains tensors, not modules: a batch norm is identified by its weight, or by its running mean if it has none.
 """
 
 import threading
@@ -14,7 +14,7 @@ _lock = threading.Lock()
 
 
 def record(weight: Tensor | None, running_mean: Tensor | None, training: bool, pattern: str | None, why: str) -> None:
-    """Note what became of the batch norm with these tensors in one mode: its pattern, or why there is none."""
+    """Store the result for the batch norm with these tensors in one mode: its pattern, or why it has none."""
     key = running_mean if weight is None else weight
     if key is not None:
         with _lock:
@@ -22,14 +22,14 @@ def record(weight: Tensor | None, running_mean: Tensor | None, training: bool, p
 
 
 def recorded(bn: nn.Module) -> dict[bool, tuple[str | None, str]]:
-    """For each mode (training or not) in which a batch norm was captured: its pattern or None, and why it has none."""
+    """For each mode (training is True or False) that was captured: the pattern or None, and why there is none."""
     key = _key(bn)
     with _lock:
         return {} if key is None else dict(_results.get(key) or {})
 
 
 def forget(root: nn.Module) -> None:
-    """Drop what is known of the batch norms in root."""
+    """Delete the results of all batch norms in root."""
     for bn in root.modules():
         if isinstance(bn, _NormBase) and (key := _key(bn)) is not None:
             with _lock:

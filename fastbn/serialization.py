@@ -1,4 +1,4 @@
-"""What torch.load(weights_only=True) has to be told of to load whole models with fastbn's modules."""
+"""The classes and functions that torch.load(weights_only=True) has to allow for whole models with fastbn's modules."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from .graph.fold import FoldedBatchNorm
 from .graph.report import Report
 from .nn import frozen, ghost, masked, modules, sync
 
-#: Classes and functions of fastbn in pickles of whole models, converted, fused, folded or frozen. For
-#: ``torch.serialization.add_safe_globals``, beside the classes of the model itself and those of torch.nn in it. A
+#: Classes and functions of fastbn in pickles of whole models that were converted, fused, folded or frozen. Pass them to
+#: ``torch.serialization.add_safe_globals`` together with the model's own classes and those of torch.nn that it uses. A
 #: ``state_dict`` needs none of them.
 SAFE_GLOBALS: list[Any] = [
     modules.BatchNorm1d,

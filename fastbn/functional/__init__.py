@@ -1,4 +1,4 @@
-"""In: tensors as torch.nn.functional takes them. Out: the same function, faster."""
+"""Batch norm as functions, with the arguments of torch.nn.functional.batch_norm."""
 
 from torch import Tensor
 
@@ -25,30 +25,30 @@ def batch_norm(
 ) -> Tensor:
     """Normalize each channel of a batch, as torch.nn.functional.batch_norm does.
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias (Ioffe & Szegedy 2015, algorithms 1 and 2), with mean and biased
-    variance over all but dimension 1: of the batch in training, the running ones otherwise.
+    y = (x - mean) / sqrt(var + eps) * weight + bias (Ioffe & Szegedy 2015, algorithms 1 and 2). mean and var are, in
+    training, mean and biased variance of the batch over all dimensions but 1, and otherwise the running statistics.
 
     Args:
         input: (N, C) or (N, C, ...), float32, float64, float16 or bfloat16, in any layout.
-        running_mean, running_var: (C,), in the dtype of input, or float32 beside a half input. In training they are
-            updated in place (the variance unbiased), or may both be None.
+        running_mean, running_var: (C,), in the dtype of input; float32 is possible for a half-precision input. In
+            training they are updated in place (with the unbiased variance), or may both be None.
         weight, bias: (C,) or None, in the dtype of running_mean.
-        training: use the statistics of the batch.
-        momentum: the part of the batch in the new running statistics.
+        training: normalize with the statistics of the batch.
+        momentum: weight of the batch in the new running statistics.
         eps: added to the variance; positive in training.
         activation: identity, relu, leaky_relu, relu6, elu, silu, hardswish, gelu (exact), sigmoid or tanh.
         activation_param: negative_slope of leaky_relu (0.01), alpha of elu (1.0).
-        residual: of the sizes and dtype of input; added before the activation: activation(y + residual).
+        residual: added before the activation, activation(y + residual); of the sizes and dtype of input.
 
     Returns:
-        A tensor of input's sizes and dtype, in torch's suggested memory format of input.
+        A tensor with the sizes and dtype of input, in the memory format that torch suggests for input.
 
     Raises:
-        ValueError: eps out of range, one value per channel in training, one of two statistics missing, an activation
-            that is not there, or a parameter for one that has none.
-        RuntimeError: sizes or dtypes that do not go together, or a device without kernels.
-        NotImplementedError: a dtype that is not floating point.
-        TypeError: an argument of the wrong kind.
+        ValueError: eps is out of range, there is one value per channel in training, only one of the running statistics
+            is given, the activation is unknown, or it has no parameter and one is given.
+        RuntimeError: sizes, dtypes or devices do not match, or the device has no kernels.
+        NotImplementedError: the dtype of input is not a floating point type.
+        TypeError: an argument has the wrong type.
     """
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' (position 7) must be float, not NoneType")

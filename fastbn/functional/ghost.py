@@ -1,6 +1,6 @@
-"""Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1): a batch in chunks, each with statistics of its own.
+"""Ghost batch norm (Hoffer, Hubara, Soudry 2017, algorithm 1): each chunk of a batch has its own statistics.
 
-In: (N, C, ...). Out: what a batch norm called on one chunk after the other makes of it, by one call of the kernels.
+The result is that of a batch norm called on one chunk after the other, from one call of the kernels.
 """
 
 import math
@@ -28,7 +28,7 @@ _update = torch.ops.fastbn.ghost_update.default
 
 
 def chunk_sizes(samples: int, positions: int, virtual_batch_size: int) -> tuple[int, int]:
-    """Number of chunks, and samples in the last: what ghost_chunks in ghost.cpp makes of (samples, C, positions)."""
+    """The number of chunks and the samples in the last one, as `ghost_chunks` in csrc/torch/ghost.cpp computes them."""
     count = -(-samples // virtual_batch_size)
     if count > 1 and (samples - (count - 1) * virtual_batch_size) * positions == 1:
         count -= 1
@@ -74,7 +74,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradients(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     wanted = tuple(ctx.needs_input_grad[:3])
-    # to be differentiated again: by way of batch norms whose own derivatives are known
+    # In double backward, each chunk is a batch norm whose gradients can be differentiated.
     gradients = _chunk_by_chunk if torch.is_grad_enabled() else _backward
     input, weight, moments = ctx.saved_tensors
     grads = gradients(grad_output, input, weight, moments, ctx.virtual_batch_size, ctx.eps, wanted)
@@ -113,26 +113,27 @@ def ghost_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`fastbn.functional.batch_norm` of chunks of virtual_batch_size samples, each by its own statistics, in one call.
+    """Ghost batch norm: normalize each chunk of virtual_batch_size samples with its own statistics, in one call.
 
-    Chunks are those of ``input.split(virtual_batch_size)``: the last one has what is left. Only if that is one value a
-    channel, which has no variance, does it join the chunk before it. Running statistics and counter become those of a
-    batch norm that is called on one chunk after the other: they are updated once for each. In eval the running
-    statistics normalize, and chunks mean nothing.
+    The chunks are those of ``input.split(virtual_batch_size)``; the last one may be smaller. Only if it has one value
+    per channel, which has no variance, is it merged with the chunk before it. The running statistics are updated once
+    for each chunk, in order, as by a batch norm that is called on one chunk after the other. In eval the running
+    statistics are used, and virtual_batch_size has no effect.
 
-    Differentiable as often as batch norm is, from the second time on chunk by chunk; forward-mode AD is an error.
+    It can be differentiated any number of times (double backward runs chunk by chunk), but not in forward mode.
 
     Args:
         input: (N, C) or (N, C, ...), float32, float64, float16 or bfloat16.
-        virtual_batch_size: samples in a chunk; more than N makes one chunk.
-        others: as for `fastbn.functional.batch_norm`.
+        virtual_batch_size: samples in a chunk; if it is more than N, there is one chunk.
+        running_mean, running_var, weight, bias, training, momentum, eps: as for `fastbn.functional.batch_norm`.
 
     Returns:
-        A tensor of input's sizes and dtype.
+        A tensor with the sizes and dtype of input.
 
     Raises:
-        TypeError, ValueError: virtual_batch_size is no positive integer, or makes chunks of one value a channel; and
-            what `fastbn.functional.batch_norm` raises.
+        TypeError, ValueError: virtual_batch_size is not a positive integer, or chunks have one value per channel.
+        NotImplementedError: forward-mode AD in training.
+        Exception: whatever `fastbn.functional.batch_norm` raises.
     """
     if momentum is None:
         raise TypeError("ghost_batch_norm(): argument 'momentum' must be float, not NoneType")
@@ -142,6 +143,7 @@ def ghost_batch_norm(
 
 
 def check_virtual_batch_size(size: object) -> None:
+    """Raise TypeError or ValueError unless size is a positive int."""
     if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"virtual_batch_size should be an int, not {type(size).__name__}")
     if size < 1:
@@ -149,6 +151,7 @@ def check_virtual_batch_size(size: object) -> None:
 
 
 def run_ghost(input: Tensor, virtual_batch_size: int, state: State, momentum: float | None, eps: float) -> Tensor:
+    """Ghost batch norm for a module's state; fast path and slow path as in `autograd.batch_norm`."""
     weight, bias, running_mean, running_var, num_batches_tracked, training = state
     if training and not is_compiling():
         output = ops._C.ghost_batch_norm(input, *state[:5], momentum, eps, virtual_batch_size)
@@ -162,7 +165,7 @@ def run_ghost(input: Tensor, virtual_batch_size: int, state: State, momentum: fl
         input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
-    if not is_compiling() and in_forward_mode():  # the operator would have a tangent of zero
+    if not is_compiling() and in_forward_mode():  # the operator's tangent would be zero
         raise NotImplementedError("ghost batch norm has no derivative in forward mode (jvp)")
     momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
     arguments.check_together(input, weight, bias, running_mean, running_var, training)

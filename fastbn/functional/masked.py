@@ -1,7 +1,7 @@
 """Batch norm of padded sequences: statistics, outputs and gradients of the valid positions alone.
 
-In: (N, C, ...) and which positions are valid. Out: the same sizes, zero where they are not. The valid positions are
-gathered into a matrix (M, C), which the kernels normalize as any other, and scattered back: two copies of them.
+The valid positions are gathered into a matrix (M, C), which the kernels normalize, and scattered back: this costs two
+copies of them.
 """
 
 import torch
@@ -13,9 +13,14 @@ from ..autograd import batch_norm as _batch_norm
 
 
 def valid_positions(input: Tensor, mask: Tensor) -> Tensor:
-    """mask as booleans (N, ...), True where valid, from those or from int64/int32 lengths (N,). Raises if it is none.
+    """Convert a mask, or lengths of sequences, to booleans with the sizes of input without channels.
 
-    Lengths count positions of the last dimension of an input (N, C, L).
+    Args:
+        input: (N, C, ...); (N, C, L) if mask has lengths.
+        mask: bool (N, ...), True where valid, or int64 or int32 (N,), lengths from 0 to L.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: mask has another type, size or device, or lengths are out of range.
     """
     check_memory(input=input, mask=mask)
     if not isinstance(mask, Tensor):
@@ -42,12 +47,12 @@ def valid_positions(input: Tensor, mask: Tensor) -> Tensor:
 
 
 def gather(input: Tensor, valid: Tensor) -> Tensor:
-    """The valid positions of input, (M, C)."""
+    """The values at the valid positions, (M, C)."""
     return input.movedim(1, -1)[valid]
 
 
 def scatter(rows: Tensor, input: Tensor, valid: Tensor) -> Tensor:
-    """The reverse: of the sizes and strides of input, zero elsewhere."""
+    """The reverse of `gather`: a tensor with the sizes and strides of input, zero at the other positions."""
     output = torch.zeros_like(input).movedim(1, -1)
     return output.index_put((valid,), rows).movedim(-1, 1)
 
@@ -63,28 +68,28 @@ def masked_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`fastbn.functional.batch_norm` of the valid positions of a padded batch; the others are zero in the output.
+    """Batch norm of the valid positions of a padded batch; the output is zero at the others.
 
-    What padding holds (NaN too) changes neither statistics, outputs, running statistics nor gradients, and its own
-    gradient is zero. Differentiable as often as batch norm is. torch.compile cannot know how many positions are valid:
-    its graph breaks there.
+    The values in padding, NaN included, affect neither statistics, outputs nor gradients, and their gradient is zero.
+    It can be differentiated any number of times. torch.compile breaks the graph, because the number of valid positions
+    depends on data.
 
     Args:
-        input: (N, C, L), or (N, C, ...) with a mask.
+        input: (N, C, L), or (N, C, ...) with a boolean mask.
         mask: bool (N, L) or (N, ...), True where valid; or int64 or int32 (N,), the lengths of sequences.
-        others: as for `fastbn.functional.batch_norm`.
+        running_mean, running_var, weight, bias, training, momentum, eps: as for `fastbn.functional.batch_norm`.
 
     Returns:
-        A tensor of input's sizes and dtype.
+        A tensor with the sizes and dtype of input. Without valid positions it is zero, and the running statistics stay.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a mask of other sizes, dtype or device, lengths beyond L, one valid
-            position in training; and what `fastbn.functional.batch_norm` raises. A batch without valid positions is no
-            error: the output is zero, and the running statistics stay.
+        ValueError, TypeError, RuntimeError: the mask has other sizes, another dtype or device, a length is out of
+            range, or there is one valid position in training; and whatever `fastbn.functional.batch_norm` raises.
     """
     return run_masked(input, mask, (weight, bias, running_mean, running_var, None, training), momentum, eps)
 
 
 def run_masked(input: Tensor, mask: Tensor, state: State, momentum: float | None, eps: float) -> Tensor:
+    """Masked batch norm for a module's state."""
     valid = valid_positions(input, mask)
     return scatter(_batch_norm(gather(input, valid), *state, momentum, eps), input, valid)

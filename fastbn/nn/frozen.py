@@ -1,7 +1,4 @@
-"""Batch norm that always uses its running statistics and never changes them, for fine-tuning: eval, whatever the mode.
-
-In: the state of a batch norm. Out: modules that compute y = (x - mean) / sqrt(var + eps) * weight + bias in one pass.
-"""
+"""Batch norm for fine-tuning, which always normalizes with its running statistics and never updates them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +14,20 @@ _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
 class _FrozenBatchNorm(nn.Module):
-    """y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, in training as in eval.
+    """y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, in training and in eval.
 
-    Not a subclass of torch.nn's batch norms: tools that look for those reset or update statistics. State dicts are
-    those of torchvision.ops.FrozenBatchNorm2d, and load from and into torch.nn's batch norms: without
-    num_batches_tracked.
+    State dicts have the keys of torchvision.ops.FrozenBatchNorm2d; they load from and into torch.nn's batch norms, but
+    for num_batches_tracked. It is not a subclass of torch.nn's batch norms, because tools that look for those reset or
+    update statistics.
 
     Args:
         num_features: C of the input.
         eps: added to running_var.
         device, dtype: of parameters and buffers.
-        trainable: weight and bias are parameters; otherwise they are buffers, which no optimizer sees.
+        trainable: weight and bias are parameters; otherwise they are buffers, which optimizers do not update.
     """
 
-    if TYPE_CHECKING:  # not at run time, where torch.jit.script would read it
+    if TYPE_CHECKING:  # torch.jit.script would read these annotations at run time
         weight: Tensor | None
         bias: Tensor | None
         running_mean: Tensor

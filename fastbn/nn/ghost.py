@@ -9,7 +9,7 @@ from .modules import BatchNorm1d, BatchNorm2d, Device, Proxy, _FastBatchNorm, le
 
 
 class _Ghost(_FastBatchNorm):
-    """The forward pass and the constructor of both; all else is fastbn.BatchNorm*d's."""
+    """Constructor and forward pass of GhostBatchNorm1d and 2d."""
 
     def __init__(
         self,
@@ -49,12 +49,16 @@ class _Ghost(_FastBatchNorm):
 
 
 class GhostBatchNorm1d(_Ghost, BatchNorm1d):
-    """torch.nn.BatchNorm1d on chunks of virtual_batch_size samples of (N, C) or (N, C, L), each normalized by its own
-    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
-    parameters and state are torch's."""
+    """Ghost batch norm on (N, C) or (N, C, L): each chunk of virtual_batch_size samples has its own statistics.
+
+    See `fastbn.functional.ghost_batch_norm`. Arguments and state are those of torch.nn.BatchNorm1d, and
+    virtual_batch_size, which is given by keyword.
+    """
 
 
 class GhostBatchNorm2d(_Ghost, BatchNorm2d):
-    """torch.nn.BatchNorm2d on chunks of virtual_batch_size samples of (N, C, H, W), each normalized by its own
-    statistics; see `fastbn.functional.ghost_batch_norm`. virtual_batch_size is given by name; the other arguments,
-    parameters and state are torch's."""
+    """Ghost batch norm on (N, C, H, W): each chunk of virtual_batch_size samples has its own statistics.
+
+    See `fastbn.functional.ghost_batch_norm`. Arguments and state are those of torch.nn.BatchNorm2d, and
+    virtual_batch_size, which is given by keyword.
+    """

@@ -8,15 +8,18 @@ from .modules import BatchNorm1d, Proxy, leaf_call, state_of
 
 
 class MaskedBatchNorm1d(BatchNorm1d):
-    """torch.nn.BatchNorm1d on padded sequences, called as ``module(input, mask)``: input (N, C, L), mask bool (N, L) or
-    lengths (N,); see `fastbn.functional.masked_batch_norm`. Arguments, parameters and state are torch's."""
+    """Batch norm of padded sequences, called as ``module(input, mask)``.
+
+    input is (N, C, L); mask is bool (N, L), or has the lengths of the sequences, (N,). See
+    `fastbn.functional.masked_batch_norm`. Arguments and state are those of torch.nn.BatchNorm1d.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 3:
             raise ValueError(f"expected 3D input (got {input.dim()}D input)")
 
     def valid(self, input: Tensor, mask: Tensor) -> Tensor:
-        """The values that are counted, (M, C)."""
+        """The values at the valid positions, (M, C)."""
         return gather(input, valid_positions(input, mask))
 
     def forward(self, input: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""In: the arguments of torch.nn.BatchNorm*d. Out: modules that are those, but for the forward pass."""
+"""BatchNorm1d/2d/3d, drop-in replacements for those of torch.nn, and BatchNormAct1d/2d/3d."""
 
 from typing import Any, TypeAlias
 
@@ -13,13 +13,15 @@ from ..checkpointing import is_repeated
 from .scripting import Scriptable, scripted_activation
 
 Device: TypeAlias = torch.device | str | int | None
-# What torch.fx calls a forward with, in the place of a Tensor.
+# torch.fx calls forward with these instead of tensors. Any, because annotations say Tensor.
 Proxy: Any = fx.Proxy
 
 
 class _FastBatchNorm(Scriptable, _BatchNorm):
-    """The forward pass of BatchNorm1d, 2d and 3d; all else is torch's, so that state_dict, repr, hooks, conversion
-    tools and isinstance see what they know."""
+    """The forward pass of BatchNorm1d, 2d and 3d.
+
+    Everything else is inherited from torch.nn, so that state_dict, repr, hooks, conversion tools and isinstance work.
+    """
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class _FastBatchNorm(Scriptable, _BatchNorm):
         *,
         bias: bool = True,
     ) -> None:
-        # torch before 2.13 has no `bias`
+        # torch before 2.13 has no argument `bias`
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias and self.affine:
             self.register_parameter("bias", None)
@@ -49,7 +51,7 @@ class _FastBatchNorm(Scriptable, _BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             return self._scripted_batch_norm(input)
-        else:  # what stands here is not compiled
+        else:  # not compiled by TorchScript
             if isinstance(input, Proxy):
                 node = leaf_call(self, input)
                 if node is not None:
@@ -60,10 +62,13 @@ class _FastBatchNorm(Scriptable, _BatchNorm):
 
 
 def leaf_call(module: nn.Module, *inputs: Any) -> Any:
-    """The node call_module of a module whose forward torch.fx has entered, as it enters all outside torch.nn.
+    """Record a call_module node for a module whose forward torch.fx is tracing.
 
-    So batch norms are leaves of a traced model, as torch's own are: it keeps their state and follows their mode. None
-    for the module that is traced itself.
+    torch.fx traces into all modules outside torch.nn. With this node a batch norm is a leaf of the traced model, as
+    torch's own is, so that the model keeps its state and follows its mode.
+
+    Returns:
+        The proxy of the node; None if the module itself is what is traced.
     """
     tracer: Any = inputs[0].tracer
     if getattr(tracer, "root", None) is module:
@@ -72,9 +77,9 @@ def leaf_call(module: nn.Module, *inputs: Any) -> Any:
 
 
 def state_of(module: nn.Module) -> State:
-    """weight, bias, running_mean, running_var, num_batches_tracked and training, for a pass of this module.
+    """weight, bias, running_mean, running_var, num_batches_tracked and training for one forward pass of a module.
 
-    Only what the pass uses is looked up, as in torch: old checkpoints and hand-written states may lack the rest.
+    Attributes that the pass does not use are not read, as in torch: modules from old checkpoints may lack them.
     """
     weight: Any
     bias: Any
@@ -83,13 +88,13 @@ def state_of(module: nn.Module) -> State:
     counter: Any = None
     training = module.training
     has_statistics = not training or (module.track_running_stats and not is_repeated())
-    try:  # where nn.Module.__getattr__ looks in the end; asking it five times takes as long as the rest
+    try:  # the dictionaries that nn.Module.__getattr__ searches: five calls of it take as long as all the rest
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         if has_statistics:
             mean, var = module._buffers["running_mean"], module._buffers["running_var"]
             if training:
                 counter = module._buffers["num_batches_tracked"]
-    except KeyError:  # parametrized, pruned, or moved elsewhere by another tool
+    except KeyError:  # parametrized or pruned, so that they are attributes of another kind
         weight, bias = module.weight, module.bias
         if has_statistics:
             mean, var = module.running_mean, module.running_var
@@ -99,29 +104,31 @@ def state_of(module: nn.Module) -> State:
 
 
 class BatchNorm1d(_FastBatchNorm, nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d on (N, C) or (N, C, L), by fastbn's kernels; arguments and state are torch's."""
+    """torch.nn.BatchNorm1d by fastbn's kernels, on (N, C) or (N, C, L). Arguments and state are torch's."""
 
 
 class BatchNorm2d(_FastBatchNorm, nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d on (N, C, H, W), by fastbn's kernels; arguments and state are torch's."""
+    """torch.nn.BatchNorm2d by fastbn's kernels, on (N, C, H, W). Arguments and state are torch's."""
 
 
 class BatchNorm3d(_FastBatchNorm, nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d on (N, C, D, H, W), by fastbn's kernels; arguments and state are torch's."""
+    """torch.nn.BatchNorm3d by fastbn's kernels, on (N, C, D, H, W). Arguments and state are torch's."""
 
 
 class _BatchNormAct(Scriptable):
-    """y = act(bn(x) + residual) in one pass over memory. Not a subclass of torch.nn's batch norms: tools that replace
-    those would lose the activation. Parameters, buffers and their names are those of torch.nn's, so state dicts load
-    both ways.
+    """y = act(bn(x) + residual) in one pass over memory.
+
+    Parameters and buffers have the names of torch.nn's, so that state dicts load in both directions. It is not a
+    subclass of torch.nn's batch norms, because tools that replace those would lose the activation.
 
     Args:
         num_features: C of the input.
         eps, momentum, affine, track_running_stats, device, dtype, bias: as for torch.nn's batch norms.
-        activation: a name of `fastbn.activations.ACTIVATIONS`.
+        activation: identity, relu, leaky_relu, relu6, elu, silu, hardswish, gelu (exact), sigmoid or tanh.
         activation_param: negative_slope of leaky_relu (0.01), alpha of elu (1.0).
 
-    Raises ValueError or TypeError for an activation that is not there.
+    Raises:
+        TypeError, ValueError: the activation is unknown, or has no parameter and one is given.
     """
 
     def __init__(
@@ -157,7 +164,7 @@ class _BatchNormAct(Scriptable):
         return f"{super().extra_repr()}, activation={self.activation!r}{param}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(bn(input) + residual); residual, if there is one, has the sizes and dtype of input."""
+        """act(bn(input) + residual). residual: None, or a tensor with the sizes and dtype of input."""
         if is_scripting():
             return self._scripted(input, residual)
         else:
@@ -180,7 +187,7 @@ class _BatchNormAct(Scriptable):
 
 
 def doc_on(shape: str, base: type) -> str:
-    """The docstring of a class that is `base` on inputs of this shape."""
+    """The docstring of a subclass of `base` for inputs of this shape."""
     return f"On {shape}: {base.__doc__}"
 
 

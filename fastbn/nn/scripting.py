@@ -1,6 +1,6 @@
-"""Forward passes for torch.jit.script, which cannot compile calls of the extension: torch's functions take their place.
+"""Forward passes for torch.jit.script, which cannot compile calls of the extension: they call torch's functions.
 
-A scripted model has only operators of torch, so that it loads where fastbn is not installed.
+A scripted model has torch's operators alone, so that it loads where fastbn is not installed.
 """
 
 from torch import Tensor
@@ -9,10 +9,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class Scriptable(_NormBase):
-    """What modules with the attributes of torch's batch norms compile instead of their own pass."""
+    """A batch norm whose scripted forward pass is torch's."""
 
     def _scripted_batch_norm(self, input: Tensor) -> Tensor:
-        """As torch.nn.BatchNorm2d.forward."""
+        """The same as torch.nn.BatchNorm2d.forward."""
         self._check_input_dim(input)
         factor = 0.0
         if self.momentum is not None:
@@ -35,7 +35,7 @@ class Scriptable(_NormBase):
 
 
 def scripted_activation(z: Tensor, activation: str, param: float | None) -> Tensor:
-    """The rows of fastbn.activations.ACTIVATIONS, in what TorchScript can compile."""
+    """`fastbn.activations.ACTIVATIONS` in code that TorchScript can compile."""
     if activation == "relu":
         return F.relu(z)
     if activation == "leaky_relu":
