@@ -140,10 +140,13 @@ def test_progress_says_how_long_the_rest_takes(tmp_path, capsys):
         return seed
 
     job.__module__ = population.__name__
+    with Workers(tmp_path, tmp_path, 0) as workers:
+        workers.map(job, {"a": {}}, [0], 50.0)
+    assert capsys.readouterr().out == ""
     with Workers(tmp_path, tmp_path, 0, total_s=100.0) as workers:
         workers.start, workers.shown = workers.start - 40, workers.shown - 40
-        workers.map(job, {"a": {}}, [1], 25.0)
-    assert " 25% done, 0:40 gone, about 2:00 left" in capsys.readouterr().out
+        workers.map(job, {"a": {}}, [0, 1], 50.0)  # one of them was done before, so 40 s are for the other 25
+    assert " 50% done, 0:40 gone, about 1:20 left" in capsys.readouterr().out
 
 
 def test_a_job_that_fails_ends_the_run(tmp_path, monkeypatch):
