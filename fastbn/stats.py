@@ -1,7 +1,7 @@
-"""In: data and a model. Out: the model with the statistics of all of the data in its batch norms (`update_bn`).
+"""`update_bn`: running statistics over a whole data set.
 
-Each batch norm's input is reduced to count, mean and sum of squared deviations in float64, batch by batch, and merged
-by Chan's formula (Chan, Golub, LeVeque 1983): the result is that of one batch with all of the data in it.
+The input of each batch norm is reduced to count, mean and sum of squared deviations in float64, batch by batch, and
+merged by Chan's formula (Chan, Golub, LeVeque 1983). The result is that of one batch with all of the data.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ MODES = ("train", "eval")
 
 
 class _Pool:
-    """Moments of the values seen so far: count, and (C,) float64 mean and sum of squared deviations from it."""
+    """Moments of the values so far: count, and float64 (C,) mean and sum of squared deviations from the mean."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.count = self.batches = 0
         self.mean, self.m2 = torch.zeros(2, channels, dtype=torch.float64, device=device)
 
     def merge(self, count: int, batches: int, mean: Tensor, m2: Tensor) -> None:
-        """In place; a side without values adds nothing."""
+        """Merge the moments of more values into this, in place."""
         if count == 0:
             return
         total = self.count + count
@@ -48,7 +48,7 @@ class _Pool:
         self.merge(count, 1, moments[0], moments[1] * count)
 
 
-# Batch norms by their names in the model, and what each of them saw.
+# The batch norms of a model by name, and the moments of their inputs.
 Norms: TypeAlias = dict[str, Any]
 Pools: TypeAlias = dict[str, _Pool]
 
@@ -63,42 +63,42 @@ def update_bn(
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
     process_group: Any | None = None,
 ) -> None:
-    """Give every batch norm in ``model`` the mean and the unbiased variance of its input over all of ``loader``'s data.
+    """Set the running statistics of every batch norm to mean and unbiased variance of its input over all the data.
 
-    A running average forgets what it saw, and lags behind the weights; this does neither (Ioffe & Szegedy 2015,
-    algorithm 2, lines 7 to 12). Whatever the sizes of the batches, all values count alike, and so the spread of the
-    batches' means is part of the variance. For torch.nn's and fastbn's modules, converted, fused or compiled (this
-    runs them eagerly); those of FrozenBatchNorm stay as they are, and so do those that no batch reaches.
+    A running average weights recent batches more, and was taken with older weights of the model; this computes the
+    exact statistics (Ioffe & Szegedy 2015, algorithm 2, lines 7 to 12). All values have the same weight, whatever the
+    sizes of the batches, so that differences between the means of batches are part of the variance. It works for
+    torch.nn's and fastbn's modules, converted, fused or compiled (they run eagerly meanwhile). FrozenBatchNorm modules
+    do not change, nor do batch norms that no batch reaches.
 
-    What a batch norm's input is depends on those before it, and there are two answers:
+    The input of a batch norm depends on the batch norms before it. There are two modes:
 
-    - mode "train", one pass: the model runs in training mode, as in the paper, so that batch norms before it normalize
-      with the statistics of their batch, and dropout drops.
-    - mode "eval", one pass for every batch norm, in the order in which they are called: the model runs in eval mode,
-      and batch norms before it normalize with what they have just been given. These are exactly the statistics of what
-      a model sees when it is used, at the price of as many passes as it has batch norms (and one more if some of them
-      are never called). A batch norm that is called twice in a forward still normalizes as before in its own pass.
+    - "train", one pass over the data: the model runs in training mode, as in the paper. Batch norms normalize with the
+      statistics of their batch, and dropout is active.
+    - "eval", one pass for every batch norm, in the order of their calls: the model runs in eval mode, and the batch
+      norms before it normalize with the statistics that they have just been given. The result is exact for the model
+      as it is used in eval, and takes as many passes as there are batch norms (one more if some are never called). A
+      batch norm that is called twice in a forward normalizes with its old statistics in its own pass.
+
+    Afterwards num_batches_tracked is the number of batches (of all ranks). Training modes of modules and momentum do
+    not change. If an exception is raised, the statistics do not change either.
 
     Args:
-        loader: an iterable of batches: tensors, or tuples or lists that begin with one, as
-            ``torch.optim.swa_utils.update_bn`` takes them. In mode "eval" it is iterated many times.
+        loader: an iterable of batches, which are tensors, or tuples or lists whose first element is one, as for
+            ``torch.optim.swa_utils.update_bn``. In mode "eval" it is iterated many times.
         model: any module. It is called with the tensor alone.
-        device: where to move the tensor first; None leaves it.
+        device: where to move the tensor first; None leaves it where it is.
         mode: "train" or "eval".
-        progress: called with the loader, returns what to iterate instead: ``tqdm.tqdm`` and ``rich.progress.track``
-            show a progress bar.
-        process_group: of torch.distributed; None stands for all ranks, if it is initialized. Every rank must call this,
-            with data of its own, and all get the statistics of all of the data. Ranks may have any number of batches,
-            but where the model itself communicates in its forward (FSDP's, or one with synchronized batch norm).
-
-    Afterwards num_batches_tracked is the number of batches (of all ranks), modes are as before, and momentum was never
-    touched. If anything raises, the statistics are as before, too.
+        progress: a function that wraps the loader, such as ``tqdm.tqdm`` or ``rich.progress.track``.
+        process_group: of torch.distributed; None for all ranks, if it is initialized. Every rank has to call this with
+            its own part of the data, and gets the statistics of all the data. Ranks may have different numbers of
+            batches, unless the model's forward communicates (FSDP, synchronized batch norm).
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: a mode that is not there, an iterator in mode "eval", a lazy batch norm, a batch norm that saw one
-            value per channel in all.
-        RuntimeError: no batch norm saw any data, or ranks differ in which one they call next.
+        ValueError: the mode is unknown, the loader is an iterator in mode "eval", a batch norm is lazy, or one has seen
+            one value per channel in all.
+        RuntimeError: no batch norm has seen any data, or ranks differ in which batch norm they call next.
     """
     check_module(model, "update_bn")
     if mode not in MODES:
@@ -134,7 +134,7 @@ def update_bn(
 
 
 def _one_by_one(norms: Norms, batches: Callable[[], None], group: Any | None) -> Pools:
-    """In the order of calls, each with all those before it done. Returns the pools of all that were called."""
+    """Mode "eval": compute and store statistics in the order of calls. Returns the pools of all that were called."""
     waiting, done = dict(norms), Pools()
     while waiting:
         pools = _merged(_collect(waiting, batches, only_first=True), group)
@@ -156,7 +156,7 @@ def _is_counted(module: nn.Module) -> bool:
 
 
 def _collect(norms: Norms, batches: Callable[[], None], only_first: bool = False) -> Pools:
-    """Pools of the inputs of norms, by name; only_first: of the one that is called before the others."""
+    """Run the batches and pool the inputs of norms. only_first: of the one that is called first, alone."""
     pools = {name: _Pool(m.num_features, m.running_mean.device) for name, m in norms.items()}
     first: list[str] = []
 
@@ -170,7 +170,7 @@ def _collect(norms: Norms, batches: Callable[[], None], only_first: bool = False
         else:
             pools[name].see(args[0] if args else kwargs["input"])
 
-    # a fused forward gives way to the model's own where a batch norm has hooks
+    # Where a batch norm has hooks, the model's own forward runs, not the fused one.
     handles = [m.register_forward_pre_hook(functools.partial(see, name), with_kwargs=True) for name, m in norms.items()]
     try:
         batches()
@@ -190,7 +190,7 @@ def _run(
 
 
 def _merged(pools: Pools, group: Any | None) -> Pools:
-    """The pools of all ranks, merged in the order of ranks, by one collective: the same bits everywhere."""
+    """Merge the pools of all ranks in the order of ranks, with one collective: the same bits on every rank."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return pools
     device = next(iter(pools.values())).mean.device
@@ -244,5 +244,5 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code may not look for hooks. Who has not imported torch._dynamo has compiled nothing."""
+    """Compiled code does not call hooks, so it runs eagerly. Without torch._dynamo imported nothing is compiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

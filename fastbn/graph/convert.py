@@ -1,7 +1,4 @@
-"""Swap the batch norms of a model for fastbn's, and back.
-
-Modules flow in; the same modules flow out, with other classes.
-"""
+"""Replace the batch norms of a model by fastbn's and back, or freeze them, by changing the classes of the modules."""
 
 from typing import Any
 
@@ -31,36 +28,38 @@ _FROZEN: dict[type, type] = {
 
 
 def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool | None = None) -> torch.nn.Module:
-    """Turn every ``torch.nn.BatchNorm1d/2d/3d`` in ``module`` into fastbn's, in place.
+    """Convert every ``torch.nn.BatchNorm1d/2d/3d`` in ``module`` to fastbn's, in place.
 
-    Parameters and buffers stay the same objects (optimizers keep working), and so do hooks, training mode,
-    extra attributes, and the modules themselves: a batch norm used in two places stays one module. Calling it
-    again changes nothing. To keep the original, convert ``copy.deepcopy(module)``.
+    Parameters and buffers stay the same objects (optimizers keep working), and so do hooks, training mode, extra
+    attributes, and the modules themselves: a batch norm used in two places stays one module. Converting again changes
+    nothing. To keep the original, convert ``copy.deepcopy(module)``.
 
-    Only the exact classes are swapped. Subclasses of them may override anything, so they are left alone:
-    other people's, a lazy batch norm that has not seen its first batch, and a batch norm
-    with a parametrization (torch gives each of these a class of its own; convert first, then parametrize).
-    ``torch.nn.SyncBatchNorm`` stays too, unless ``sync`` is given: with True it becomes ``fastbn.SyncBatchNorm``, with
-    the same process group; with False synchronized batch norms, torch's and fastbn's, become those of one process, for
-    fine-tuning or deployment. Which of ``BatchNorm1d/2d/3d`` (or ``BatchNormAct1d/2d/3d``) follows from the class that
-    ``fastbn.SyncBatchNorm.convert_sync_batchnorm`` has swapped; where it did not, from the module that is registered
-    before: 1d after a linear layer or a Conv1d, 3d after a Conv3d, otherwise 2d. What is not synchronized becomes so by
-    ``convert_sync_batchnorm`` alone.
+    Only the exact classes are converted. Subclasses may override anything, so they are left as they are: classes of
+    other libraries, a lazy batch norm before its first batch, and a batch norm with a parametrization (torch gives it a
+    class of its own; convert first, then parametrize).
 
-    With ``fuse`` true, batch norms also take in the activations and residual adds that follow them: batch norm ->
-    activation, -> add -> activation, and -> add, written with modules, functions, methods or operators. A module that
-    contains batch norms captures its operations by Dynamo when it is first called (one to three seconds for a network,
-    once for each mode, dtype or layout), as ``torch.compile(module, backend="fastbn_eager")`` does, and runs them with
-    fused batch norms from then on, for as long as everything that its Python code looked at is as it was; otherwise it
-    captures them again. No compiler runs. ``print(fastbn.report(model))`` tells after the first call what was fused,
-    and why the rest was not. The tree, its classes (as isinstance sees them), the keys of state_dict, hooks, copies and
-    pickles stay as they were. Under torch.compile, torch.export, torch.jit.trace, torch.fx and torch.func the module's
-    own forward runs; ``torch.compile(model, backend="fastbn")`` fuses there.
+    Synchronized batch norms are converted only if ``sync`` is given. With True, ``torch.nn.SyncBatchNorm`` becomes
+    ``fastbn.SyncBatchNorm`` with the same process group. With False, synchronized batch norms of torch and of fastbn
+    become local ones, for fine-tuning or deployment: of the class that
+    ``fastbn.SyncBatchNorm.convert_sync_batchnorm`` has converted, or else according to the module that is registered
+    before them, 1d after a linear layer or a Conv1d, 3d after a Conv3d, otherwise 2d. To make local batch norms
+    synchronized, use ``convert_sync_batchnorm``.
+
+    With ``fuse`` true, batch norms also compute the activations and residual adds that follow them: batch norm ->
+    activation, -> add -> activation, and -> add, written with modules, functions, methods or operators. When a module
+    that contains batch norms is first called, Dynamo captures its operations (one to three seconds for a network, once
+    for each mode, dtype or layout), as ``torch.compile(module, backend="fastbn_eager")`` does. From then on they run
+    with fused batch norms. Dynamo guards everything that the module's Python code has read; where it has changed, the
+    operations are captured again. No compiler runs. After the first call, ``print(fastbn.report(model))`` shows what
+    was fused, and why the rest was not. The module tree, its classes (for isinstance), the keys of state_dict, hooks,
+    copies and pickles do not change. Under torch.compile, torch.export, torch.jit.trace, torch.fx and torch.func the
+    module's own forward runs; ``torch.compile(model, backend="fastbn")`` fuses there.
 
     Args:
         module: any module; it may be a batch norm itself.
         fuse: also fuse the activations and residual adds that follow.
-        sync: True swaps ``torch.nn.SyncBatchNorm`` too, False makes synchronized batch norms local, None leaves them.
+        sync: True converts ``torch.nn.SyncBatchNorm`` too, False makes synchronized batch norms local, None does
+            neither.
 
     Returns:
         ``module``.
@@ -78,7 +77,7 @@ def convert(module: torch.nn.Module, *, fuse: bool = False, sync: bool | None = 
 
 
 def _report(root: torch.nn.Module, refused: dict[torch.nn.Module, str]) -> Report:
-    """What is known before the first call; `fastbn.report` adds what the capture of a forward has found."""
+    """The report before the first call; `fastbn.report` adds the results of captures."""
     made = Report(swapped=[name for name, bn in root.named_modules() if type(bn) in _TO_TORCH])
     for owner, why in refused.items():
         inside = set(owner.modules())
@@ -87,12 +86,18 @@ def _report(root: torch.nn.Module, refused: dict[torch.nn.Module, str]) -> Repor
 
 
 def revert(module: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`convert`, in place: every fastbn batch norm becomes torch's again, and every forward its class's.
+    """Undo :func:`convert`, in place: fastbn's batch norms become torch's again, and nothing is fused.
 
     For tools that look for the exact classes of ``torch.nn``, such as exporters and quantizers. A
-    ``fastbn.SyncBatchNorm`` becomes the ``torch.nn.BatchNorm1d/2d/3d`` that ``convert_sync_batchnorm`` made it of; one
-    that was ``torch.nn.SyncBatchNorm``, or was made as it is, becomes that. For a model of one process, call
+    ``fastbn.SyncBatchNorm`` that ``convert_sync_batchnorm`` has made of a ``torch.nn.BatchNorm1d/2d/3d`` becomes that
+    class again; any other becomes ``torch.nn.SyncBatchNorm``. For a model of one process, call
     ``convert(module, sync=False)`` first.
+
+    Args:
+        module: any module; it may be a batch norm itself.
+
+    Returns:
+        ``module``.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
@@ -107,10 +112,9 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _reclass(module: torch.nn.Module, classes: dict[type, type]) -> torch.nn.Module:
-    # Changing the class of a module in place is how torch itself ends the life of a lazy module and begins
-    # that of a parametrized one. A new module that takes over the old one's __dict__ would lose what points
-    # to the old one from outside: the hooks that keep a weak reference to their module, aliases in plain
-    # lists, a bound forward. It holds because fastbn's classes keep no state that torch's do not.
+    # Assigning to __class__ is how torch itself initializes lazy modules and parametrizes. A new module with the old
+    # one's __dict__ would break references to the old one: hooks with a weak reference to their module, aliases in
+    # lists, a bound forward. It is possible because fastbn's classes have no state that torch's do not have.
     for child in module.modules():
         if (target := classes.get(type(child))) is not None:
             child.__class__ = target
@@ -118,10 +122,10 @@ def _reclass(module: torch.nn.Module, classes: dict[type, type]) -> torch.nn.Mod
 
 
 def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
-    """Turn every ``BatchNorm1d/2d/3d`` in ``module``, torch.nn's or fastbn's, into a FrozenBatchNorm, in place.
+    """Convert every ``BatchNorm1d/2d/3d`` in ``module``, torch.nn's or fastbn's, to a FrozenBatchNorm, in place.
 
-    Modules stay the same objects, and so do their tensors. For good: num_batches_tracked is gone. Subclasses are left
-    alone, and what ``convert(fuse=True)`` fused is undone.
+    Modules and their tensors stay the same objects. It cannot be undone, because num_batches_tracked is deleted.
+    Subclasses are not converted, and what ``convert(fuse=True)`` has fused runs unfused.
 
     Args:
         module: any module; it may be a batch norm itself.
@@ -132,8 +136,8 @@ def freeze(module: nn.Module, *, trainable: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
-        ValueError: a batch norm has no running statistics, or weight or bias are not its own (pruned), so that they
-            cannot become buffers. Then nothing is changed.
+        ValueError: a batch norm has no running statistics, or its weight or bias is not a parameter (as after pruning)
+            and cannot become a buffer. Nothing is changed then.
     """
     check_module(module, "freeze")
     found = {name: m for name, m in module.named_modules() if type(m) in _FROZEN}

@@ -1,7 +1,7 @@
-"""Which tensors a node of a Dynamo graph writes, and which nodes share memory.
+"""Which storages a node of a Dynamo graph writes to, and which nodes share a storage.
 
-Dynamo propagates fake tensors through the graph it captures (`node.meta["example_value"]`). Views and the results of
-in-place operations share the fake storage of their base, so aliasing is known without a table of view operations.
+Dynamo propagates fake tensors through the graph it captures (`node.meta["example_value"]`). Views and results of
+in-place operations share the fake storage of their base, so that no table of view operations is needed.
 """
 
 import operator
@@ -16,19 +16,19 @@ _IN_PLACE_OPERATORS = {
     operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
     operator.iconcat, operator.setitem, operator.delitem,
 }  # fmt: skip
-# Modules whose functions write to no argument, but for those that `writes` names.
+# Modules whose functions write to no argument, except those that `writes` recognizes.
 _KNOWN_MODULES = ("_operator", "operator", "math", "builtins", "torch", "torch.functional", "torch._C._nn")
 _KNOWN_PREFIXES = ("torch.nn.functional", "torch._C._special", "torch._C._fft", "torch._C._linalg")
 
 
 def fake_value(node: fx.Node) -> Tensor | None:
-    """The fake tensor that Dynamo computed for a node; None if it is no tensor or has no metadata."""
+    """The fake tensor that Dynamo computed for a node; None if the value is not a tensor or unknown."""
     value = node.meta.get("example_value", node.meta.get("val"))
     return value if isinstance(value, Tensor) else None
 
 
 def storages(*nodes: Any) -> set[int]:
-    """The fake storages behind the values of nodes; what is no node has none."""
+    """The fake storages of the values of nodes; arguments that are not nodes are skipped."""
     found = set()
     for node in nodes:
         if isinstance(node, fx.Node):
@@ -45,7 +45,7 @@ def storages(*nodes: Any) -> set[int]:
 def writes(node: fx.Node, batch_norm_buffers: Callable[[fx.Node], Iterable[Any] | None]) -> set[int] | None:
     """The storages that a node may write to; None where that is unknown, or where it changes a global mode.
 
-    batch_norm_buffers: the running statistics that a node updates if it is a batch norm, None if it is not one.
+    batch_norm_buffers: node -> the running statistics that it updates if it is a batch norm, None if it is not.
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return set()

@@ -1,4 +1,4 @@
-"""In: a model in eval mode. Out: the same, its batch norms multiplied into the convolutions or linear layers before.
+"""Fold batch norms, in eval mode, into the convolutions or linear layers before them.
 
 y = (W x + b - mean) * scale + bias, scale = weight / sqrt(var + eps), is W' x + b' with W' = W * scale along the output
 channels and b' = (b - mean) * scale + bias (Jacob et al. 2018, section 3.2).
@@ -19,11 +19,11 @@ from .report import Report, keep
 from .tracing import graphs, is_plain
 
 _FASTBN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-# In eval these are local, and take inputs of any dimensions.
+# In eval these do not communicate. They accept inputs of any number of dimensions.
 _SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_FASTBN, *_SYNCHRONIZED)
 
-# The batch norm that can follow, and the dimensions of the tensor between.
+# The batch norm that may follow each layer, and the number of dimensions of the tensor between them.
 _PAIRS = {
     nn.Conv1d: ("BatchNorm1d", 3), nn.ConvTranspose1d: ("BatchNorm1d", 3), nn.Linear: ("BatchNorm1d", 2),
     nn.Conv2d: ("BatchNorm2d", 4), nn.ConvTranspose2d: ("BatchNorm2d", 4),
@@ -32,12 +32,13 @@ _PAIRS = {
 
 
 class FoldedBatchNorm(nn.Identity):
-    """What stands where a batch norm was: it returns its input, and refuses what the fold is not right for."""
+    """Replaces a batch norm that was folded: returns its input, and raises where folding is not correct."""
 
     def __init__(self, into: str, dimensions: int, bn: Any) -> None:
         super().__init__()
         self.into, self.dimensions = into, dimensions
-        self.num_features, self.eps, self.momentum = bn.num_features, bn.eps, bn.momentum  # a forward may read them
+        # a model's forward may read these
+        self.num_features, self.eps, self.momentum = bn.num_features, bn.eps, bn.momentum
         self.training = False
 
     def extra_repr(self) -> str:
@@ -46,7 +47,7 @@ class FoldedBatchNorm(nn.Identity):
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError(f"this batch norm was folded into {self.into} for inference and cannot be trained")
-        if input.dim() != self.dimensions:  # the channels of other inputs are not those of the layer before
+        if input.dim() != self.dimensions:  # dimension 1 would not be the layer's output channels
             raise ValueError(f"this batch norm was folded into {self.into} for {self.dimensions}D, not {input.dim()}D")
         return input
 
@@ -54,15 +55,20 @@ class FoldedBatchNorm(nn.Identity):
 def fold(module: nn.Module) -> nn.Module:
     """Fold batch norms into the convolution or linear layer before them, in place, for inference.
 
-    For torch.nn's and fastbn's batch norms, synchronized ones too, before or after :func:`convert`, fused or not; what
-    follows them (an activation, an add) stays. Weights are computed in float64 and are new parameters of the layer's
-    dtype; the batch norm is replaced by a module that returns its input, so its keys leave the state_dict. `revert`
-    does not undo this: to keep the original, fold ``copy.deepcopy(module)``. ``print(fastbn.report(module))`` tells
-    what was folded, and why the rest was not: a batch norm is folded only if torch.fx traces the forward that calls it,
-    the layer's output goes nowhere else, and neither is shared, hooked, parametrized or used in another way. The
-    forward is looked at with the arguments that its callers give it, or its defaults, its inputs taken for tensors, and
-    as its attributes are now. A layer that an untraceable forward of an outer module takes from within an inner one, or
-    that a method other than forward calls, is not seen.
+    It folds torch.nn's and fastbn's batch norms, synchronized ones too, before or after :func:`convert`, fused or not.
+    An activation or an add that follows stays. New weights are computed in float64 and stored as new parameters in the
+    layer's dtype. The batch norm is replaced by a module that returns its input, so that its keys leave the
+    state_dict. `revert` does not undo this: to keep the original, fold ``copy.deepcopy(module)``.
+
+    A batch norm is folded only if torch.fx can trace the forward that calls it, nothing else uses the layer's output,
+    and neither of the two is shared, hooked, parametrized or used in another way. ``print(fastbn.report(module))``
+    shows what was folded, and why the rest was not. Forwards are traced with the arguments that their callers pass, or
+    their defaults, and with the present values of attributes; inputs are assumed to be tensors. Uses that tracing
+    cannot see are not considered: a layer of an inner module that an untraceable forward of an outer one calls, or
+    that is called by a method other than forward.
+
+    Args:
+        module: any module in eval mode.
 
     Returns:
         ``module``.
@@ -70,7 +76,7 @@ def fold(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
         ValueError: it is in training mode.
-        RuntimeError: the memory of a batch norm or of such a layer was freed. Then nothing is changed.
+        RuntimeError: the memory of a batch norm or of such a layer was freed. Nothing is changed then.
     """
     check_module(module, "fold")
     if module.training:
@@ -106,7 +112,7 @@ def fold(module: nn.Module) -> nn.Module:
 
 
 class _Model:
-    """A model's forwards, and who uses what how often."""
+    """The traced forwards of a model, and how often each module and parameter is used."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -122,7 +128,7 @@ class _Model:
         return getattr(self.modules.get(path), name, None)
 
     def batch_norms(self) -> Iterator[fx.Node]:
-        """The calls of batch norms, each batch norm once."""
+        """The first call of each batch norm."""
         seen = set()
         for graph in self.graphs:
             for node in graph.nodes:
@@ -177,7 +183,7 @@ def _name_of(node: fx.Node) -> str:
 
 @torch.no_grad()
 def _fold_into(layer: Any, bn: Any) -> str | None:
-    """Give the layer its new weights; or say why not, and leave it as it was."""
+    """Give the layer its new weights. Returns why not, if that is not possible; the layer is unchanged then."""
     weight, bias = layer.weight, layer.bias
     if not weight.is_floating_point() or weight.is_meta:
         return f"its layer has {weight.dtype} weights on {weight.device}"
@@ -190,7 +196,7 @@ def _fold_into(layer: Any, bn: Any) -> str | None:
         scale = scale * bn.weight.double()
     shift = -bn.running_mean.double() if bias is None else bias.double() - bn.running_mean.double()
     shift = shift * scale if bn.bias is None else shift * scale + bn.bias.double()
-    if transposed:  # (in, out / groups, ...): group g of the inputs makes group g of the outputs
+    if transposed:  # the weight is (in, out / groups, ...): input group g computes output group g
         groups = layer.groups
         wide = weight.double().unflatten(0, (groups, -1))
         wide = wide * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))

@@ -97,7 +97,7 @@ def _objection(cls: type) -> str | None:
 
 @functools.cache
 def _fused_class(cls: type[Any]) -> type[Any]:
-    """A subclass that cannot be told from cls, but for its calls, and whose pickles do not name it."""
+    """A subclass of cls that differs in its calls alone, and that pickles do not refer to."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_compiling() or _is_observed(self):
@@ -120,10 +120,11 @@ def _fused_class(cls: type[Any]) -> type[Any]:
 
 
 def _remake(cls: type[nn.Module], *args: Any) -> nn.Module:
-    """What a pickle of a fused module begins with: an instance of its own class, which its state makes a fused one.
+    """Create the instance for a pickle of a fused module: of the original class; setting its state makes it fused.
 
-    Fused classes have no names to be found by. torch.load(weights_only=True) gives a state only to instances of classes
-    that it was told of, and to those by the ``__setstate__`` that they have, be it their own.
+    Pickles cannot refer to fused classes, because no module (in Python's sense) contains them. The instance has a
+    ``__setstate__`` of its own, because torch.load(weights_only=True) sets the state by this method, for instances of
+    allowed classes.
     """
     module: nn.Module = copyreg.__newobj__(cls, *args)  # type: ignore[attr-defined]
     module.__dict__["__setstate__"] = functools.partial(_restore, module)
@@ -138,8 +139,8 @@ def _restore(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether somebody watches the operations of this call one by one, or compiles the module (module.compile()), or it
-    is one of DataParallel's replicas, which live for one call."""
+    """Whether to run the module's own forward: something records or intercepts the operations of this call, the module
+    is compiled (module.compile()), or it is a replica of DataParallel, which lives for one call."""
     return (
         module._compiled_call_impl is not None
         or _C.is_watched()

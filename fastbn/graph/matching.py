@@ -1,8 +1,7 @@
-"""Batch norm with the residual add and the activation that follow it, found in a graph that Dynamo captured.
+"""Pattern matcher: finds batch norms with the residual add and the activation that follow, in a graph of Dynamo.
 
-In such a graph everything is a function of tensors: modules are inlined, parameters and buffers are placeholders, and
-every node carries the fake tensor of its value. A match is replaced by one call of `fused_batch_norm`, which
-takes the activation and the residual as arguments.
+In such a graph modules are inlined, parameters and buffers are placeholders, and every node has the fake tensor of its
+value. A match is replaced by one call of `fused_batch_norm`, with the activation and the residual as arguments.
 """
 
 import inspect
@@ -21,7 +20,7 @@ from ..autograd import batch_norm
 from ..checkpointing import is_repeated
 from .effects import between, fake_value, storages, writes
 
-# The activation of a function or tensor method, and the parameters after its input.
+# function or tensor method -> the activation, and the names of the parameters after its input.
 _PLAIN, _IN_PLACE = (), ("inplace",)
 _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.relu: ("relu", _IN_PLACE), torch.relu: ("relu", _PLAIN), torch.relu_: ("relu", _PLAIN),
@@ -35,7 +34,7 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.tanh: ("tanh", _PLAIN), torch.tanh: ("tanh", _PLAIN), torch.tanh_: ("tanh", _PLAIN),
     "tanh": ("tanh", _PLAIN), "tanh_": ("tanh", _PLAIN),
 }  # fmt: skip
-# Activations whose backward pass reads a bit mask instead of the residual.
+# Activations whose backward pass reads a bit mask, not the residual.
 _MASKED = ("relu", "leaky_relu", "relu6")
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SIGNATURE = inspect.signature(batch_norm)
@@ -52,8 +51,7 @@ def fused_batch_norm(
     training: bool,
     *rest: Any,
 ) -> Tensor:
-    """`fastbn.autograd.batch_norm`, as a captured graph calls it: whether this forward pass is a repetition
-    (`fastbn.update_stats_once`) is asked when the graph runs."""
+    """`fastbn.autograd.batch_norm` for captured graphs: checks `fastbn.update_stats_once` when the graph runs."""
     if training and is_repeated():
         running_mean = running_var = num_batches_tracked = None
     return batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, training, *rest)
@@ -64,7 +62,7 @@ _OTHER_OPERAND = "the sum it goes into is fused with the batch norm of the other
 
 
 def call_of(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments of a batch norm's node by the names that `fastbn.autograd.batch_norm` gives them, or None."""
+    """The arguments of a batch norm by the parameter names of `fastbn.autograd.batch_norm`; None for other nodes."""
     if node.op != "call_function" or node.target not in _SIGNATURES:
         return None
     bound = _SIGNATURES[node.target].bind(*node.args, **node.kwargs)
@@ -74,7 +72,7 @@ def call_of(node: fx.Node) -> dict[str, Any] | None:
 
 
 def _buffers(node: fx.Node) -> tuple[Any, ...] | None:
-    """The running statistics and the counter that a node updates; None if it is no batch norm."""
+    """The running statistics and the counter that a batch norm updates; None for other nodes."""
     call = call_of(node)
     if call is None:
         return None
@@ -84,9 +82,10 @@ def _buffers(node: fx.Node) -> tuple[Any, ...] | None:
 
 @dataclass
 class Match:
-    """A batch norm and what follows it, as nodes of one graph.
+    """A batch norm with the nodes that are fused into it.
 
-    early: whether the fused call takes the batch norm's place in the order of nodes, instead of the add's.
+    Attributes:
+        early: the fused call is inserted at the batch norm, not at the add.
     """
 
     bn: fx.Node
@@ -104,9 +103,9 @@ class Match:
 
 
 def find(graph: fx.Graph) -> list[tuple[fx.Node, Match | str]]:
-    """Every batch norm of the graph in its order, with the Match that it begins or the reason why there is none.
+    """Every batch norm of the graph in order, with its Match or the reason why there is none.
 
-    A batch norm that fastbn's kernels cannot compute as it is called is not listed.
+    Batch norms with arguments that fastbn's kernels do not support are left out.
     """
     found: list[tuple[fx.Node, Match | str]] = []
     taken: set[fx.Node] = set()
@@ -142,9 +141,7 @@ def _follow(bn: fx.Node, order: dict[fx.Node, int], taken: set[fx.Node]) -> Matc
     if isinstance(user, str):
         return user
     if (act := _activation(user, bn)) is not None:
-        return (
-            Match(bn, None, user, *act) if _same_modes(bn, user) else "the autograd or autocast mode changes behind it"
-        )
+        return Match(bn, None, user, *act) if _same_modes(bn, user) else _OTHER_MODE
     if user in taken:
         return _OTHER_OPERAND
     if not _is_addition(user):
@@ -200,7 +197,7 @@ def _is_addition(node: fx.Node) -> bool:
 
 
 def _objection_to_residual(bn: fx.Node, add: fx.Node, residual: Any, order: dict[fx.Node, int]) -> str | None:
-    """Why the other operand of an add cannot be batch norm's residual argument, or None."""
+    """Why the other operand of an add cannot be passed as the residual; None if it can."""
     if not isinstance(residual, fx.Node) or residual is bn:
         return "added to itself or to a number"
     z, other, total = fake_value(bn), fake_value(residual), fake_value(add)
@@ -225,15 +222,17 @@ def _same_numbers(a: Any, b: Any) -> bool:
 
 
 def _same_modes(start: fx.Node, end: fx.Node) -> bool:
-    """Whether no node between the two sets an autograd or autocast mode: Dynamo records those as private functions."""
+    """Whether no node between the two changes an autograd or autocast mode; such nodes call private functions."""
     return not any(
         n.op == "call_function" and getattr(n.target, "__name__", "").startswith("_") for n in between(start, end)
     )
 
 
 def _is_written_later(residual: fx.Node, add: fx.Node) -> bool:
-    """Whether the residual may be changed after the add, which reads it for the last time; the fused operation keeps it
-    for its backward pass, to compute the activation's input again."""
+    """Whether the residual may be written to after the add.
+
+    The fused operation saves it for backward, where it recomputes the input of the activation; the add does not.
+    """
     mine, node = storages(residual), add.next
     while node.op != "output":
         written = writes(node, _buffers)
@@ -249,8 +248,10 @@ def _is_written(tensor: fx.Node, start: fx.Node, end: fx.Node) -> bool:
 
 
 def _objection_to_moving(bn: fx.Node, call: dict[str, Any], add: fx.Node) -> str | None:
-    """Why batch norm cannot run where the add is, or None: what lies between must not change what it reads, nor read or
-    change its statistics."""
+    """Why batch norm cannot be moved to the add; None if it can.
+
+    Nodes between the two must not write to its operands, nor read or write its running statistics.
+    """
     state = storages(call["running_mean"], call["running_var"], call["num_batches_tracked"])
     operands = storages(call["input"], call["weight"], call["bias"]) | state
     for node in between(bn, add):
@@ -263,7 +264,7 @@ def _objection_to_moving(bn: fx.Node, call: dict[str, Any], add: fx.Node) -> str
 
 
 def describe(node: fx.Node) -> str:
-    """A node in words, for a report: the module that made it, or its function."""
+    """A node for a report: the module that called it, or the name of its function."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "placeholder":
@@ -274,7 +275,7 @@ def describe(node: fx.Node) -> str:
 
 
 def module_name(source: str) -> str:
-    """The name in named_modules of what Dynamo calls L['self'].layer1[0].bn, L['fn'].0.bn or the like."""
+    """The name in named_modules of a module that Dynamo names L['self'].layer1[0].bn, L['fn'].0.bn or similarly."""
     path = source.partition("]")[2] if source.startswith("L[") else source
     for old, new in (("._modules['", "."), (".__dict__['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
@@ -282,10 +283,10 @@ def module_name(source: str) -> str:
 
 
 def replace(graph: fx.Graph, found: list[tuple[fx.Node, Match | str]]) -> None:
-    """Put one call of `fused_batch_norm` in the place of each match, and of each torch batch norm without one.
+    """Replace each match, and each torch batch norm without one, by a call of `fused_batch_norm`.
 
-    The graph is valid afterwards (`graph.lint`), in whatever order matches use each other's results: operands are read
-    from the nodes as they are when a match is replaced.
+    Matches may use each other's results, in any order: operands are read from the graph when a match is replaced. The
+    graph is checked afterwards (`graph.lint`).
     """
     for node, result in found:
         match = result if isinstance(result, Match) else Match(node)

@@ -54,7 +54,8 @@ def max_pool2d(
 ) -> Any:
     """torch.nn.functional.max_pool2d."""
     if input.dim() != 4:
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        pool: Any = F.max_pool2d  # whose annotations allow fewer sequences than it does
+        return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     output, indices = torch.ops.fastbn.max_pool2d(
         input, *(_pair(value) for value in (kernel_size, stride or kernel_size, padding, dilation)), ceil_mode
     )

@@ -1,4 +1,4 @@
-"""What convert, fold and the backends of torch.compile did to each batch norm of a model, as something to read."""
+"""What convert, fold and the backends of torch.compile have done to each batch norm of a model."""
 
 import copy
 from dataclasses import dataclass, field
@@ -14,12 +14,14 @@ _ATTRIBUTE = "_fastbn_report"
 
 @dataclass
 class Report:
-    """What became of a model's batch norms, by their names in it.
+    """What was done to the batch norms of a model; print it for a table.
 
-    swapped: names of those that are fastbn's now.
-    fused: name -> "batch_norm + add + relu", with "(training only)" or "(eval only)" where that is so.
-    folded: name -> name of the convolution or linear layer that has taken it in.
-    left: name -> why it was not fused, or not folded.
+    Attributes:
+        swapped: the names of those that are fastbn's.
+        fused: name -> pattern, such as "batch_norm + add + relu"; "(training only)" or "(eval only)" is added where it
+            differs between the modes.
+        folded: name -> name of the convolution or linear layer that it was folded into.
+        left: name -> why it was not fused, or not folded.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -38,18 +40,21 @@ class Report:
 
 
 def report(module: nn.Module) -> Report:
-    """What became of the batch norms of this model; print it for a table.
+    """Show which batch norms of a model were converted, fused or folded, and why others were not.
 
-    That is what :func:`convert` with ``fuse=True`` and :func:`fold` did, and what was fused in the graphs that were
-    captured since, by ``convert(model, fuse=True)`` or ``torch.compile(model, backend="fastbn")``. A graph is captured
-    when the model is first called in a mode, so call it before you ask. A copy of a model has to be called itself.
+    The report has the results of :func:`convert` with ``fuse=True`` and of :func:`fold`, and those of the graphs that
+    were captured since, by ``convert(model, fuse=True)`` or ``torch.compile(model, backend="fastbn")``. A graph is
+    captured when the model is first called in a mode, so call the model first. A copy of a model has to be called too.
 
     Args:
-        module: the model, or what torch.compile made of it.
+        module: the model, or the result of torch.compile.
+
+    Returns:
+        A Report; print it for a table.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
-        ValueError: nothing is known of it.
+        ValueError: there is nothing to report.
     """
     check_module(module, "report")
     module = getattr(module, "_orig_mod", module)
@@ -75,7 +80,7 @@ _NOT_CAPTURED = "no captured forward calls it; the report is complete after the 
 
 
 def _described(results: dict[bool, tuple[str | None, str]]) -> str | None:
-    """The pattern of a batch norm, or those of its modes where they differ; None if it has none."""
+    """The pattern of a batch norm, or the patterns of both modes where they differ; None if there is none."""
     patterns = {pattern for pattern, _ in results.values()}
     if len(patterns) < 2:
         return patterns.pop() if patterns else None

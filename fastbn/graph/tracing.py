@@ -1,4 +1,4 @@
-"""The forwards of a model as torch.fx graphs of module calls, for `fastbn.fold`, which has no input to run them."""
+"""The forwards of a model as torch.fx graphs of module calls, for `fastbn.fold`, which has no example inputs."""
 
 import contextlib
 import copy
@@ -15,22 +15,25 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Untraceable(Exception):
-    """Says why, for a report."""
+    """A forward cannot be traced; the message says why, for the report."""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's forward: no hooks, no forward of its own."""
+    """Whether calling the module only calls the forward of its class: no hooks, no forward assigned to the instance."""
     state = module.__dict__
     return not any(state[h] for h in _HOOKS) and "forward" not in state and state.get("_compiled_call_impl") is None
 
 
 def graphs(root: nn.Module) -> tuple[list[fx.Graph], dict[nn.Module, str]]:
-    """Graphs in which together every traceable forward below root appears once, and why other modules were not traced.
+    """Trace every forward of root and of its submodules once.
 
-    Nodes `call_module` have the names that modules have in root. A module outside torch.nn is part of its caller's
-    graph, or has a graph of its own where the caller cannot be traced; then it is looked at with the defaults of its
-    arguments. Attributes are taken as they are now. Forwards run on a copy that shares its tensors, so that what they
-    change on their way is not changed in root.
+    The targets of call_module nodes are names of modules in root. A module outside torch.nn is traced as a part of its
+    caller's graph. Where the caller cannot be traced, it gets a graph of its own, with the defaults of its arguments.
+    Attributes have their present values. Forwards run on a copy that shares the tensors, so that attributes that they
+    assign do not change in root.
+
+    Returns:
+        The graphs, and for each module that was not traced the reason.
     """
     found: list[fx.Graph] = []
     reasons: dict[nn.Module, str] = {}
@@ -58,7 +61,7 @@ def graphs(root: nn.Module) -> tuple[list[fx.Graph], dict[nn.Module, str]]:
 
 
 def _has_graph(module: nn.Module) -> bool:
-    """Whether a module that is a single node in its caller's graph has a forward to look into."""
+    """Whether a module, called by a single node of its caller's graph, has a forward that is traced separately."""
     return type(module) is nn.Sequential or not type(module).__module__.startswith(("torch.", "fastbn."))
 
 
@@ -97,9 +100,10 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def _isinstance_of_proxies(root: nn.Module) -> Iterator[None]:
-    """Let the forwards in root take an input's stand-in for the tensor that it stands for.
+    """In the forwards of root, let isinstance say that the proxy of an input is a Tensor.
 
-    Their modules get a global name `isinstance` meanwhile, as torch.fx gives them others.
+    For this the modules (in Python's sense) that define the forwards get a global `isinstance` meanwhile, as torch.fx
+    itself patches other globals.
     """
 
     def is_instance(value: Any, kind: Any) -> bool:
