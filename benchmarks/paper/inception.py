@@ -19,10 +19,6 @@ PAPER = {
 }  # fmt: skip
 
 
-def variant(name: str) -> Variant:
-    return Variant(norm=name.startswith("BN"), activation="sigmoid" if name.endswith("Sigmoid") else "relu")
-
-
 def reached(steps: list[int], curves: list[list[float]], control: list[list[float]]) -> list[float | None]:
     """Steps to the control's best accuracy on the way, seed by seed."""
     return [steps_to(steps, curve, max(other)) for curve, other in zip(curves, control, strict=True)]
@@ -31,7 +27,8 @@ def reached(steps: list[int], curves: list[list[float]], control: list[list[floa
 def run(settings: Plan, workers: Workers) -> dict:
     """The protocols' rates, the steps of evaluations, and for each protocol and variant what seeds gave."""
     rates = {"P": PAPER_RATE, "T": rate_of_control(settings, workers)}
-    jobs = {(protocol, name): {"plan": settings.training, "variant": variant(name), "rate": multiple * rate}
+    variants = {name: Variant(name.startswith("BN"), "sigmoid" if "Sigmoid" in name else "relu") for name in MULTIPLES}
+    jobs = {(protocol, name): {"plan": settings.training, "variant": variants[name], "rate": multiple * rate}
             for protocol, rate in rates.items() for name, multiple in MULTIPLES.items()}  # fmt: skip
     found = workers.map(train, jobs, settings.seeds, SECONDS["inception"])
     protocols: dict = {protocol: {} for protocol in rates}
@@ -97,7 +94,11 @@ def words(found: dict, paper: dict) -> dict[str, str]:
             "test accuracy", "over the control", "paper: highest accuracy"]  # fmt: skip
     checks = {protocol: claims(variants) for protocol, variants in parts.items()}
     tuned = paired(parts["T"][CONTROL]["top1"], parts["P"][CONTROL]["top1"])
+    missing = {p: "; ".join(c for c, said in checks[p].items() if not said.startswith("yes")) for p in checks}
+    most = {p: max([(fewer(v, n, CONTROL) or (0, 0))[0], n] for n in list(v)[1:]) for p, v in parts.items()}
     return {
+        **{f"missing_{p}": text or "nothing" for p, text in missing.items()},
+        **{f"most_{p}": f"{times:.1f} times fewer ({name})" for p, (times, name) in most.items()},
         "table": table(head, rows),
         "claims": table(["the paper's finding", "P", "T"], [[c, checks["P"][c], checks["T"][c]] for c in checks["P"]]),
         "tuned": tuned.points() + verdict(tuned, "", " (less!)", " (which does not show)"),

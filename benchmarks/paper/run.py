@@ -6,7 +6,6 @@ Data and settings flow in, paper.json flows out, and from it alone pictures and 
 import argparse
 import importlib
 import json
-import os
 import sys
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -54,7 +53,8 @@ def run_all(settings: Plan, names: list[str], workers: Workers) -> dict:
         found = {name: threads.submit(EXPERIMENTS[name].run, settings, workers) for name in names}
         try:
             return {name: short(future.result()) for name, future in found.items()}
-        except BaseException:
+        except BaseException as error:
+            print(f"\n{error!r}: stopping when trainings under way are done; the same command goes on from there")
             workers.pool.shutdown(wait=False, cancel_futures=True)  # which ends the threads, too
             raise
 
@@ -101,7 +101,6 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             results = run_all(settings, chosen.only, workers)
         except (KeyboardInterrupt, CancelledError):
-            print("\nstopping when the trainings under way are done; the same command goes on from there")
             return 130
     spent = {"wall_s": time.monotonic() - start, "cpu_s": workers.cpu_s, "found_s": workers.found_s}
     paper = {"data": data, "environment": about, "run": {**short(spent), "jobs": chosen.jobs}, "settings": settings,
@@ -109,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen.output.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".part")
     beside.write_text(json.dumps(paper, allow_nan=False) + "\n")
-    os.replace(beside, file)  # so that a run that is stopped here does not lose the old file
+    beside.replace(file)  # so that a run that is stopped here does not lose the old file
     show(json.loads(file.read_text()), chosen.output)
     print(f"\n{clock(spent['wall_s'])} ({clock(workers.cpu_s)} of CPU time in trainings): {file.with_suffix('.md')}")
     return 0

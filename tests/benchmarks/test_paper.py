@@ -162,14 +162,18 @@ def test_a_job_that_fails_ends_the_run(tmp_path, monkeypatch):
 
 def test_a_run_that_is_stopped_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
     import run
+    import shift
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "run_all", stop)
+    monkeypatch.setattr(shift, "run", stop)
     places = ["--data", str(tmp_path / "none"), "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert run.main(["--quick", "--jobs", "1", *places]) == 130
-    assert "goes on from there" in capsys.readouterr().out
+    assert "KeyboardInterrupt(): stopping" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert run.main(["--quick", "--jobs", "1", *places]) == 0
 
 
 def test_other_seeds_give_other_numbers(first):
