@@ -1,5 +1,7 @@
-"""What the CUDA kernels cost, and whether that is what the planner counts on. In: the log of a build with `ptxas -v`,
-and the built library. Out: a table (as JSON too), a line for each broken rule, and exit status 1 if there is one.
+"""Check the registers, spills and memory accesses of the built CUDA kernels against the planner's assumptions.
+
+Reads the log of a build with `ptxas -v` and the built library. Prints a table and a line for each broken rule, and
+exits with status 1 if there is one.
 
 Rules, for each kernel and architecture:
 1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic; ten registers at

@@ -1,5 +1,4 @@
-"""What every test shares: the backend under test, markers, seeds, and thread counts that are put back.
-In: pytest's hooks and its option --backend. Out: the fixtures `backend`, `device`, `threads`, a fixed random state."""
+"""The option --backend, markers, and the fixtures `backend`, `device`, `threads` and fixed seeds."""
 
 import os
 import random

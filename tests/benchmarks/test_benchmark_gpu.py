@@ -1,5 +1,4 @@
-"""The benchmark of GPUs, where there is none. In: small cases, and a stand-in for the GPU that calls batches instead of
-capturing them. Out: records of every pass, and the tables made of them."""
+"""The benchmark for GPUs, tested on a machine without one: a stand-in for the GPU runs batches of calls directly."""
 
 import argparse
 import copy

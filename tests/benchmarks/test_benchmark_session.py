@@ -1,5 +1,4 @@
-"""Runs of the benchmark: files that are written, stopped, resumed and compared, and the report made of them. In: units
-of work that succeed, raise and are interrupted, and made-up records. Out: files, and what is printed."""
+"""Benchmark runs: results that are written, interrupted, resumed and compared, and the reports made from them."""
 
 import importlib.util
 import io

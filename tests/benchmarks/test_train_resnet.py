@@ -1,5 +1,4 @@
-"""benchmarks/train_resnet.py: its data, and short trainings in one process and in two.
-In: made-up images, and tiny files as CIFAR-10 has them. Out: losses that fall and agree, or errors in words."""
+"""benchmarks/train_resnet.py: its data, and short trainings in one process and in two."""
 
 import io
 import os

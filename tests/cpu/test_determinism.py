@@ -1,5 +1,4 @@
-"""Same bits on every run and thread count; every instruction set that the machine has passes parity.
-In: tensors large enough to be split among threads. Out: equal bits; children with another capability."""
+"""The same bits in every run and with any number of threads; each instruction set passes a part of the parity tests."""
 
 import os
 import subprocess

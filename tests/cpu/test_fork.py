@@ -1,5 +1,4 @@
-"""In: processes that fork while other threads, or they themselves, have used fastbn. Out: children that can use it, or
-are told that they cannot; none that waits for ever."""
+"""A process forks after it has used fastbn, or while other threads use it: children do not deadlock."""
 
 import os
 import subprocess

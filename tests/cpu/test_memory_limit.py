@@ -1,5 +1,4 @@
-"""In: files that say how much memory a process may use, in a folder that stands for the root. Out: the least of them,
-as the page cache takes it for its bound."""
+"""The limit of memory that the page cache reads from /proc and cgroups, from such files in a temporary folder."""
 
 import os
 import subprocess

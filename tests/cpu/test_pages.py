@@ -1,5 +1,4 @@
-"""In: the limit for freed outputs that are kept. Out: outputs live in memory that is used again, also by those of about
-their size, or that is given back at once where the limit is zero."""
+"""The page cache: memory of freed outputs is used again for outputs of about the same size, within the limit."""
 
 import os
 import subprocess

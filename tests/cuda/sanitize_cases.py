@@ -1,5 +1,6 @@
-"""A few small batch norms that together reach every CUDA kernel, for compute-sanitizer to watch. In: nothing. Out: the
-plan of each case, and exit status 1 if a result is wrong.
+"""A few small batch norms that together run every CUDA kernel, for compute-sanitizer.
+
+Prints the plan of each case, and exits with status 1 if a result is wrong.
 
 Usage: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python sanitize_cases.py
 (without torch's cache of memory each tensor is an allocation of its own, with ends that are watched). Tensors are made

@@ -1,4 +1,4 @@
-"""torch.compile(backend="fastbn") on a GPU. In: a GPU, and pytest's --backend cuda. Out: what torch's modules give."""
+"""torch.compile(backend="fastbn") on a GPU, compared with torch's modules."""
 
 import copy
 

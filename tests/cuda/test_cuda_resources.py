@@ -1,5 +1,4 @@
-"""The reader of ptxas and of SASS, and the rules. In: samples of what the tools print. Out: what was read of them, and
-a broken rule each. `make cuda-build` applies the rules to the kernels themselves."""
+"""check_resources.py: it parses what ptxas and cuobjdump print, and finds each rule broken in made-up samples."""
 
 import dataclasses
 

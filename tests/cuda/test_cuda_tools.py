@@ -1,5 +1,4 @@
-"""What is put around whole models on GPUs: graphed callables, compiled graphs, streams and devices.
-In: a GPU, and pytest's --backend cuda. Out: the results of plain calls, statistics included."""
+"""Whole models on GPUs: graphed callables, compiled graphs, streams, devices; compared with plain calls."""
 
 import copy
 

@@ -1,7 +1,7 @@
-"""The kernels executed from the PTX that nvcc makes of them: right by float64, and what g++ makes of them.
+"""The CUDA kernels executed from the PTX that nvcc generates, compared with float64 and with what g++ generates.
 
-In: csrc/cuda and nvcc. With `nvcc -fmad=false` the results are those of the C++ kernels in the emulator, bit by bit, so
-nvcc, g++, the translator and the machine agree in every operation; with nvcc's defaults only contraction differs."""
+With `nvcc -fmad=false` the results equal those of the C++ kernels in the emulator bit by bit: nvcc, g++, the translator
+and the emulator agree in every operation. With nvcc's defaults only contraction to fused operations differs."""
 
 import itertools
 

@@ -1,5 +1,4 @@
-"""The planner of the CUDA kernels, a pure function, for GPUs that need not be there.
-In: sizes, dtypes, layouts, numbers of GPUs. Out: plans that cover every element once and fit the GPU, or errors."""
+"""The planner of the CUDA kernels, for GPUs that are not there: plans cover every element once and fit the GPU."""
 
 import math
 

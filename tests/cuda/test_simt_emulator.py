@@ -1,5 +1,4 @@
-"""The emulator of tests/simt notices what is wrong with a kernel, and nothing where nothing is.
-In: tests/simt/misuse.cu, a program of small mistakes. Out: each is reported, by the build that has to see it."""
+"""The emulator of tests/simt reports each mistake in tests/simt/misuse.cu, and nothing in a correct kernel."""
 
 import pytest
 from simt.build import HERE, build, run

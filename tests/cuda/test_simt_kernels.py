@@ -1,6 +1,6 @@
-"""The CUDA kernels, executed on the CPU by tests/simt/driver.cpp, without torch.
-In: csrc/cuda. Out: they give what a float64 reference gives, under schedules and sanitizers; and with a defect planted
-in a copy of them the same driver fails, which is how it is known to look."""
+"""The CUDA kernels, executed on the CPU by tests/simt/driver.cpp without torch, under schedules and sanitizers.
+
+The driver compares with float64. It also has to fail for each defect that is planted in a copy of the kernels."""
 
 import shutil
 from dataclasses import dataclass

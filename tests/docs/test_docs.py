@@ -1,7 +1,7 @@
-"""README and docs/: every block of Python runs and prints what stands below it; every link leads to what it names.
+"""README and docs/: every block of Python runs and prints the text below it, and every link leads to what it names.
 
-In: pages in Markdown. Out: none of them promises what is not there. A page's blocks run in their order in one
-namespace, which is empty at its begin; README's each have what names_that_blocks_use gives.
+The blocks of a page run in order, in one namespace that is empty at first. The blocks of README are separate, and each
+has the names that names_that_blocks_use gives.
 """
 
 import contextlib

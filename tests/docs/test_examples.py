@@ -1,5 +1,4 @@
-"""The examples in docstrings are executed; test_docs.py does it for README and docs/.
-In: docstrings with >>>. Out: none of them fails."""
+"""The examples in docstrings run. (test_docs.py runs those of README and docs/.)"""
 
 import doctest
 import importlib

@@ -1,5 +1,4 @@
-"""PITFALLS.md, "Types and arguments": what is accepted, and that what is not raises torch's own error.
-In: calls with one thing wrong. Out: the same exception type and message as torch, from the same call."""
+"""Arguments: what torch accepts is accepted, and anything else raises torch's exception with its message."""
 
 import pytest
 import torch

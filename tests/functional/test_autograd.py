@@ -1,5 +1,4 @@
-"""PITFALLS.md, "Autograd": three orders, forward mode, batched gradients, and what may change when.
-In: small double tensors. Out: gradcheck's verdict, and a composition of torch operations as the reference."""
+"""Derivatives up to third order, forward mode, batched gradients, and what may be changed before backward."""
 
 import itertools
 

@@ -1,5 +1,4 @@
-"""Tensors of several devices in one call, devices without kernels, and what explain() says of each device.
-In: calls with a tensor elsewhere. Out: an exception that names the tensor and both devices; plans that add up."""
+"""Tensors on several devices in one call, devices without kernels, and what explain() shows for each device."""
 
 import dataclasses
 

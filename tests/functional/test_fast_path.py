@@ -1,5 +1,4 @@
-"""Which calls take the short way, one call of the extension with its autograd node in C++, and which do not.
-In: tensors of every kind. Out: whether fastbn._C.batch_norm took them, and that nothing changed if it did not."""
+"""Which calls take the fast path, one call of the extension with its autograd node in C++, and which the slow path."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
-"""Tensors whose memory was freed (as FSDP and offloading do between uses), or is too small for their sizes, are a
-RuntimeError that names the argument, in every function; torch's own pointwise operations end the process.
-In: calls with one such tensor, in a child process. Out: what each of them raised."""
+"""Tensors whose memory was freed (FSDP and offloading do this between uses) or is too small for their sizes.
+
+Every function has to raise a RuntimeError that names the argument; torch's own pointwise operations crash. Each group
+runs in a child process."""
 
 import os
 import subprocess

@@ -1,5 +1,4 @@
-"""PITFALLS.md, "Layouts": strides of results, mixtures of x and dy, and memory that must not be shared.
-In: every layout of inputs.py. Out: torch's strides, and the contiguous computation's numbers."""
+"""Memory layouts: strides of results, x and dy in different layouts, and outputs that share no memory with inputs."""
 
 import itertools
 

@@ -1,5 +1,4 @@
-"""PITFALLS.md, "Numerics": values that break naive formulas, and what must hold for each.
-In: hand-made values. Out: exact answers where there is one, float64 and torch where there is not."""
+"""Values for which naive formulas fail, judged by exact answers where there is one, else by float64 and torch."""
 
 import timeit
 

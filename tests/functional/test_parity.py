@@ -1,5 +1,4 @@
-"""Forward, backward and statistics against the float64 oracle, over dtype x layout x shape x mode.
-In: inputs.py. Out: close to the oracle, never further from it than torch, with torch's strides and dtypes."""
+"""Forward, backward and statistics against float64, over dtype x layout x shape x mode: no further off than torch."""
 
 import inputs
 import pytest

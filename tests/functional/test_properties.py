@@ -1,5 +1,4 @@
-"""Properties of batch norm that hold for any input, searched with hypothesis; random cases against float64.
-In: hypothesis strategies, the same examples every run. Out: invariances of values and gradients."""
+"""Invariances of batch norm, searched with hypothesis (the same examples in every run), and random cases in float64."""
 
 import inputs
 import torch

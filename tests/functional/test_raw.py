@@ -1,5 +1,6 @@
-"""The functions of fastbn._C called with anything: an exception or a right answer, never a crash.
-In: good and bad arguments, combined, in a child process. Out: its exit status and how many calls it made."""
+"""The functions of fastbn._C with good and bad arguments: an exception or a right answer, never a crash.
+
+The calls are made in child processes, which return how many calls they made."""
 
 import itertools
 import json

@@ -1,5 +1,4 @@
-"""Every result has the bits that it had when same_bits.txt was written, with each instruction set and in the emulator.
-In: the cases of same_bits.py. Out: their digests beside the stored ones."""
+"""Results have the same bits as when same_bits.txt was written, for each instruction set and in the emulator."""
 
 import pytest
 import same_bits

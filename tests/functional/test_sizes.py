@@ -1,5 +1,4 @@
-"""PITFALLS.md, "Sizes": empty tensors, single values, grids that overflow, and more than 2^31 elements.
-In: extreme shapes. Out: torch's answers and errors; the oracle's numbers for the large ones."""
+"""Empty tensors, single values, grids that overflow, and tensors of more than 2^31 elements."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""torch.compile(model, backend="fastbn") and "fastbn_eager". In: models that were never converted, converted ones, and
-those of BatchNormAct modules. Out: fused graphs whose values, gradients and statistics are those of torch."""
+"""torch.compile(model, backend="fastbn") and "fastbn_eager", for torch's, converted and BatchNormAct models."""
 
 import copy
 import subprocess

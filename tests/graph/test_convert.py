@@ -1,5 +1,4 @@
-"""fastbn.convert and fastbn.revert: what is swapped, what is left alone, and that nothing else changes.
-In: models made of torch.nn. Out: fastbn's classes in the same places, with the same objects inside."""
+"""fastbn.convert and fastbn.revert: which modules change their class, and that nothing else changes."""
 
 import copy
 

@@ -1,5 +1,4 @@
-"""fastbn.fold: what is folded gives the outputs it gave before; what cannot be is named, and left as it was.
-In: layers before batch norms, with statistics of some batches. Out: outputs beside the original's, in eval mode."""
+"""fastbn.fold: a folded model has the same outputs in eval, and what cannot be folded is reported and unchanged."""
 
 import copy
 import pickle

@@ -1,5 +1,4 @@
-"""fastbn.convert(fuse=True): what the capture of a forward depends on. In: hooks, changed attributes, random numbers,
-modes, other threads. Out: what the model does without fastbn."""
+"""fastbn.convert(fuse=True): hooks, changed attributes, random numbers, modes and threads work as without fastbn."""
 
 import copy
 import pickle

@@ -1,5 +1,4 @@
-"""fastbn.convert(fuse=True): the model stays the model. In: a fused model. Out: its state_dict, copies, pickles,
-classes, optimizers, tools around it, and the report."""
+"""fastbn.convert(fuse=True): state_dict, copies, pickles, classes, optimizers and reports of a fused model."""
 
 import copy
 import io

@@ -1,5 +1,4 @@
-"""fastbn.convert(fuse=True) and the process around it: threads, random generators, errors, and how often a forward is
-captured. In: models that are called again and again. Out: as without fastbn, and still fused."""
+"""fastbn.convert(fuse=True): threads, random generators, errors, and how often a forward is captured."""
 
 import copy
 import random

@@ -1,5 +1,4 @@
-"""Fusing random programs. In: random sequences of convolutions, batch norms (some shared), activations and sums (some
-in place, some on views), with several outputs. Out: values, gradients, changed inputs and statistics as unfused."""
+"""Random programs of convolutions, batch norms, activations and adds give the same results fused and unfused."""
 
 import copy
 import random

@@ -1,5 +1,4 @@
-"""Inputs that batch norm implementations are known to trip over: memory layouts and distributions of values.
-In: a shape, a dtype, a device. Out: tensors."""
+"""Inputs that implementations of batch norm get wrong: memory layouts and distributions of values."""
 
 import torch
 

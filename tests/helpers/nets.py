@@ -1,5 +1,4 @@
-"""Small models with batch norms in them, one of fastbn's modules and one of torch's, and one step of both.
-In: arguments of batch norms. Out: models, inputs, and assertions that a step of the two is the same."""
+"""Small models with fastbn's or torch's batch norms, and a comparison of one training step of the two."""
 
 import torch
 from torch import nn

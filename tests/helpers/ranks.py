@@ -1,5 +1,4 @@
-"""Processes of one torch.distributed group that run functions of the tests, started once for many of them.
-In: a function and its arguments. Out: what it returned in every rank, or the exception of the first that failed."""
+"""Processes of one torch.distributed group that run functions of tests, started once for many tests."""
 
 import datetime
 import os

@@ -1,5 +1,4 @@
-"""The oracle, batch norm and its gradients in float64 (wider for float64 inputs), and how to judge by it.
-In: tensors as a user passes them. Out: numpy values in channel rows [C, N*S], tolerances, and assertions."""
+"""Reference results: batch norm and its gradients in float64 (wider for float64 inputs), and the tolerance table."""
 
 import inspect
 import re

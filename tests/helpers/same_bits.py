@@ -1,5 +1,5 @@
 """Digests of the bits that batch norm computes, for a fixed list of cases whose inputs need no random generator.
-In: the installed fastbn, FASTBN_CPU_CAPABILITY. Out: a line for each case, `name digest`; same_bits.txt with --update.
+Prints a line `name digest` for each case; with --update it writes same_bits.txt.
 
 A change that is not meant to change a result leaves same_bits.txt as it is (test_same_bits.py compares). After one that
 is meant to, write the new digests, and look which cases changed:

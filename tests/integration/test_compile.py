@@ -1,5 +1,4 @@
-"""torch.compile, torch.export, AOTInductor and ONNX around fastbn's modules.
-In: small models. Out: what torch.nn's give: one graph, no compilation for each size, statistics updated once."""
+"""torch.compile, torch.export, AOTInductor and ONNX with fastbn's modules, compared with torch's modules."""
 
 import copy
 import subprocess

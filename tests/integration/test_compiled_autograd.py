@@ -1,5 +1,4 @@
-"""torch._dynamo.compiled_autograd after an eager forward: backward passes are written down as a graph and compiled.
-In: modules in eager mode. Out: their gradients by compiled backward passes, held against those of eager ones."""
+"""torch._dynamo.compiled_autograd after an eager forward, compared with eager backward passes."""
 
 import copy
 

@@ -1,5 +1,4 @@
-"""Tensors and modes that torch's batch norm takes: DTensor, mkldnn, functionalize, make_fx, torch.jit.trace.
-In: the same call of torch's and of fastbn's. Out: the same values, gradients and statistics, or the same refusal."""
+"""DTensor, mkldnn, functionalize, make_fx and torch.jit.trace, where torch's batch norm computes the call."""
 
 import copy
 import subprocess

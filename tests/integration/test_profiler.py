@@ -1,5 +1,4 @@
-"""In: passes of every kind under torch.profiler. Out: events named fastbn::batch_norm and fastbn::batch_norm_backward,
-with the sizes of their arguments."""
+"""torch.profiler shows passes of every kind as fastbn::batch_norm and fastbn::batch_norm_backward, with sizes."""
 
 import contextlib
 

@@ -1,5 +1,4 @@
-"""Tools that know batch norms by torch's classes: opacus' validator, counters of operations, fuse_modules.
-In: such tools, or the lookup that they make, and the code of docs/faq.md. Out: fastbn's batch norms are found."""
+"""Tools that find batch norms by torch's classes: opacus' validator, FLOP counters, fuse_modules."""
 
 import copy
 import re

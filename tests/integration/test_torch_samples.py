@@ -1,5 +1,4 @@
-"""PyTorch's own samples: module_db's BatchNorm entries and op_db's batch_norm entries, run against fastbn.
-In: torch.testing._internal. Out: torch's values, gradients, buffers, errors; a missing entry fails."""
+"""PyTorch's own sample inputs (module_db, op_db) for batch norm, run with fastbn; a missing entry fails."""
 
 import copy
 from functools import partial

@@ -1,5 +1,4 @@
-"""Running statistics under torch.utils.checkpoint, and over several micro-batches a step.
-In: blocks with batch norms, run twice by checkpoint. Out: the statistics, outputs and gradients of one run."""
+"""Running statistics under torch.utils.checkpoint, and with several micro-batches in a step."""
 
 import copy
 from functools import partial

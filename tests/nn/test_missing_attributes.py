@@ -1,5 +1,4 @@
-"""Batch norms that lack attributes, from old checkpoints, hand-written states or deletions for deployment.
-In: modules with one attribute deleted, in every mode. Out: torch's result, or torch's AttributeError."""
+"""Modules that lack an attribute (old checkpoints, hand-written states) give torch's result or AttributeError."""
 
 import copy
 

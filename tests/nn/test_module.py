@@ -1,5 +1,4 @@
-"""Tools that people use around a module: autocast, fx, func, dispatch, conversions. (test_compile.py: torch.compile.)
-In: fastbn modules in small models. Out: what torch.nn's give, without a graph break or a lost update."""
+"""Modules under autocast, fx, func, dispatch modes and conversions. (torch.compile: integration/test_compile.py.)"""
 
 import copy
 

@@ -1,5 +1,4 @@
-"""torch.jit.script of fastbn's modules, and of models that were converted, fused, folded or frozen.
-In: scripted modules. Out: held against the eager ones in values, gradients and statistics; no operator of fastbn's."""
+"""torch.jit.script of modules and of converted, fused, folded and frozen models: eager results, torch's operators."""
 
 import copy
 import io

@@ -1,5 +1,4 @@
-"""Constructors as tools read them: torch's parameters by name, kind and default, in every class.
-In: the module classes of fastbn. Out: held against inspect.signature of torch's, and torch.nn.utils.skip_init."""
+"""The constructors have torch's parameters: names, kinds and defaults, in every class."""
 
 import inspect
 

@@ -1,5 +1,4 @@
-"""PITFALLS.md, "State": buffers, counter, momentum, state_dict, copies, hooks, type conversions, threads.
-In: a fastbn module beside a torch.nn module. Out: the same buffers, keys, errors and repr."""
+"""State beside a torch.nn module: buffers, counter, momentum, state_dict, copies, hooks, conversions, threads, repr."""
 
 import copy
 import io

@@ -1,5 +1,4 @@
-"""fastbn.update_bn: the statistics of a whole data set, judged by numpy over all of what each batch norm saw.
-In: models of torch's and fastbn's modules, batches of uneven sizes, ranks. Out: exact means and unbiased variances."""
+"""fastbn.update_bn: statistics of a whole data set, compared with numpy over all inputs of each batch norm."""
 
 import copy
 import os

@@ -1,5 +1,4 @@
-"""From a model that was trained with synchronized batch norm to one process: fold, convert(sync=False), revert.
-In: models that convert_sync_batchnorm has made, by torch and by fastbn. Out: local modules with the same state."""
+"""Models trained with synchronized batch norm become local ones: fold, convert(sync=False), revert."""
 
 import copy
 import pickle

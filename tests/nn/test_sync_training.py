@@ -1,5 +1,4 @@
-"""Models with synchronized batch norm under what trains them: conversion, DDP, FSDP2, join, torchrun.
-In: a model and batches. Out: what one process makes of the same batches."""
+"""Synchronized batch norm under conversion, DDP, FSDP2, join and torchrun, compared with one process."""
 
 import copy
 import re

@@ -1,5 +1,4 @@
-"""Whole models through torch.save and torch.load(weights_only=True), with fastbn.SAFE_GLOBALS and the model's classes.
-In: models that were converted, fused, folded, frozen, synchronized. Out: the same, still fused where they were."""
+"""Whole models through torch.save and torch.load(weights_only=True), with fastbn.SAFE_GLOBALS."""
 
 import copy
 import io

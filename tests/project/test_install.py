@@ -1,5 +1,4 @@
-"""Installing and importing: what happens beside another torch, without one, and what a bug report shows.
-In: child interpreters, and copies of the source tree. Out: one clear line, or a working package."""
+"""Building, installing and importing: another torch, no torch, build isolation, sdist, and `python -m fastbn`."""
 
 import importlib.metadata
 import importlib.util

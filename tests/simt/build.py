@@ -1,6 +1,5 @@
 """Builds programs that execute CUDA kernels on the CPU, with g++ alone.
-In: sources, the csrc folder that they include, and a mode. Out: the path of the program; objects are kept in
-build/simt_tests by a hash of all texts that went into them, so that what did not change is not compiled again."""
+Objects are cached in build/simt_tests by a hash of all the sources that they include."""
 
 import hashlib
 import os
