@@ -12,7 +12,7 @@ pytestmark = pytest.mark.cpu
 
 
 def test_every_adapter_here_passes_the_check(bench):
-    """Those that can be imported. What they cannot do is told, and nothing of theirs is wrong or failed."""
+    """Those that can be imported. What they cannot do is reported, and nothing of theirs is wrong or failed."""
     from peers import OTHERS, available
 
     here, missing = available(OTHERS)
@@ -23,9 +23,9 @@ def test_every_adapter_here_passes_the_check(bench):
         for layout in ("contiguous", "channels_last"):
             records = measured(small_case(bench, layout=layout, ending=ending), ["fastbn", "torch", *here])
             assert {r["kind"] for r in records} <= {"case", "fused", "unsupported"}
-            told = {r["peer"] for r in records if r["kind"] == "unsupported"}
+            reported = {r["peer"] for r in records if r["kind"] == "unsupported"}
             timed = {v for r in records if r["kind"] != "unsupported" for v in r["seconds"]}
-            assert timed | told >= {"fastbn", "torch", "fastbn again", "copy", *here}
+            assert timed | reported >= {"fastbn", "torch", "fastbn again", "copy", *here}
 
 
 @pytest.mark.slow
@@ -59,13 +59,13 @@ def wrong(ending_error):
 
 
 @pytest.mark.parametrize("ending", ["", "relu", "add+relu"])
-def test_a_wrong_peer_is_told_and_not_timed(bench, monkeypatch, ending):
+def test_a_wrong_peer_is_reported_and_not_timed(bench, monkeypatch, ending):
     import peers
 
     monkeypatch.setitem(peers.PEERS, "timm", dataclasses.replace(wrong(0.01), slack=1.0))
     records = measured(small_case(bench, ending=ending), ["fastbn", "torch", "timm"])
-    (told,) = [r for r in records if r["kind"] == "wrong"]
-    assert told["peer"] == "timm" and "y is wrong by" in told["error"]
+    (reported,) = [r for r in records if r["kind"] == "wrong"]
+    assert reported["peer"] == "timm" and "y is wrong by" in reported["error"]
     rest = [r for r in records if r["kind"] in ("case", "fused")]
     assert rest and all("timm" not in r["seconds"] and "torch" in r["seconds"] for r in rest)
 

@@ -186,7 +186,7 @@ def test_opcheck():
 
 
 def test_one_call_of_the_extension_does_it_all():
-    """The short way: no operator is dispatched, and the counter, statistics and gradients are right."""
+    """The fast path: no operator is dispatched, and the counter, statistics and gradients are right."""
     bn, torchs = fastbn.BatchNorm2d(6).cuda(), torch.nn.BatchNorm2d(6).cuda()
     x = torch.randn(SMALL, device="cuda")
     arguments = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, True, 0.1, 1e-5)

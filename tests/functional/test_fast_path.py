@@ -75,7 +75,7 @@ def tensors_of(call):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_ordinary_variants(change):
+def test_variants_on_the_fast_path(change):
     assert taken(arguments(**change))
 
 
@@ -87,10 +87,10 @@ def test_common_contexts(context):
 
 @training
 def test_a_module_takes_it(monkeypatch, training):
-    """In forward and in backward: the long way is not there."""
+    """In forward and in backward: the slow path is replaced by an error."""
 
     def broken(*args):
-        raise AssertionError("the long way was taken")
+        raise AssertionError("the slow path was taken")
 
     monkeypatch.setattr(fastbn.autograd, "_slow_path", broken)
     monkeypatch.setattr(fastbn.autograd.BatchNormBackward, "apply", broken)
@@ -126,7 +126,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_left_to_the_long_way(name):
+def test_what_takes_the_slow_path(name):
     """Before anything was written."""
     call = arguments(**WRONG[name])
     assert not taken(call)
@@ -175,7 +175,7 @@ def test_not_under_functorch(name):
 
 
 def test_transformed_gradients_use_the_kernels():
-    """torch.func.grad and vmap go the long way, which still ends in the two operators."""
+    """torch.func.grad and vmap take the slow path, which calls the two operators."""
 
     class Records(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -57,15 +57,15 @@ def running():
 
 def raw_functions():
     """Names, functions and arguments of the extension and of the operators; each with all that they can take."""
-    ending = {"activation": "gelu", "residual": images()}
+    epilogue = {"activation": "gelu", "residual": images()}
     pair = {"grad_output": images(), "input": images()}
-    of_backward = {**pair, "weight": torch.randn(C), "eps": 1e-5, "bias": torch.randn(C), **ending}
+    of_backward = {**pair, "weight": torch.randn(C), "eps": 1e-5, "bias": torch.randn(C), **epilogue}
     forward = {"input": images(), "weight": torch.randn(C), "bias": torch.randn(C), "eps": 1e-5}
     ghost = {"virtual_batch_size": 2, "eps": 1e-5}
     of_both = {
-        "forward": {**forward, "moments": None, **ending},
-        "forward of moments": {**forward, "moments": moments(), **ending},
-        "forward of a packet": {**forward, "moments": packet(), **ending},
+        "forward": {**forward, "moments": None, **epilogue},
+        "forward of moments": {**forward, "moments": moments(), **epilogue},
+        "forward of a packet": {**forward, "moments": packet(), **epilogue},
         "backward": {**of_backward, "moments": moments(), "training": True, "output_mask": (True,) * 4},
         "update_running_stats": {"moments": moments(), "count": 8, **running()},
         "update_running_stats cumulatively": {"moments": moments(), "count": 8, **running(), "momentum": None},
@@ -84,7 +84,7 @@ def raw_functions():
         "ghost_update": {"moments": torch.stack([moments()] * 2), "values": 8, "last": 8, **running()},
     }  # fmt: skip
     whole = {"input": images(), **state(), "momentum": 0.1, "num_batches_tracked": torch.tensor(1), "eps": 1e-5}
-    yield "_C.batch_norm", _C.batch_norm, {**whole, **ending}
+    yield "_C.batch_norm", _C.batch_norm, {**whole, **epilogue}
     del whole["training"]
     yield "_C.ghost_batch_norm", _C.ghost_batch_norm, {**whole, "virtual_batch_size": 2}
     for name, arguments in of_both.items():
@@ -94,18 +94,18 @@ def raw_functions():
 
 
 def public_functions():
-    ending = {"activation": "gelu", "residual": images()}
+    epilogue = {"activation": "gelu", "residual": images()}
     for layout in ("contiguous", "channels_last", "sliced"):
         for training in (True, False):
             call = {"input": images(layout), **state(training)}
             yield f"batch_norm, {layout}, training={training}", F.batch_norm, call
-            yield f"with an activation, {layout}, training={training}", F.batch_norm, {**call, **ending}
+            yield f"with an activation, {layout}, training={training}", F.batch_norm, {**call, **epilogue}
     yield "batch_norm of half", F.batch_norm, {"input": images(dtype=torch.half), **state()}
     yield "ghost_batch_norm", F.ghost_batch_norm, {"input": images(), "virtual_batch_size": 2, **state()}
     mask = torch.ones(4, 5, 2, dtype=torch.bool)
     yield "masked_batch_norm", F.masked_batch_norm, {"input": images(), "mask": mask, **state()}
     arguments = {"input": images(), "weight": torch.randn(C), "bias": torch.randn(C), "moments": moments(), "eps": 1e-5}
-    arguments |= ending
+    arguments |= epilogue
     names = ("input", "weight", "bias", "moments", "eps", "activation", "activation_param", "residual")
 
     def function(**given):

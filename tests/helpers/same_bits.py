@@ -85,10 +85,10 @@ def step(shape, dtype, layout=inputs.contiguous, *, training=True, params=None, 
     if residual:
         leaves["r"] = laid_out(layout, shape, 2, dtype)
     asked = [t.requires_grad_() for name, t in leaves.items() if name in wanted]
-    ending = {} if activation == "identity" and not residual else {"activation": activation}
+    epilogue = {} if activation == "identity" and not residual else {"activation": activation}
     if residual:
-        ending["residual"] = leaves["r"]
-    y = call(x, mean, var, weight, bias, training, momentum, 1e-5, **ending)
+        epilogue["residual"] = leaves["r"]
+    y = call(x, mean, var, weight, bias, training, momentum, 1e-5, **epilogue)
     grads = torch.autograd.grad(y, asked, laid_out(dy_layout, shape, 3, dtype)) if asked else ()
     return [y, *grads, mean, var]
 

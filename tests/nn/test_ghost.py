@@ -184,17 +184,17 @@ def test_bad_arguments():
 @pytest.mark.cpu
 def test_which_calls_are_one_call_of_the_extension():
     x, stats = torch.randn(8, 3), (torch.zeros(3), torch.ones(3))
-    ordinary = {"momentum": 0.1, "eps": 1e-5, "virtual_batch_size": 4}
+    common = {"momentum": 0.1, "eps": 1e-5, "virtual_batch_size": 4}
     for size in (4, 2**63 - 1):
-        y = _C.ghost_batch_norm(x, None, None, *stats, None, **{**ordinary, "virtual_batch_size": size})
+        y = _C.ghost_batch_norm(x, None, None, *stats, None, **{**common, "virtual_batch_size": size})
         torch.testing.assert_close(y, ghost_batch_norm(x, size, None, None, training=True))
     assert not torch.equal(stats[0], torch.zeros(3))
     assert ghost_batch_norm(x.clone().requires_grad_(), 4, *stats, training=True).grad_fn.name().startswith("FastGhost")
     before = [t.clone() for t in stats]
     for change in ({"virtual_batch_size": 0}, {"virtual_batch_size": 1}, {"eps": -1.0}):
-        assert _C.ghost_batch_norm(x, None, None, *stats, None, **{**ordinary, **change}) is NotImplemented
+        assert _C.ghost_batch_norm(x, None, None, *stats, None, **{**common, **change}) is NotImplemented
     for odd in (x.to("meta"), x[:0], x.numpy(), x.long(), x[0]):
-        assert _C.ghost_batch_norm(odd, None, None, *stats, None, **ordinary) is NotImplemented
+        assert _C.ghost_batch_norm(odd, None, None, *stats, None, **common) is NotImplemented
     assert all(torch.equal(a, b) for a, b in zip(before, stats, strict=True))
 
 
