@@ -2,8 +2,7 @@
 
 Forward and backward of the large batch norms of ResNet-50. The two take turns of some steps, as a training loop would
 make them: the first one, with the caches full of the other's tensors, is not counted. Of the ranks, each with half of
-the batch, the slower one counts. What an exchange costs alone is shown first. FASTBN_SHARED_MEMORY=0 is without memory
-that the ranks share.
+the batch, the slower one counts. What a collective costs alone is shown first.
 """
 
 import argparse
@@ -44,14 +43,11 @@ def seconds_of(step, repeats):
 
 
 def seconds_of_collectives(channels):
-    """Of gathering as batch norm does it, and by Gloo."""
+    """Of what a forward pass gathers."""
     packet = torch.zeros(3, channels, dtype=torch.float64)
-    steps = (
-        lambda: fastbn.nn.sync._gathered(packet, dist.group.WORLD),
-        lambda: fastbn.exchange.through_group(packet, RANKS, dist.group.WORLD),
-    )
-    times = [[seconds_of(step, 20) for step in steps] for _ in range(15)]
-    return [statistics.median(t) for t in zip(*times, strict=True)]
+    packets = torch.zeros(3 * RANKS, channels, dtype=torch.float64)
+    step = lambda: dist.all_gather_into_tensor(packets, packet)  # noqa: E731
+    return statistics.median(seconds_of(step, 20) for _ in range(15))
 
 
 def serve(rank, store, pipe):
@@ -95,8 +91,8 @@ def main():
             return [pipe.recv() for pipe in pipes]
 
         for channels in (64, 2048):
-            ours, gloo = ask(("collectives", channels))[0]
-            console.print(f"{channels} channels: an exchange {ours * 1e6:.0f} us, by Gloo {gloo * 1e6:.0f} us")
+            seconds = ask(("collectives", channels))[0]
+            console.print(f"{channels} channels: a collective takes {seconds * 1e6:.0f} us")
 
         table = Table("dtype", "layout", "sizes", "MB", "one process, ms", "two ranks, ms", "ratio")
         for dtype in (getattr(torch, name) for name in arguments.dtypes):

@@ -127,48 +127,11 @@ def grad_apply(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and residual (without elements if not wanted); total: the sum over ranks of `grad_stats`."""
 
-class Exchange:
-    """One rank's end of memory that ranks of one machine share. What does not come is a RuntimeError in all of them."""
-
-    def __init__(self, file: int, rank: int, ranks: int, channels: int, timeout: float) -> None:
-        """file: a descriptor of `bytes` zeros that all ranks have opened, which is closed with this; the only one that
-        this process may have of them. channels: at once. timeout: in seconds."""
-
-    @staticmethod
-    def bytes(ranks: int, channels: int) -> int:
-        """How large the file has to be."""
-
-    @property
-    def turns(self) -> int:
-        """How many exchanges have been begun."""
-
-    def gather(self, values: Tensor) -> Tensor:
-        """The float64 (rows, C) of all ranks, of 1 to 3 rows: (ranks, rows, C)."""
-
-    def batch_norm(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        activation: str = "identity",
-        activation_param: float | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor | NotImplementedType:
-        """`batch_norm` in training, over the batch of all ranks."""
-
 def is_watched() -> bool:
     """Whether a mode (a dispatch mode, functorch, tracing) wants to see every operator."""
 
-def set_differentiable_backward(
-    function: Callable[..., tuple[Tensor | None, ...]], of_ranks: Callable[..., tuple[Tensor | None, ...]]
-) -> None:
-    """What the autograd node calls, with the arguments of backward, when its own pass is differentiated or watched;
-    of_ranks: with an Exchange as well."""
+def set_differentiable_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """What the autograd node calls, with the arguments of backward, when its own pass is differentiated or watched."""
 
 def set_differentiable_ghost_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """The same of ghost batch norm, with the arguments of fastbn::ghost_backward."""

@@ -3,8 +3,7 @@
 An eager call of a plain tensor calls `_C` directly. Whatever traces operators (torch.compile, torch.export, fake
 tensors, functorch) sees the operators, which call the same functions of csrc/torch.
 
-forward, backward and update_running_stats are batch norm in one process; stats, gather, finish, grad_stats and
-grad_apply are its parts for a batch that is distributed over ranks.
+forward, backward and update_running_stats are batch norm in one process; stats, finish, grad_stats and grad_apply are its parts for a batch that is distributed over ranks.
 """
 
 from collections.abc import Callable
@@ -34,7 +33,6 @@ forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default
 update_running_stats = torch.ops.fastbn.update_running_stats.default
 stats = torch.ops.fastbn.stats.default
-gather = torch.ops.fastbn.gather.default
 finish = torch.ops.fastbn.finish.default
 grad_stats = torch.ops.fastbn.grad_stats.default
 grad_apply = torch.ops.fastbn.grad_apply.default
@@ -121,11 +119,6 @@ def grad_input_like(input: Tensor) -> Tensor:
 @torch.library.register_fake("fastbn::stats")
 def _stats_fake(input: Tensor) -> Tensor:
     return input.new_empty((3, input.size(1)), dtype=torch.float64)
-
-
-@torch.library.register_fake("fastbn::gather")
-def _gather_fake(values: Tensor, ranks: int, group: str) -> Tensor:
-    return values.new_empty((ranks, *values.shape))
 
 
 @torch.library.register_fake("fastbn::finish")

@@ -14,7 +14,7 @@ from pathlib import Path
 LAYERS = (
     {"_C"},
     {"ops"},
-    {"activations", "arguments", "checkpointing", "exchange", "explain", "records"},
+    {"activations", "arguments", "checkpointing", "explain", "records"},
     {"composed", "interop"},
     {"autograd"},
     {"functional"},

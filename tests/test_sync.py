@@ -46,7 +46,7 @@ class Collectives(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        collective = function.namespace in ("c10d", "_c10d_functional") or function is fastbn.ops.gather
+        collective = function.namespace in ("c10d", "_c10d_functional")
         if collective and "wait" not in function.__name__:
             self.names.append(function.__name__)
         return function(*arguments, **(kwargs or {}))
@@ -161,12 +161,11 @@ BY_NAME = {layout.__name__: i for i, layout in enumerate(LAYOUTS)}
 
 
 @pytest.mark.simt_quick
-@pytest.mark.parametrize("memory", [True, pytest.param(False, marks=pytest.mark.cpu)], ids=["memory", "group"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(part) for part in c[1:4]) + f"-{c[4][0]}-{c[0]}")
-def test_training(pool, size, case, memory):
+def test_training(pool, size, case):
     counts, shape, layout, dtype, ending = case
-    ranks = pool(size, memory=memory)
+    ranks = pool(size)
     for param_dtype in {dtype, torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype}:
         ranks.run(check_training, counts[:size], POSITIONS[shape], BY_NAME[layout], dtype, param_dtype, ending)
 
@@ -231,9 +230,8 @@ def check_collectives():
     return [len(c.names) for c in (forward, backward, parameters_only, evaluation, without_statistics)]
 
 
-@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
-def test_one_collective_a_pass(pool, memory):
-    assert pool(2, memory=memory).run(check_collectives) == [[1, 1, 1, 0, 0]] * 2
+def test_one_collective_a_pass(pool):
+    assert pool(2).run(check_collectives) == [[1, 1, 1, 0, 0]] * 2
 
 
 def test_moments_may_be_a_packet(device):
@@ -336,10 +334,9 @@ def check_double_backward(activation, param, adds):
             torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
 @pytest.mark.parametrize("ending", [PLAIN, ("tanh", None, True), ("silu", None, False)], ids=str)
-def test_double_backward(pool, ending, memory):
-    pool(3, memory=memory).run(check_double_backward, *ending)
+def test_double_backward(pool, ending):
+    pool(3).run(check_double_backward, *ending)
 
 
 def check_transformations():
@@ -398,9 +395,8 @@ def check_compiled(backend):
             torch.testing.assert_close(ours.grad, right.grad)
 
 
-@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
-def test_compiled(pool, memory):
-    pool(2, memory=memory).run(check_compiled, "aot_eager")
+def test_compiled(pool):
+    pool(2).run(check_compiled, "aot_eager")
 
 
 @pytest.mark.slow
@@ -424,9 +420,8 @@ def check_death():
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
-def test_a_rank_that_dies_does_not_hang_the_others(memory):
-    ranks = Ranks(3, timeout=8, memory=memory)
+def test_a_rank_that_dies_does_not_hang_the_others():
+    ranks = Ranks(3, timeout=8)
     try:
         with pytest.raises(RankFailed) as caught:
             ranks.run(check_death)
@@ -447,9 +442,8 @@ def check_silence():
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
-def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_timeout(memory):
-    ranks = Ranks(2, timeout=3, memory=memory)
+def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_the_timeout():
+    ranks = Ranks(2, timeout=3)
     try:
         assert ranks.run(check_silence) == [True, None]
     finally:

@@ -5,10 +5,6 @@
 
 namespace fastbn {
 
-namespace cpu {
-class Turn;
-}
-
 enum class DType : uint8_t { f32, f64, f16, bf16 };
 
 FASTBN_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
@@ -29,7 +25,7 @@ struct Shape {
 struct Problem {
   Shape shape;
   DType dtype;        // of input, output and their gradients
-  int64_t parts = 1;  // that are as large as this one and go through the same cache with it: chunks, or ranks
+  int64_t parts = 1;  // that are as large as this one and go through the same cache with it: the chunks of ghost batch norm
 };
 
 // A per-channel parameter in its own dtype, or absent (data == nullptr).
@@ -78,9 +74,6 @@ struct Forward {
   Param mean, var;  // eval: what to normalize with
   // They are of a batch that is spread over ranks, of which this is a part that has just been read for them.
   bool spread;
-  // CPU, training: what is exchanged with the other ranks, so that moments are those of the batch of all, and have a
-  // third row, the number of values. nullptr: the whole batch is here.
-  cpu::Turn* ranks;
   double* moments;  // [2, C] out: the mean and biased variance used; in eval nullptr where nobody needs them
   Running running;  // training: brought up to date
   bool training;
@@ -101,8 +94,6 @@ struct Backward {
   // Of a batch that is spread over ranks: [2, C], what grad_weight and grad_bias are in all of them together, and [C],
   // the values that a channel has there. grad_input is made with these, and nothing is summed. nullptr: it is all here.
   const double *total, *counts;
-  // CPU: the exchange in which they are summed here, with `counts`; grad_weight and grad_bias are still this part's.
-  cpu::Turn* ranks;
   Output grad_weight, grad_bias;
   bool training;
   double eps;

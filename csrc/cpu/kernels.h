@@ -94,15 +94,12 @@ struct Pass {
   const Walk walk{plan, shape};
   const int64_t C = shape.C;
   const int64_t all_parts;
-  Turn* const ranks;
 
-  // `summed`: with a pass that reads for sums before the one that writes; `ranks`: that tell each other of theirs, or
-  // nullptr.
-  Pass(const Problem& problem, bool summed, Turn* ranks)
+  // `summed`: with a pass that reads for sums before the one that writes.
+  Pass(const Problem& problem, bool summed)
       : shape(problem.shape),
         plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())),
-        all_parts(problem.parts),
-        ranks(ranks) {}
+        all_parts(problem.parts) {}
 
   int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
 
@@ -125,22 +122,19 @@ struct Pass {
     return {first, smaller(plan.channels_an_item, C - first), segment};
   }
 
-  // Runs first(item, segment) for all pieces, then own(item), finish(item), second(item, segment, items from it to the
-  // one that is read next): sums of a piece, those of the item, what all ranks' come to, and the output. An item of one
-  // segment goes through all of them while it is in the cache; otherwise the second pass goes backwards, each thread
-  // through its own pieces, from what its cache still holds.
-  template <class First, class Own, class Finish, class Second>
-  void run(int64_t tensors, bool reduce, const First& first, const Own& own, const Finish& finish,
-           const Second& second) const {
+  // Runs first(item, segment) for all pieces, then finish(item), second(item, segment, items from it to the one that is
+  // read next): sums of a piece, those of the item, and the output. An item of one segment goes through all of them
+  // while it is in the cache; otherwise the second pass goes backwards, each thread through its own pieces, from what
+  // its cache still holds.
+  template <class First, class Finish, class Second>
+  void run(int64_t tensors, bool reduce, const First& first, const Finish& finish, const Second& second) const {
     const int64_t bytes = this->bytes(tensors), pieces = plan.items * plan.segments;
-    if (plan.segments == 1 && ranks != nullptr) return exchange(tensors, first, own, finish, second);
     if (plan.segments == 1) {
       // Alone, the second pass goes backwards too: what was read or written last is in the cache.
       const Order order = reduce ? Order::forwards : Order::backwards;
       const auto whole = [&](int64_t item) {
         const Piece p = piece(item, 0);
         if (reduce) first(p);
-        own(p);
         finish(p);
         second(p, reduce ? 1 : -1);
       };
@@ -150,53 +144,28 @@ struct Pass {
     if (reduce) parallel_for(pieces, bytes, [&](int64_t i) { first(nth(i)); });
     constexpr int64_t share = 128;  // channels, for each thread to finish
     const auto part = [&](int64_t i) { return Piece{i * share, smaller(share, C - i * share), 0}; };
-    const int64_t parts = ceil_div(C, share);
-    if (ranks != nullptr) parallel_for(parts, bytes, [&](int64_t i) { own(part(i)); });  // all before any wait
-    parallel_for(parts, bytes, [&](int64_t i) {
-      if (ranks == nullptr) own(part(i));
-      finish(part(i));
-    });
+    parallel_for(ceil_div(C, share), bytes, [&](int64_t i) { finish(part(i)); });
     parallel_for(pieces, bytes, [&](int64_t i) { second(nth(i), reduce ? 0 : -1); }, Order::backwards);
-  }
-
-  // The same with ranks, for items of one segment. While another has not told of an item, the one behind it is summed:
-  // two ranks 0.76 to 1.07 of the time, 0.93 in the median. More of them, or always one, were no better.
-  template <class First, class Own, class Finish, class Second>
-  void exchange(int64_t tensors, const First& first, const Own& own, const Finish& finish, const Second& second) const {
-    const int64_t threads = smaller(thread_count(), plan.items);
-    parallel_for(threads, bytes(tensors), [&](int64_t t) {
-      const int64_t begin = plan.items * t / threads, end = plan.items * (t + 1) / threads;
-      int64_t next = begin;  // to be summed
-      const auto sum = [&] { first(piece(next, 0)), own(piece(next, 0)), ++next; };
-      for (int64_t item = begin; item < end; ++item) {
-        const Piece p = piece(item, 0);
-        if (next == item) sum();
-        if (next == item + 1 && next < end && !ranks->told(p.first_channel + p.channels - 1)) sum();
-        finish(p);
-        second(p, next - item);
-      }
-    });
   }
 };
 
 template <class T, class Walk>
 void forward(const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Walk> pass(args.problem, args.training, args.ranks);
+  const Pass<T, Walk> pass(args.problem, args.training);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
   const int64_t tensors = args.epilogue.residual == nullptr ? 2 : 3;
   const MemoryUse memory = pass.memory_use(tensors, args.training, args.spread, false);
-  const double own_count = double(args.problem.shape.per_channel());
+  const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Piece& p) {
     const int64_t at = p.segment * 2 * C + p.first_channel;
     pass.walk.stats(x, p, work.partial[0] + at, work.partial[1] + at);
   };
-  const auto own = [&](const Piece& p) {
-    if (!args.training) return;
+  const auto merge_segments = [&](const Piece& p) {
     const int64_t end = p.first_channel + p.channels;
     double* const mean = args.moments;
     double* const variance = args.moments + C;
@@ -213,23 +182,15 @@ void forward(const Forward& args) {
     const auto about = [=](int64_t c) FASTBN_INLINE { return __builtin_isfinite(first[c]) ? first[c] : 0; };
     for (int64_t c = p.first_channel; c < end; ++c) mean[c] = variance[c] = 0;
     each_segment([=](int64_t c, double here, double m, double) FASTBN_INLINE { mean[c] += here * (m - about(c)); });
-    for (int64_t c = p.first_channel; c < end; ++c) mean[c] = about(c) + mean[c] / own_count;
+    for (int64_t c = p.first_channel; c < end; ++c) mean[c] = about(c) + mean[c] / count;
     each_segment([=](int64_t c, double here, double m, double m2)
                      FASTBN_INLINE { variance[c] += m2 + here * (m - mean[c]) * (m - mean[c]); });
-    for (int64_t c = p.first_channel; c < end; ++c) variance[c] /= own_count;
-    for (int64_t c = p.first_channel; args.ranks != nullptr && c < end; ++c) {
-      args.ranks->tell(c, mean[c], variance[c], own_count);
-    }
+    for (int64_t c = p.first_channel; c < end; ++c) variance[c] /= count;
   };
   const auto finish = [&](const Piece& p) {
     const int64_t end = p.first_channel + p.channels;
-    if (args.ranks != nullptr) args.ranks->fetch(p.first_channel, p.channels);
+    if (args.training) merge_segments(p);
     each_some(p.first_channel, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
-      double count = own_count;
-      for (int64_t i = c; args.ranks != nullptr && i < c + number; ++i) {
-        const Moments all = merged(args.ranks->ranks(), 1, [&](int64_t k) { return args.ranks->heard(k, i); });
-        args.moments[i] = all.mean, args.moments[C + i] = all.m2 / all.n, args.moments[2 * C + i] = count = all.n;
-      }
       double given[2][some];
       const double *mean = given[0], *variance = given[1];
       if (args.training) {
@@ -258,7 +219,7 @@ void forward(const Forward& args) {
                     {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
     });
   };
-  pass.run(tensors, args.training, stats, own, finish, apply);
+  pass.run(tensors, args.training, stats, finish, apply);
 }
 
 template <class T, class Walk>
@@ -266,7 +227,7 @@ void backward(const Backward& args) {
   using A = acc_t<T>;
   const bool spread = args.total != nullptr;
   const bool reduce = !spread && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Walk> pass(args.problem, reduce, args.ranks);
+  const Pass<T, Walk> pass(args.problem, reduce);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -301,15 +262,12 @@ void backward(const Backward& args) {
   };
   double* const sums = work.partial[0];  // of all segments, in the place of the first
   double* const dots = work.partial[1];
-  const auto own = [&](const Piece& p) {
+  const auto merge_segments = [&](const Piece& p) {
     const int64_t first = p.first_channel, end = first + p.channels;
-    if (reduce) {
-      for (int64_t k = 1; k < pass.plan.segments; ++k) {
-        for (int64_t c = first; c < end; ++c) sums[c] += sums[k * 2 * C + c];
-        for (int64_t c = first; c < end; ++c) dots[c] += dots[k * 2 * C + c];
-      }
+    for (int64_t k = 1; k < pass.plan.segments; ++k) {
+      for (int64_t c = first; c < end; ++c) sums[c] += sums[k * 2 * C + c];
+      for (int64_t c = first; c < end; ++c) dots[c] += dots[k * 2 * C + c];
     }
-    if (!reduce) return;
     each_some(first, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
       double grad_weight[some];
       for (int64_t i = 0; i < number; ++i) {
@@ -317,34 +275,23 @@ void backward(const Backward& args) {
       }
       write_some(args.grad_weight, c, number, grad_weight);
       write_some(args.grad_bias, c, number, sums + c);
-      for (int64_t i = 0; args.ranks != nullptr && i < number; ++i) {
-        args.ranks->tell(c + i, grad_weight[i], sums[c + i], 0);
-      }
     });
   };
   const auto finish = [&](const Piece& p) {
     const int64_t first = p.first_channel, end = first + p.channels;
-    if (args.ranks != nullptr) args.ranks->fetch(first, p.channels);
+    if (reduce) merge_segments(p);
     each_some(first, end, [&](int64_t c, int64_t number) FASTBN_INLINE {
       double total[2][some], count[some], weight[some];  // sums of dy, and of dy * (x - mean)
       for (int64_t i = 0; i < number; ++i) count[i] = args.counts != nullptr ? args.counts[c + i] : n;
       if (spread) {
-        for (int64_t i = 0; i < number; ++i) total[0][i] = args.total[C + c + i], total[1][i] = args.total[c + i];
-      } else if (args.ranks != nullptr) {
         for (int64_t i = 0; i < number; ++i) {
-          total[0][i] = total[1][i] = 0;
-          for (int64_t k = 0; k < args.ranks->ranks(); ++k) {
-            const double* const told = args.ranks->heard(k, c + i);
-            total[1][i] += told[0], total[0][i] += told[1];
-          }
+          total[0][i] = args.total[C + c + i];
+          total[1][i] = args.total[c + i] / reciprocal_std(variance[c + i], args.eps);
         }
       } else {
         for (int64_t i = 0; i < number; ++i) {
           total[0][i] = reduce ? sums[c + i] : 0, total[1][i] = reduce ? dots[c + i] : 0;
         }
-      }
-      if (spread || args.ranks != nullptr) {
-        for (int64_t i = 0; i < number; ++i) total[1][i] /= reciprocal_std(variance[c + i], args.eps);
       }
       read_some(args.weight, c, number, 1, weight);
       A* coefficient[coefficients];
@@ -389,7 +336,7 @@ void backward(const Backward& args) {
       }
     });
   };
-  pass.run(tensors, reduce, grad_stats, own, finish, grad_apply);
+  pass.run(tensors, reduce, grad_stats, finish, grad_apply);
 }
 
 void run_forward(const Forward& args) {

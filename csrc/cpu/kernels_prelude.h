@@ -16,6 +16,5 @@
 #include "../core/formula.h"
 #include "../core/moments.h"
 #include "capability.h"
-#include "exchange.h"
 #include "parallel.h"
 #include "plan.h"

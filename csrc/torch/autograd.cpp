@@ -99,7 +99,6 @@ struct BatchNormBackward : torch::autograd::Node {
   Ending ending;  // its residual is in `residual`
   double eps = 0;
   bool training = false;
-  std::shared_ptr<cpu::Exchange> exchange;
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
     const Tensor dy = std::move(grads[0]);
@@ -118,9 +117,7 @@ struct BatchNormBackward : torch::autograd::Node {
   torch::autograd::variable_list gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                                            const OptionalTensor& b, std::array<bool, 4> wanted, const Ending& end) {
     if (in_operators(dy, x)) return differentiable(dy, x, w, b, wanted, end);
-    auto [dx, dw, db, dr] = exchange == nullptr
-                                ? backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy))
-                                : backward(*exchange, dy, x, w, b, saved, eps, wanted, end, is_ours_alone(dy));
+    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy));
     return {dx, dw, db, dr};
   }
 
@@ -136,7 +133,7 @@ struct BatchNormBackward : torch::autograd::Node {
                                                 const Ending& end) {
     const auto& f = differentiable_backward();
     if (!saved.mask.defined()) {
-      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end, exchange);
+      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end);
       return {dx, dw, db, dr};
     }
     check_memory_of_any(dy, "grad_output");
@@ -144,12 +141,10 @@ struct BatchNormBackward : torch::autograd::Node {
     Tensor factor;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      const Saved own{saved.moments.narrow(0, 0, 2), saved.mask};
-      factor = backward(at::ones_like(x), x, w, b, own, eps, false, {false, false, false, true}, end)[3];
+      factor = backward(at::ones_like(x), x, w, b, saved, eps, false, {false, false, false, true}, end)[3];
     }
     const Tensor dz = dy.masked_fill(factor.eq(0), 0).mul(factor);  // an infinite dy times zero would be a NaN
-    auto [dx, dw, db, _] =
-        f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {}, exchange);
+    auto [dx, dw, db, _] = f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {});
     return {dx, dw, db, wanted[3] ? dz : Tensor()};
   }
 
@@ -168,7 +163,6 @@ struct BatchNormBackward : torch::autograd::Node {
     args.collect(ending.param);
     args.collect(eps);
     args.collect(training);
-    args.collect(uint64_t(reinterpret_cast<uintptr_t>(exchange.get())));
   }
 
   variable_list apply_with_saved(const variable_list& inputs, SwapSavedVariables& swapped) override {
@@ -178,18 +172,16 @@ struct BatchNormBackward : torch::autograd::Node {
     const variable_list tensors = {input.unpack(),    weight.unpack(), bias.unpack(),
                                    residual.unpack(), saved.moments,   saved.mask};
     const auto call = [wanted = wanted(), activation = ending.activation, param = ending.param, eps = eps,
-                       training = training, exchange = exchange](const variable_list& grads, const variable_list& t) {
+                       training = training](const variable_list& grads, const variable_list& t) {
       if (!grads[0].defined()) return variable_list(4);
       const auto node = make_node<BatchNormBackward>();
       node->saved = {t[4], t[5]};
       node->eps = eps;
       node->training = training;
-      node->exchange = exchange;
       return node->gradients(grads[0], t[0], optional(t[1]), optional(t[2]), wanted,
                              {activation, param, optional(t[3])});
     };
-    // Only kernels read a mask, and an exchange is with other processes, of which a graph knows nothing.
-    const bool traceable = !saved.mask.defined() && exchange == nullptr;
+    const bool traceable = !saved.mask.defined();  // only kernels read a mask
     variable_list results = capture(*this, swapped, inputs, tensors, traceable, call);
     for (auto* variable : {&input, &weight, &bias, &residual}) swapped.after(*variable);
     for (Tensor* t : {&saved.moments, &saved.mask}) swapped.after(*t);
@@ -316,7 +308,7 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const Ending& ending, const std::shared_ptr<cpu::Exchange>& exchange) {
+                  const Ending& ending) {
   const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor()), r = ending.residual.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b, r);
 
@@ -325,9 +317,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
-    std::tie(output, saved) = exchange == nullptr
-                                  ? forward(input, weight, bias, statistics, training, eps, ending, wants_grad)
-                                  : forward(*exchange, input, weight, bias, statistics, eps, ending, wants_grad);
+    std::tie(output, saved) = forward(input, weight, bias, statistics, training, eps, ending, wants_grad);
   }
   if (wants_grad) {
     const bool needs_z = ending.activation != Activation::identity && !saved.mask.defined();
@@ -343,7 +333,6 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
     node->ending = {ending.activation, ending.param, std::nullopt};
     node->eps = eps;
     node->training = training;
-    node->exchange = exchange;
     torch::autograd::set_history(output, node);
   }
   return output;

@@ -2,18 +2,16 @@
 #pragma once
 
 #include <functional>
-#include <memory>
 
 #include "ops.h"
 
 namespace fastbn {
 
 // What a backward pass that is itself differentiated, or mapped, calls: grad_output, input, weight, bias, moments, eps,
-// training, wanted, ending, and what its ranks exchange through, if the moments are a packet. Set once, by the Python
-// module, to the autograd.Function of the backward pass.
+// training, wanted, ending. Set once, by the Python module, to the autograd.Function of the backward pass.
 using DifferentiableBackward =
     std::function<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                            double, bool, std::array<bool, 4>, const Ending&, const std::shared_ptr<cpu::Exchange>&)>;
+                            double, bool, std::array<bool, 4>, const Ending&)>;
 void set_differentiable_backward(DifferentiableBackward f);
 
 // True if the tensor is an ordinary one of a device that has kernels: not mapped, fake, traced, a dual number
@@ -34,11 +32,11 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
                  const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual);
 
-// For ordinary calls with plain tensors that nobody watches. exchange, in training: with the ranks whose batch it is.
+// For ordinary calls with plain tensors that nobody watches.
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const Ending& ending, const std::shared_ptr<cpu::Exchange>& exchange = nullptr);
+                  const Ending& ending);
 
 // Of ghost batch norm, as DifferentiableBackward: grad_output, input, weight, moments, samples in a chunk, eps, wanted.
 using DifferentiableGhostBackward = std::function<std::array<Tensor, 3>(

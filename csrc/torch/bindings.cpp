@@ -8,7 +8,6 @@
 #include <string>
 
 #include "../core/backend.h"
-#include "../cpu/exchange.h"
 #include "../runtime/page_cache.h"
 #include "autograd.h"
 #include "operators.h"
@@ -94,8 +93,8 @@ struct Call {
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
   }
-  py::object run(const std::shared_ptr<cpu::Exchange>& exchange = nullptr) const {
-    return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end, exchange); });
+  py::object run() const {
+    return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end); });
   }
 
   static py::object refused() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -147,19 +146,15 @@ std::array<Tensor, N> gradients_of(const py::object& given) {
   return grads;
 }
 
-// function: of the backward pass; of_ranks: the same with an Exchange as its last argument.
-void set_python_backward(py::function function, py::function of_ranks) {
-  // Never destroyed: at exit the interpreter may be gone before this library.
-  auto* kept = new std::pair(std::move(function), std::move(of_ranks));
+// What a backward pass calls that is itself differentiated, mapped or traced.
+void set_python_backward(py::function function) {
+  auto* kept = new py::function(std::move(function));  // never destroyed: at exit the interpreter may be gone first
   set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                                      const OptionalTensor& b, const Tensor& moments, double eps, bool training,
-                                     std::array<bool, 4> wanted, const Ending& end,
-                                     const std::shared_ptr<cpu::Exchange>& exchange) {
+                                     std::array<bool, 4> wanted, const Ending& end) {
     py::gil_scoped_acquire gil;
-    const py::tuple arguments =
-        py::make_tuple(dy, x, w, moments, eps, training, wanted, name_of(end), param_of(end), b, end.residual);
-    return gradients_of<4>(exchange == nullptr ? kept->first(*arguments)
-                                               : kept->second(*arguments, py::cast(exchange)));
+    return gradients_of<4>(
+        (*kept)(dy, x, w, moments, eps, training, wanted, name_of(end), param_of(end), b, end.residual));
   });
 }
 
@@ -194,35 +189,6 @@ void set_python_ghost_backward(py::function function) {
     py::gil_scoped_acquire gil;
     return gradients_of<3>((*kept)(dy, x, w, moments, samples, eps, wanted));
   });
-}
-
-// As eager_batch_norm in training, for the ranks of an exchange.
-py::object exchanging_batch_norm(const std::shared_ptr<cpu::Exchange>& exchange, py::handle input, py::handle weight,
-                                 py::handle bias, py::handle running_mean, py::handle running_var,
-                                 py::handle num_batches_tracked, py::handle momentum, py::handle eps,
-                                 py::handle activation, py::handle activation_param, py::handle residual) {
-  const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
-                  activation, activation_param, residual);
-  return call.ok && call.x->is_cpu() && call.x->size(1) <= exchange->channels() ? call.run(exchange) : call.refused();
-}
-
-void bind_exchange(py::module_& m) {
-  py::class_<cpu::Exchange, std::shared_ptr<cpu::Exchange>>(m, "Exchange")
-      .def(py::init([](int file, int64_t rank, int64_t ranks, int64_t channels, double timeout) {
-             TORCH_CHECK_VALUE(ranks >= 1 && ranks <= 1 << 16, "ranks should be 1 to 65536, not ", ranks);
-             TORCH_CHECK_VALUE(rank >= 0 && rank < ranks, "rank should be 0 to ", ranks - 1, ", not ", rank);
-             TORCH_CHECK_VALUE(channels >= 1 && channels <= 1 << 19, "channels should be 1 to 524288, not ", channels);
-             TORCH_CHECK_VALUE(timeout > 0, "timeout should be positive, not ", timeout);
-             return std::make_shared<cpu::Exchange>(file, rank, ranks, channels, timeout);
-           }),
-           py::arg("file"), py::arg("rank"), py::arg("ranks"), py::arg("channels"), py::arg("timeout"))
-      .def_static("bytes", &cpu::Exchange::bytes, py::arg("ranks"), py::arg("channels"))
-      .def_property_readonly("turns", &cpu::Exchange::turns)
-      .def("gather", &gather, py::arg("values"), py::call_guard<py::gil_scoped_release>())
-      .def("batch_norm", &exchanging_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"),
-           py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
-           py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
-           py::arg("residual") = py::none());
 }
 
 }  // namespace
@@ -290,9 +256,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("total"), py::arg("eps"), py::arg("wants_residual"), py::arg("activation") = "identity",
         py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none(),
         without_gil);
-  bind_exchange(m);
   m.def("is_watched", &is_watched);
-  m.def("set_differentiable_backward", &set_python_backward, py::arg("function"), py::arg("of_ranks"));
+  m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
   m.def("set_differentiable_ghost_backward", &set_python_ghost_backward, py::arg("function"));
   bind_plans(m);
 #if defined(FASTBN_SIMT)

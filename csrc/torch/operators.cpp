@@ -121,7 +121,6 @@ TORCH_LIBRARY(fastbn, m) {
       "ghost_update(Tensor moments, SymInt values, SymInt last, float? momentum, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked) -> ()");
   m.def("stats(Tensor input) -> Tensor", any_strides);
-  m.def("gather(Tensor values, int ranks, str group) -> Tensor");  // implemented by exchange.py
   m.def(
       "finish(Tensor packets, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor? num_batches_tracked) -> Tensor");

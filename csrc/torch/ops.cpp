@@ -3,7 +3,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
-#include "../cpu/exchange.h"
 #include "call.h"
 
 namespace fastbn {
@@ -19,7 +18,6 @@ Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& 
   Tensor kept_weight, kept_bias, kept_residual;
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
   args.problem = x.problem;
-  if (args.ranks != nullptr) args.problem.parts = args.ranks->ranks();
   args.input = x.tensor.const_data_ptr();
   args.output = output.data_ptr();
   args.weight = param(weight, kept_weight);
@@ -122,7 +120,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
 
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Statistics& statistics, bool training, double eps, const Ending& ending,
-                                  bool wants_backward, cpu::Turn* ranks) {
+                                  bool wants_backward) {
   const ProfilerEvent event(
       "fastbn::batch_norm",
       [&] { return std::vector<c10::IValue>{input, weight, bias, statistics.mean, statistics.var, ending.residual}; },
@@ -134,12 +132,11 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
                              statistics.momentum && statistics.batches->device() == input.device();
   if (statistics.batches && !kernel_counts) count_batches(*statistics.batches, 1);
   Saved saved;
-  if (training || wants_backward) saved.moments = context.empty({ranks == nullptr ? 2 : 3, channels}, at::kDouble);
+  if (training || wants_backward) saved.moments = context.empty({2, channels}, at::kDouble);
   Tensor* const mask = wants_backward ? &saved.mask : nullptr;
   Forward args{};
   args.training = training;
   args.eps = eps;
-  args.ranks = ranks;
   args.moments = saved.moments.defined() ? saved.moments.data_ptr<double>() : nullptr;
   if (!training) {
     Tensor kept_mean, kept_var;
@@ -222,7 +219,6 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && both));
   Backward args{};
   args.problem = x.problem;
-  if (spread.ranks != nullptr) args.problem.parts = spread.ranks->ranks();
   args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before dy is looked at, which may be the same
   args.grad_output = dy.const_data_ptr();
   args.input = x.tensor.const_data_ptr();
@@ -232,7 +228,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   args.epilogue = {ending.activation, ending.param, plain ? nullptr : data_of(ending.residual, x, kept_residual)};
   args.mask = saved.mask.defined() ? saved.mask.const_data_ptr() : nullptr;
   args.moments = moments.const_data_ptr<double>();
-  args.total = spread.total, args.counts = spread.counts, args.ranks = spread.ranks;
+  args.total = spread.total, args.counts = spread.counts;
   args.grad_weight = output(dw);
   args.grad_bias = output(db);
   args.training = training;

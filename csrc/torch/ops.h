@@ -13,10 +13,6 @@
 
 #include "../core/problem.h"
 
-namespace fastbn::cpu {
-class Exchange;
-}
-
 namespace fastbn {
 
 using at::Tensor;
@@ -88,20 +84,17 @@ struct Saved {
 
 // A batch counted and normalized: in training by its own moments, with which mean and var are brought up to date; in
 // eval by mean and var. Returns output and what backward needs; that is undefined in eval if nobody wants it. Checks
-// nothing but the dtype of input: for calls that is_ordinary (autograd.h) was true of. With ranks, the batch is that of
-// all of them, and the moments are a packet.
+// nothing but the dtype of input: for calls that is_ordinary (autograd.h) was true of.
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                   const Statistics& statistics, bool training, double eps, const Ending& ending,
-                                  bool wants_backward, cpu::Turn* ranks = nullptr);
+                                  bool wants_backward);
 
 // In this order everywhere: of input, weight, bias and residual; undefined where nobody wanted one.
 using Gradients = std::array<Tensor, 4>;
 
-// A batch that is spread over ranks: how many values a channel has, and gradients of weight and bias in all of them, or
-// the exchange in which these are summed.
+// A batch that is spread over ranks: how many values a channel has, and gradients of weight and bias in all of them.
 struct Spread {
   const double *total = nullptr, *counts = nullptr;
-  cpu::Turn* ranks = nullptr;
 };
 
 // ending without its residual where there is a mask for it in `saved`. may_overwrite: nobody else will look at
@@ -151,18 +144,5 @@ Tensor grad_stats(const Tensor& grad_output, const Tensor& input, const Optional
 std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                       const OptionalTensor& bias, const Tensor& packet, const Tensor& total, double eps,
                                       bool wants_residual, const Ending& ending);
-
-// What the primitives come to for ranks of one machine, on the CPU: the kernels exchange on their way. forward is for
-// calls that is_ordinary (autograd.h) was true of, of at most exchange.channels(), and saves a packet; backward gives
-// the gradients of weight and bias of this part, and exchanges nothing if that of the input is not wanted.
-std::tuple<Tensor, Saved> forward(cpu::Exchange& exchange, const Tensor& input, const OptionalTensor& weight,
-                                  const OptionalTensor& bias, const Statistics& statistics, double eps,
-                                  const Ending& ending, bool wants_backward);
-Gradients backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
-                   const OptionalTensor& weight, const OptionalTensor& bias, const Saved& saved, double eps,
-                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite);
-
-// The float64 tensors [rows, C] of all ranks, of at most 3 rows: [ranks, rows, C].
-Tensor gather(cpu::Exchange& exchange, const Tensor& values);
 
 }  // namespace fastbn

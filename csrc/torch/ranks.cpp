@@ -1,9 +1,7 @@
-// In: the part of a batch that this rank has, and what the ranks told each other. Out: the primitives of synchronized
-// batch norm: stats -> finish -> forward with given moments, and grad_stats -> grad_apply; or all at once, where ranks
-// tell each other on the way.
+// The primitives of synchronized batch norm, between which torch.distributed's collectives run: stats -> all_gather ->
+// finish -> forward with given moments, and grad_stats -> all_reduce -> grad_apply.
 #include <ATen/ops/stack.h>
 
-#include "../cpu/exchange.h"
 #include "call.h"
 
 namespace fastbn {
@@ -90,68 +88,11 @@ std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& i
   check_packet(total, "total", {2, channels});
   check_beside(total, "total", input);
   const Tensor kept = packet.contiguous(), sums = total.contiguous();
-  const Spread spread{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels, nullptr};
+  const Spread spread{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels};
   const Saved saved{kept.narrow(0, 0, 2), Tensor()};
   const auto [dx, dw, db, dz] = backward(grad_output, input, weight, bias, saved, eps, true,
                                          {true, false, false, wants_residual}, ending, false, spread, std::nullopt);
   return {dx, dz};
-}
-
-std::tuple<Tensor, Saved> forward(cpu::Exchange& exchange, const Tensor& input, const OptionalTensor& weight,
-                                  const OptionalTensor& bias, const Statistics& statistics, double eps,
-                                  const Ending& ending, bool wants_backward) {
-  cpu::Turn turn(exchange, cpu::Topic::moments, input.size(1));
-  auto made = forward(input, weight, bias, statistics, true, eps, ending, wants_backward, &turn);
-  turn.end();
-  return made;
-}
-
-Gradients backward(cpu::Exchange& exchange, const Tensor& grad_output, const Tensor& input,
-                   const OptionalTensor& weight, const OptionalTensor& bias, const Saved& saved, double eps,
-                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite) {
-  const Saved own{saved.moments.narrow(0, 0, 2), saved.mask};
-  // Of the gradients only that of the input is a matter of other ranks.
-  if (!wanted[0]) {
-    return backward(grad_output, input, weight, bias, own, eps, false, wanted, ending, may_overwrite);
-  }
-  cpu::Turn turn(exchange, cpu::Topic::gradients, input.size(1));
-  const Spread spread{nullptr, saved.moments.const_data_ptr<double>() + 2 * input.size(1), &turn};
-  Gradients grads = backward(grad_output, input, weight, bias, own, eps, true, wanted, ending, may_overwrite, spread);
-  turn.end();
-  return grads;
-}
-
-Tensor gather(cpu::Exchange& exchange, const Tensor& values) {
-  check_dense(values, "values");
-  constexpr int64_t most_rows = cpu::Turn::most_values;
-  TORCH_CHECK(values.is_cpu() && values.scalar_type() == at::kDouble, "values should be float64 on the CPU, not ",
-              values.scalar_type(), " on ", values.device());
-  TORCH_CHECK(values.dim() == 2 && values.size(0) >= 1 && values.size(0) <= most_rows,
-              "values should have sizes [1 to 3, C], not ", values.sizes());
-  check_memory(values, "values");
-  const int64_t rows = values.size(0), channels = values.size(1);
-  const Tensor kept = values.contiguous(), all = Context(values).empty({exchange.ranks(), rows, channels}, at::kDouble);
-  const double* const own = kept.const_data_ptr<double>();
-  double* const to = all.data_ptr<double>();
-  // Those that exchange on their way through a pass tell the same.
-  const auto topic = rows == 3 ? cpu::Topic::moments : rows == 2 ? cpu::Topic::gradients : cpu::Topic::values;
-  for (int64_t first = 0; first < channels; first += exchange.channels()) {
-    const int64_t here = smaller(exchange.channels(), channels - first);
-    cpu::Turn turn(exchange, topic, here);
-    for (int64_t c = 0; c < here; ++c) {
-      double row[most_rows] = {};
-      for (int64_t r = 0; r < rows; ++r) row[r] = own[r * channels + first + c];
-      turn.tell(c, row[0], row[1], row[2]);
-    }
-    for (int64_t k = 0; k < exchange.ranks(); ++k) {
-      for (int64_t c = 0; c < here; ++c) {
-        const double* const row = turn.heard(k, c);
-        for (int64_t r = 0; r < rows; ++r) to[(k * rows + r) * channels + first + c] = row[r];
-      }
-    }
-    turn.end();
-  }
-  return all;
 }
 
 }  // namespace fastbn

@@ -1,8 +1,7 @@
 """In: each rank's part of a batch, and the process group that shares it. Out: batch norm over all parts together.
 
 Per pass one collective, on one small buffer: the moments of every rank are gathered in the forward pass, the gradients
-of weight and bias summed in the backward pass. The passes over memory before and after it are those of batch norm. On
-CPUs that the ranks have in common the kernels exchange both on their way, and a pass is one call.
+of weight and bias summed in the backward pass. The passes over memory before and after it are those of batch norm.
 """
 
 import copy
@@ -17,10 +16,9 @@ from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .. import activations, arguments, ops, records
-from ..autograd import batch_norm, differentiable_backward
+from ..autograd import batch_norm
 from ..composed import composed_backward
-from ..exchange import exchange_of, group_of, through_group
-from ..ops import _C, is_compiling
+from ..ops import is_compiling
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -34,35 +32,31 @@ from .modules import (
     state_of,
 )
 
+# Under the name that this torch does not warn of.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
-def _gathered(packet, group):
-    """The packets of all ranks, in their order: (ranks, rows, C)."""
+
+def _gathered(t, group):
+    """The tensors of all ranks, in their order: (ranks, *t.shape)."""
     size = dist.get_world_size(group)
-    if packet.is_cpu:
-        return ops.gather(packet, size, group.group_name)
     if is_compiling():  # the form of it that a graph can hold
-        packets = torch.ops._c10d_functional.all_gather_into_tensor(packet, size, group.group_name)
-        return torch.ops._c10d_functional.wait_tensor(packets).view(size, *packet.shape)
-    return through_group(packet, size, group)
+        tensors = torch.ops._c10d_functional.all_gather_into_tensor(t, size, group.group_name)
+        tensors = torch.ops._c10d_functional.wait_tensor(tensors)
+    else:
+        tensors = t.new_empty((size * t.size(0), *t.shape[1:]))
+        _all_gather(tensors, t.contiguous(), group)
+    return tensors.view(size, *t.shape)
 
 
 def _summed(t, group):
     """The sum of t over all ranks; t itself stays."""
-    if t.is_cpu:  # between 2 Gloo ranks 0.4 to 0.9 ms, where all_reduce took 0.4 to 1.8
-        rows = t if t.dim() == 2 and t.size(0) <= 3 else t.reshape(1, -1)
-        return _gathered(rows, group).sum(0).view_as(t)
+    if t.is_cpu:  # between 2 Gloo ranks 0.4 to 0.9 ms, where all_reduce takes 0.4 to 1.8
+        return _gathered(t.reshape(1, -1), group).sum(0).view_as(t)
     if is_compiling():
         return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(t, "sum", group.group_name))
     t = t.clone()
     dist.all_reduce(t, group=group)
     return t
-
-
-def _exchange(group, tensor):
-    """What the kernels can exchange through; None where there is nothing, or somebody wants to see operators."""
-    if is_compiling() or ops.SIMULATED or type(tensor) is not Tensor or not tensor.is_cpu or _C.is_watched():
-        return None
-    return exchange_of(group)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -153,19 +147,6 @@ def _gradients(
     return [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
 
 
-def _gradients_beside_exchange(
-    grad_output, input, weight, packet, eps, training, wanted, activation, activation_param, bias, residual, exchange
-):  # fmt: skip
-    """What the kernels exchange in a backward pass, by operators, for a pass that is differentiated or watched."""
-    return _gradients(
-        grad_output, input, weight, packet, eps, wanted, activation, activation_param, bias, residual,
-        group_of(exchange),
-    )  # fmt: skip
-
-
-_C.set_differentiable_backward(differentiable_backward, _gradients_beside_exchange)
-
-
 def sync_batch_norm(
     input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
     activation="identity", activation_param=None, residual=None,
@@ -175,13 +156,6 @@ def sync_batch_norm(
     Everything is as in `fastbn.functional.batch_norm`, the count for the unbiased running variance too. The number of
     samples may differ from rank to rank and be 0; N = 0 takes part in the collectives, and updates the statistics.
     """
-    if (exchange := _exchange(group, input)) is not None:
-        output = exchange.batch_norm(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation,
-            activation_param, residual,
-        )  # fmt: skip
-        if output is not NotImplemented:
-            return output
     arguments.check_memory(
         input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         num_batches_tracked=num_batches_tracked, residual=residual,

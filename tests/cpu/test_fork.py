@@ -58,43 +58,6 @@ def test_a_child_does_not_wait_for_a_lock_of_its_parent():
     assert printed(FORKS, "3", FASTBN_CPU_CACHE_MB="1") == "0"
 
 
-# The child of a process in which a thread has begun an exchange, and waits for a rank that does not come.
-EXCHANGE = """
-import os, tempfile, threading, time, torch
-from fastbn import _C
-
-file, path = tempfile.mkstemp()
-os.unlink(path)
-os.truncate(file, _C.Exchange.bytes(2, 8))
-exchange = _C.Exchange(file, 0, 2, 8, 60.0)
-values = torch.zeros(1, 8, dtype=torch.float64)
-threading.Thread(target=lambda: exchange.gather(values), daemon=True).start()
-while exchange.turns == 0:
-    time.sleep(0.01)
-child = os.fork()
-if child == 0:
-    try:
-        exchange.gather(values)
-    except RuntimeError as error:
-        os._exit(7 if "was forked" in str(error) else 8)
-    os._exit(9)
-for _ in range(1000):
-    pid, status = os.waitpid(child, os.WNOHANG)
-    if pid:
-        break
-    time.sleep(0.01)
-else:
-    os.kill(child, 9)
-    status = -1
-print("it hung" if status < 0 else os.waitstatus_to_exitcode(status), flush=True)
-os._exit(0)
-"""
-
-
-def test_an_exchange_is_of_one_process():
-    assert printed(EXCHANGE) == "7"
-
-
 # What is resident in a process that keeps 128 MB of freed outputs, and in its child.
 RESIDENT = """
 import os, torch, fastbn

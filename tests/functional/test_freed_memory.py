@@ -249,41 +249,10 @@ def whole_models():
     is_refused("freeze", "input", lambda: fused(x))
 
 
-def through_exchange():
-    """Of one rank: the functions of an exchange."""
-    import tempfile
-
-    def exchange():
-        handle, path = tempfile.mkstemp()
-        os.unlink(path)
-        os.truncate(handle, _C.Exchange.bytes(1, 8))
-        return _C.Exchange(handle, 0, 1, 8, 5.0)
-
-    one = exchange()
-    values = moments()
-    free(values)
-    is_refused("gather", "values", lambda: one.gather(values))
-    spoilt = torch.ones(C)
-    free(spoilt)
-    is_refused(
-        "batch_norm of an exchange", "weight",
-        lambda: one.batch_norm(images(), spoilt, None, None, None, None, 0.1, 1e-5),
-    )  # fmt: skip
-    for name in ("grad_output", "input", "weight"):
-        one = exchange()
-        x, w, dy = images().requires_grad_(), torch.ones(C, requires_grad=True), torch.ones(SIZES)
-        y = one.batch_norm(x, w, None, None, None, None, 0.1, 1e-5)
-        free({"grad_output": dy, "input": x, "weight": w}[name].data)
-        is_refused("backward of an exchange", name, lambda y=y, dy=dy: y.backward(dy))
-
-
 GROUPS = [forward, raw, in_modules, backward, whole_models]
-ON_CPU_ALONE = [through_exchange]
 
 
-@pytest.mark.parametrize(
-    "group", [*GROUPS, *(pytest.param(f, marks=pytest.mark.cpu) for f in ON_CPU_ALONE)], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda f: f.__name__)
 def test_memory_that_was_freed_is_a_runtime_error(group):
     code = f"import test_freed_memory; test_freed_memory.{group.__name__}()"
     done = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, text=True)

@@ -10,21 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-import fastbn
-
 
 class RankFailed(AssertionError):
     """What a rank raised, with its traceback as text."""
 
 
 class Ranks:
-    """`size` processes with one thread each; closed by `close`, or started anew after one of them has failed.
+    """`size` processes with one thread each; closed by `close`, or started anew after one of them has failed."""
 
-    memory: whether they may exchange through memory that they share.
-    """
-
-    def __init__(self, size, backend="gloo", timeout=30, memory=True):
-        self.size, self.backend, self.timeout, self.memory = size, backend, timeout, memory
+    def __init__(self, size, backend="gloo", timeout=30):
+        self.size, self.backend, self.timeout = size, backend, timeout
         self._processes = []
 
     def run(self, function, *arguments):
@@ -55,7 +50,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self.size, self.backend, store, self.timeout, self.memory)
+            arguments = (theirs, rank, self.size, self.backend, store, self.timeout)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -73,9 +68,8 @@ class Ranks:
         self._processes = []
 
 
-def _serve(pipe, rank, size, backend, store, timeout, memory):
+def _serve(pipe, rank, size, backend, store, timeout):
     torch.set_num_threads(1)
-    fastbn.exchange.WANTED = memory
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(

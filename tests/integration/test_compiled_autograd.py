@@ -114,9 +114,8 @@ def synchronized_step(is_compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", [True, False], ids=["memory", "group"])
-def test_two_ranks(memory):
-    ranks = Ranks(2, memory=memory)
+def test_two_ranks():
+    ranks = Ranks(2)
     try:
         torch.testing.assert_close(ranks.run(synchronized_step, True), ranks.run(synchronized_step, False))
     finally:
