@@ -31,7 +31,7 @@ CUDA_ARCHITECTURES := 8.0;9.0;10.0+PTX
 # Of `make ptx`: what nvcc compiles for, and the tests that run from it.
 PTX_ARCHITECTURES := sm_80 sm_90
 PTX_TESTS ?= $(addprefix functional/test_,parity.py epilogue.py epilogue_memory.py layouts.py numerics.py devices.py) \
-    nn/test_batch_norm_act.py nn/test_ghost.py test_sync.py
+    nn/test_batch_norm_act.py nn/test_ghost.py nn/test_sync.py
 # Of `make gpu`: where results go, and the seconds that all of it may take.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 530
