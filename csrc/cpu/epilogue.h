@@ -24,6 +24,10 @@ struct Bits {
     return uint32_t(sizeof(A) == 8 ? _mm256_movemask_pd((__m256d)t) : _mm256_movemask_ps((__m256)t));
 #elif defined(__SSE2__)
     return uint32_t(sizeof(A) == 8 ? _mm_movemask_pd((__m128d)t) : _mm_movemask_ps((__m128)t));
+#elif defined(__aarch64__)
+    // NEON has no such instruction: keep lane i's bit i, and add the lanes.
+    if constexpr (sizeof(A) == 8) return uint32_t(vaddvq_u64((uint64x2_t)t & uint64x2_t{1, 2}));
+    return vaddvq_u32((uint32x4_t)t & uint32x4_t{1, 2, 4, 8});
 #else
     uint32_t bits = 0;
     for (int i = 0; i < P::lanes; ++i) bits |= uint32_t(t[i] != 0) << i;

@@ -29,6 +29,9 @@ FASTBN_HD void stream_bits(void* p, Vec<float> v) {
   _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
 #elif defined(__SSE2__)
   _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#elif defined(__aarch64__)
+  const uint64x2_t halves = (uint64x2_t)v;
+  asm("stnp %d1, %d2, %0" : "=Q"(*static_cast<char (*)[16]>(p)) : "w"(halves[0]), "w"(halves[1]));
 #else
   store_bits(p, v);
 #endif
@@ -76,6 +79,8 @@ FASTBN_HD Vec<float> widen_lanes(const Half* p) {
   return (Vec<float>)_mm512_cvtph_ps(load_bits<__m256i>(p));
 #elif FASTBN_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps(load_bits<__m128i>(p));
+#elif defined(__aarch64__)
+  return (Vec<float>)vcvt_f32_f16(load_bits<float16x4_t>(p));
 #else
   Vec<float> v;
   for (int i = 0; i < vector_bytes / 4; ++i) v[i] = to_acc(p[i]);
@@ -93,6 +98,10 @@ FASTBN_HD void widen(Vec<float> bits, Half*, Vec<float> (&v)[2]) {
 #elif FASTBN_VECTOR_BYTES == 32
   v[0] = (Vec<float>)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)bits));
   v[1] = (Vec<float>)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)bits, 1));
+#elif defined(__aarch64__)
+  const float16x8_t halves = (float16x8_t)bits;
+  v[0] = (Vec<float>)vcvt_f32_f16(vget_low_f16(halves));
+  v[1] = (Vec<float>)vcvt_high_f32_f16(halves);
 #else
   Half h[vector_bytes / 2];
   store_bits(h, bits);
@@ -107,6 +116,8 @@ FASTBN_HD Vec<float> narrow(const Vec<float> (&v)[2], Half*) {
 #elif FASTBN_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_set_m128i(_mm256_cvtps_ph((__m256)v[1], _MM_FROUND_TO_NEAREST_INT),
                                       _mm256_cvtps_ph((__m256)v[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  return (Vec<float>)vcvt_high_f16_f32(vcvt_f16_f32((float32x4_t)v[0]), (float32x4_t)v[1]);
 #else
   constexpr int lanes = vector_bytes / 4;
   Half h[2 * lanes];
@@ -254,6 +265,9 @@ FASTBN_HD Vec<double> in_double(const Half* p) {
   return (Vec<double>)_mm512_cvtps_pd(_mm256_cvtph_ps(load_bits<__m128i>(p)));
 #elif FASTBN_VECTOR_BYTES == 32
   return (Vec<double>)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadu_si64(p)));
+#elif defined(__aarch64__)
+  const float16x4_t pair = vreinterpret_f16_u32(vdup_n_u32(load_bits<uint32_t>(p)));
+  return (Vec<double>)vcvt_f64_f32(vget_low_f32(vcvt_f32_f16(pair)));
 #else
   Vec<double> v;
   for (int i = 0; i < vector_bytes / 8; ++i) v[i] = double(to_acc(p[i]));
