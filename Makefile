@@ -44,7 +44,7 @@ CUDA_PY := $(CURDIR)/$(CUDA_VENV)/bin/python
 CUDA_SITE := $(CURDIR)/build/cuda/lib
 CXX ?= g++
 # Folders too: their time changes when a file is added or removed.
-SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*') setup.py pyproject.toml
+SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*' -not -name '*.so') setup.py pyproject.toml
 C_SOURCES := $(shell find csrc benchmarks tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SAY := @printf '\n==> %s\n'
 

@@ -67,9 +67,13 @@ def test_the_report():
     assert "baseline" in forced.stdout
 
 
-def test_the_versions_agree():
-    assert importlib.metadata.version("fastbn") == fastbn.__version__
-    assert f'version = "{fastbn.__version__}"' in (ROOT / "pyproject.toml").read_text()
+def test_the_version_stands_in_one_place():
+    """In fastbn/__init__.py, from where setuptools reads it; the newest section of CHANGELOG.md is about it."""
+    version = fastbn.__version__
+    assert importlib.metadata.version("fastbn") == version
+    assert version not in (ROOT / "pyproject.toml").read_text() and version not in (ROOT / "setup.py").read_text()
+    released = re.findall(r"^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == version
 
 
 def test_importing_is_quick():
