@@ -20,7 +20,7 @@ def batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor | NotImplementedType:
-    """Batch norm, running statistics, counter and autograd node at once; NotImplemented if the call needs the slow path."""
+    """Batch norm, running statistics, counter and autograd node; NotImplemented if the call needs the slow path."""
 
 def ghost_batch_norm(
     input: Tensor,

@@ -3,8 +3,8 @@
 An eager call of a plain tensor calls `_C` directly. Whatever traces operators (torch.compile, torch.export, fake
 tensors, functorch) sees the operators, which call the same functions of csrc/torch.
 
-forward, backward and update_running_stats are batch norm in one process; stats, finish, grad_stats and grad_apply are its
-parts for a batch that is distributed over ranks.
+forward, backward and update_running_stats are batch norm in one process; stats, finish, grad_stats and grad_apply are
+its parts for a batch that is distributed over ranks.
 """
 
 from collections.abc import Callable
