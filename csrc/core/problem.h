@@ -25,7 +25,7 @@ struct Shape {
 struct Problem {
   Shape shape;
   DType dtype;        // of input, output and their gradients
-  int64_t parts = 1;  // that are as large as this one and go through the same cache with it: the chunks of ghost batch norm
+  int64_t parts = 1;  // of this size that share the caches: the chunks of ghost batch norm
 };
 
 // A per-channel parameter in its own dtype, or absent (data == nullptr).
