@@ -87,7 +87,7 @@ help:
 	@echo "make docs       the documentation as a site, in build/docs; make docs-serve shows it on port 8000"
 	@echo "make build      install fastbn into $(VENV), which every target above does when sources changed"
 	@echo "make venv       make $(VENV) with torch and the tools"
-	@echo "make lint       ruff, clang-format, include and import rules; make format applies the first two"
+	@echo "make lint       ruff, clang-format, mypy, include and import rules, line limits; make format applies the first two"
 	@echo "make sdist      a source distribution, in dist/"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) as well"
 	@echo
@@ -136,11 +136,13 @@ lint: venv includes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
+	$(BIN)/mypy
 
 includes: venv
-	$(SAY) "include rules of csrc/, import rules of fastbn/"
+	$(SAY) "include rules of csrc/, import rules of fastbn/, line limits"
 	$(PY) tests/check_includes.py
 	$(PY) tests/check_imports.py
+	$(PY) tests/check_lines.py
 
 format: venv
 	$(BIN)/ruff check --fix-only .

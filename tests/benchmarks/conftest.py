@@ -47,3 +47,18 @@ def paper():
         if module is not None:
             sys.modules[name] = module
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder's modules can be imported."""
+    for name in ("rich", "matplotlib", "sklearn"):
+        pytest.importorskip(name)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def wide_console(scripts):
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=200, highlight=False)

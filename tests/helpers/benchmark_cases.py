@@ -6,6 +6,12 @@ from pathlib import Path
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+HEAD = {
+    "kind": "environment", "csrc": "ab" * 32, "fastbn": "0", "torch": "2", "cpu": "x", "threads": 1, "cores": 2,
+    "pace": "quick", "seed": 0, "missing": {"jax": "no"}, "not_asked": ["apex groupbn"], "capability": "avx2",
+    "date": "2026-01-01T00:00:00", "cache_bytes": 1 << 25,
+    "build": {"compiler": "g++ 1"},
+}  # fmt: skip
 SHAPES = [(8, 5, 2), (16, 3, 1)]
 QUICK = 0.002
 

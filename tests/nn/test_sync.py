@@ -220,7 +220,7 @@ def check_on_gpu():
             )
             stats = [torch.zeros(C, dtype=wide, device=device), torch.ones(C, dtype=wide, device=device)]
             counter = torch.tensor(0, device=device)
-            output = fastbn.nn.sync.sync_batch_norm(
+            output = fastbn.functional.sync.sync_batch_norm(
                 own, w, b, *stats, counter, 0.25, 1e-5, dist.group.WORLD, "relu", None, residual
             )
             output.backward(dy.split(counts)[rank].to(device))
