@@ -145,8 +145,8 @@ def test_warm_and_cold_are_both_shown(written):
 
 def test_readme_edited_by_hand_is_seen(written):
     readme, text, source, pictures = written
-    (told,) = readme.edited(text.replace("2.00", "4.00", 1), source, pictures)
-    assert "is not what make report writes" in told
+    (message,) = readme.edited(text.replace("2.00", "4.00", 1), source, pictures)
+    assert "is not what make report writes" in message
 
 
 def test_a_changed_picture_is_seen(written):
@@ -163,8 +163,8 @@ def test_stale_results_are_named(written, monkeypatch):
     (source.parent / "without-environment.jsonl").write_text('{"kind": "case"}\n')
     assert readme.stale(source.parent) == []
     monkeypatch.setattr(readme, "sources_hash", lambda: "other")
-    (told,) = readme.stale(source.parent)
-    assert told.startswith("cpu.jsonl is stale: measured on ") and "abababababab" in told and "other" in told
+    (message,) = readme.stale(source.parent)
+    assert message.startswith("cpu.jsonl is stale: measured on ") and "abababababab" in message and "other" in message
     assert readme.edited(text, source, pictures) == [], "README is still what its results give"
 
 

@@ -133,10 +133,10 @@ def assert_moves(p, sizes, element_bytes, backward, training):
     assert p["least_bytes"] == (3 if backward else 2) * tensor
     again = p["strategy"] == "streaming" and training
     assert p["bytes"] == p["least_bytes"] + again * (2 if backward else 1) * tensor
-    packet = 16 if backward else 24  # sum and dot; count, mean and m2
+    partial = 16 if backward else 24  # sum and dot; count, mean and m2
     if p["blocks_an_item"] > 1:
-        assert p["workspace_bytes"] >= p["blocks"] * p["channels_an_item"] * packet
-    assert 0 <= p["workspace_bytes"] <= 2 * p["blocks"] * p["channels_an_item"] * packet + sizes[1] * 16 + 256
+        assert p["workspace_bytes"] >= p["blocks"] * p["channels_an_item"] * partial
+    assert 0 <= p["workspace_bytes"] <= 2 * p["blocks"] * p["channels_an_item"] * partial + sizes[1] * 16 + 256
 
 
 @bounded

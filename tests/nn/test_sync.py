@@ -31,9 +31,9 @@ from torch.nn import functional as F
 import fastbn
 
 
-def check_training(counts, shape, layout, dtype, param_dtype, ending, affine=True):
+def check_training(counts, shape, layout, dtype, param_dtype, epilogue, affine=True):
     """One step, in the ranks that have counts."""
-    activation, param, adds = ending
+    activation, param, adds = epilogue
     rank, momentum = dist.get_rank(), 0.25
     x, r, dy = whole_batch((sum(counts), C, *shape), LAYOUTS[layout], dtype)
     module = module_for(activation, param, param_dtype, affine, momentum=momentum)
@@ -87,10 +87,10 @@ BY_NAME = {layout.__name__: i for i, layout in enumerate(LAYOUTS)}
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(part) for part in c[1:4]) + f"-{c[4][0]}-{c[0]}")
 def test_training(pool, size, case):
-    counts, shape, layout, dtype, ending = case
+    counts, shape, layout, dtype, epilogue = case
     ranks = pool(size)
     for param_dtype in {dtype, torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype}:
-        ranks.run(check_training, counts[:size], POSITIONS[shape], BY_NAME[layout], dtype, param_dtype, ending)
+        ranks.run(check_training, counts[:size], POSITIONS[shape], BY_NAME[layout], dtype, param_dtype, epilogue)
 
 
 def test_without_parameters(pool):
@@ -134,17 +134,18 @@ def test_running_statistics(pool):
     pool(3).run(check_statistics)
 
 
-def test_moments_may_be_a_packet(device):
+def test_moments_may_have_a_count(device):
     """What the ranks merged, with its counts: the output is that of the moments alone, and so is what is returned."""
     x = torch.randn(4, C, 6, 6, device=device)
-    packet = torch.cat([torch.rand(2, C, dtype=torch.float64), torch.full((1, C), 8.0, dtype=torch.float64)]).to(device)
-    y, moments = fastbn.ops.forward(x, None, None, packet, 1e-5)
-    right, _ = fastbn.ops.forward(x, None, None, packet[:2], 1e-5)
-    assert torch.equal(y, right) and torch.equal(moments, packet[:2])
+    moments = torch.rand(2, C, dtype=torch.float64)
+    batch_stats = torch.cat([moments, torch.full((1, C), 8.0, dtype=torch.float64)]).to(device)
+    y, moments = fastbn.ops.forward(x, None, None, batch_stats, 1e-5)
+    right, _ = fastbn.ops.forward(x, None, None, batch_stats[:2], 1e-5)
+    assert torch.equal(y, right) and torch.equal(moments, batch_stats[:2])
     moments.zero_()
-    assert packet.all(), "it is not a view of what was given"
+    assert batch_stats.all(), "it is not a view of what was given"
     with pytest.raises(RuntimeError, match=r"sizes \[2, 5\]"):
-        fastbn.ops.forward(x, None, None, packet[:, :4], 1e-5)
+        fastbn.ops.forward(x, None, None, batch_stats[:, :4], 1e-5)
 
 
 def check_parameters_only():

@@ -61,9 +61,9 @@ def check_double_backward(activation, param, adds):
             torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("ending", [PLAIN, ("tanh", None, True), ("silu", None, False)], ids=str)
-def test_double_backward(pool, ending):
-    pool(3).run(check_double_backward, *ending)
+@pytest.mark.parametrize("epilogue", [PLAIN, ("tanh", None, True), ("silu", None, False)], ids=str)
+def test_double_backward(pool, epilogue):
+    pool(3).run(check_double_backward, *epilogue)
 
 
 def check_transformations():
