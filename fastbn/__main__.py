@@ -1,12 +1,13 @@
-"""``python -m fastbn``: versions, what was built, what this machine has. Paste it into a bug report."""
+"""``python -m fastbn``: what was built, what this machine has, and a self-test. Paste it into a bug report."""
 
 import os
 import platform
+import sys
 
 import torch
 
 import fastbn
-from fastbn import _C
+from fastbn import _C, self_test
 
 
 def _cpu_model() -> str:
@@ -50,12 +51,16 @@ def report() -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main() -> int:
+    """Print the report and then the self-test's result; the exit status is 1 if that found anything wrong."""
     rows = report()
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {value}", flush=True)
+    result = self_test.run()
+    print(f"{'self-test':<{width}}  {result}")
+    return 1 if result.problems else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

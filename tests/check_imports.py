@@ -20,7 +20,7 @@ LAYERS = (
     {"functional"},
     {"nn"},
     {"graph", "stats"},
-    {"serialization"},
+    {"self_test", "serialization"},
     {"__init__"},
     {"__main__"},
 )

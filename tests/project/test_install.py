@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastbn
+import fastbn.__main__
 
 pytestmark = pytest.mark.cpu
 
@@ -65,6 +66,44 @@ def test_the_report():
         assert re.search(word, text, re.IGNORECASE), f"{word} is missing in {text}"
     forced = run("-m", "fastbn", FASTBN_CPU_CAPABILITY="baseline")
     assert "baseline" in forced.stdout
+    tested = re.match(r"self-test +OK: \d+ results compared with float64 in (\d+\.\d+) s$", text.splitlines()[-1])
+    assert tested and float(tested[1]) < 2
+
+
+# What batch_norm returns in place of y, and which results the self-test must then complain about.
+FAULTS = {
+    "y * 1.01": {"output", "grad_input", "grad_weight", "grad_bias", "grad_residual"},
+    "y.detach() + (y - y.detach()) * 1.01": {"grad_input", "grad_weight", "grad_bias", "grad_residual"},
+    "y + mean.add_(0.01).sum() * 0": {"running_mean"},
+    "y * float('nan')": {"output", "grad_input", "grad_weight", "grad_bias", "grad_residual"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_self_test_reports_a_wrong_result(fault, monkeypatch, capsys):
+    right = fastbn.functional.batch_norm
+
+    def wrong(x, mean, var, *rest, **kind):
+        y = right(x, mean, var, *rest, **kind)
+        return y if x.dtype == torch.float32 else eval(fault, {"y": y, "mean": mean})
+
+    monkeypatch.setattr(fastbn.functional, "batch_norm", wrong)
+    assert fastbn.__main__.main() == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.match("self-test +FAILED: ", line)
+    problems = line.split("FAILED: ")[1].split("; ")
+    assert {problem.split()[0] for problem in problems} == FAULTS[fault]
+    assert all("bfloat16" in problem for problem in problems)
+
+
+def test_the_self_test_reports_an_error(monkeypatch, capsys):
+    def raises(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(fastbn.functional, "batch_norm", raises)
+    assert fastbn.__main__.main() == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "FAILED: " in line and line.count("no such kernel") == 16
 
 
 def test_the_version_stands_in_one_place():
