@@ -93,7 +93,7 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.has_residual = residual is not None
         if ctx.activation == "identity":
-            bias = residual = None  # nothing to compute z for
+            bias = residual = None  # only needed to recompute the input of an activation
         ctx.save_for_backward(input, weight, bias, output[1], residual)
 
     @staticmethod
@@ -307,7 +307,7 @@ def _slow_path(
         z = batch_norm_of_nothing(input, weight, bias)
         return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     rest = (training, momentum, eps, activation, activation_param, residual)
-    if is_compiling():  # one node of the captured graph
+    if is_compiling():  # captured as one node
         return ops.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
     forward = BatchNormFunction.apply
     return _by_operators(forward, input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)

@@ -109,7 +109,7 @@ def update_bn(
             "batch norm; give a DataLoader, a list or the like"
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module  # its replicas, and its broadcasts of buffers, are for training steps
+        model = model.module  # without replicas and without broadcasts of buffers
     norms = {name: m for name, m in model.named_modules() if _is_counted(m)}
     for name, m in norms.items():
         if is_lazy(m.running_mean):

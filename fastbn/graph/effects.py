@@ -67,7 +67,7 @@ def writes(node: fx.Node, batch_norm_buffers: Callable[[fx.Node], Iterable[Any] 
     name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or "torch"
     if name.startswith("_") or not (module in _KNOWN_MODULES or module.startswith(_KNOWN_PREFIXES)):
         return None
-    # A positional True may be `inplace`; whatever else it is, taking it for a write refuses a match at most.
+    # A positional True may be `inplace`. If it is something else, a possible match is missed, and nothing breaks.
     if target in _IN_PLACE_OPERATORS or name.endswith("_") or node.kwargs.get("inplace") or any(
         a is True for a in node.args
     ):  # fmt: skip

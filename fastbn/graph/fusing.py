@@ -31,14 +31,14 @@ _ORIGINAL = "_fastbn_original"
 _runners: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
 _failures: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _RETRIES = 8  # as many recompilations as Dynamo allows a function by default
-# Hooks count that are registered after the capture. An error in a capture is the module's own, or none: run it to see.
-# Modes, dtypes and layouts are a graph each; cache_size_limit is the older name of recompile_limit. Newer versions of
-# torch keep such changes to the thread.
+# Guard on hooks too, which may be registered after the capture. If a capture fails, run the module, which raises its
+# own error or none. Each mode, dtype and layout is a graph; cache_size_limit is the older name of recompile_limit. In
+# newer versions of torch such settings apply to one thread.
 _DYNAMO = {
     "skip_nnmodule_hook_guards": False,
     "suppress_errors": True,
     "cache_size_limit": 64,
-    "allow_unspec_int_on_nn_module": True,  # a forward that counts its calls is not captured for each number
+    "allow_unspec_int_on_nn_module": True,  # not one capture for each number in a forward that counts its calls
 }
 
 
@@ -152,7 +152,7 @@ def _is_observed(module: nn.Module) -> bool:
 
 
 class _Quiet(logging.Filter):
-    """Hides Dynamo's warnings about frames that it leaves as they are: nobody asked for a compiler here."""
+    """Hides Dynamo's warnings about frames that it does not capture: the user did not ask for a compiler."""
 
     calls = threading.local()
 
@@ -165,22 +165,22 @@ _quiet = _Quiet()
 
 @functools.cache
 def _settings() -> dict[str, Any]:
-    """Those of _DYNAMO that this version of torch has."""
+    """The settings of _DYNAMO that this version of torch has."""
     return {name: value for name, value in _DYNAMO.items() if hasattr(torch._dynamo.config, name)}
 
 
 @contextlib.contextmanager
 def _capturing(module: nn.Module) -> Iterator[None]:
     for name in ("convert_frame", "variables.tensor"):
-        logging.getLogger(f"torch._dynamo.{name}").addFilter(_quiet)  # does nothing from the second time on
+        logging.getLogger(f"torch._dynamo.{name}").addFilter(_quiet)  # adding it again has no effect
     depth = getattr(_quiet.calls, "depth", 0)
     _quiet.calls.depth = depth + 1
     try:
         with torch._dynamo.config.patch(**_settings()), generators.left_alone():
             yield
     except Exception:
-        # Bad input fails in a capture too, and Dynamo leaves the function alone from then on: the next call gets
-        # another one. Not for ever, for models that end every forward by an exception.
+        # After an exception in a capture, such as for bad input, Dynamo does not capture the function again, so the
+        # next call gets another function; not without limit, because there are models that always raise.
         _failures[module] = _failures.get(module, 0) + 1
         if _failures[module] < _RETRIES:
             _runners.pop(module, None)
@@ -190,11 +190,11 @@ def _capturing(module: nn.Module) -> Iterator[None]:
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    from . import backends  # not before a capture: the matcher's imports take longer than fastbn's own
+    from . import backends  # here, because importing the matcher takes longer than importing fastbn
 
     if any(node.target is torch.ops.higher_order.tag_activation_checkpoint for node in graph.graph.nodes):
-        # Outside a compiler it takes running statistics for inputs that must not change. The checkpointed module runs
-        # as it is, and captures the modules inside by themselves.
+        # Without a compiler this operator does not allow that running statistics change. The checkpointed module runs
+        # as it is, and the modules in it are captured separately.
         raise NotImplementedError("activation checkpointing within a captured graph")
     return backends.fastbn_eager(graph, inputs)
 

@@ -94,7 +94,7 @@ def state_of(module: nn.Module) -> State:
             mean, var = module._buffers["running_mean"], module._buffers["running_var"]
             if training:
                 counter = module._buffers["num_batches_tracked"]
-    except KeyError:  # parametrized or pruned, so that they are attributes of another kind
+    except KeyError:  # after parametrization or pruning they are other attributes
         weight, bias = module.weight, module.bias
         if has_statistics:
             mean, var = module.running_mean, module.running_var
