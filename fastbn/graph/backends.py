@@ -1,8 +1,7 @@
 """torch.compile(model, backend="fastbn") and backend="fastbn_eager".
 
-Both rewrite the graph that Dynamo captured (`matching`). "fastbn" hands it to Inductor, "fastbn_eager" runs it as it
-is. Python packaging announces them to torch by the entry point group torch_dynamo_backends, so that nobody needs to
-import fastbn for them.
+Both rewrite the graph that Dynamo captured (`matching`). "fastbn" passes it to Inductor, "fastbn_eager" runs it as it
+is. torch finds them by the entry point group torch_dynamo_backends, without importing fastbn first.
 """
 
 from collections.abc import Callable, Sequence
