@@ -162,11 +162,11 @@ def sync_batch_norm(
     arguments.check_together(input, weight, bias, running_mean, running_var, True)
     if input.size(1) == 0:
         raise ValueError(f"SyncBatchNorm number of input channels should be non-zero, but input is {input.shape}")
-    stats_of_ranks = all_gather(ops.stats(input.detach()), group)
+    all_stats = all_gather(ops.stats(input.detach()), group)
     if running_mean is None and is_compiling():  # Inductor cannot compile a mutated argument that is None
-        channels = stats_of_ranks.size(2)
-        running_mean, running_var = stats_of_ranks.new_zeros(channels), stats_of_ranks.new_zeros(channels)
-    batch_stats = ops.finish(stats_of_ranks, momentum, running_mean, running_var, num_batches_tracked)
+        channels = all_stats.size(2)
+        running_mean, running_var = all_stats.new_zeros(channels), all_stats.new_zeros(channels)
+    batch_stats = ops.finish(all_stats, momentum, running_mean, running_var, num_batches_tracked)
     return SyncBatchNormFunction.apply(
         input, weight, bias, batch_stats, eps, activation, activation_param, residual, group
     )
