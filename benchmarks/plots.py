@@ -1,9 +1,9 @@
-"""Records of a run flow in, pictures flow out: matplotlib, the same bytes for the same records and version.
+"""Pictures of the records of a run, with matplotlib: the same bytes for the same records and version.
 
-Usage: plots.py results/latest.jsonl FOLDER [svg or png]    (make report draws those of README)
+Usage: plots.py results/latest.jsonl FOLDER    (make report draws those of README and docs/benchmarks.md)
 """
 
-import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,13 +15,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from records import (
     Record,
     geometric_mean,
     groups_of,
     least_tensors,
-    load,
     of_limit,
     peers_of,
     resnet50,
@@ -31,6 +30,8 @@ from records import (
     warm,
 )  # fmt: skip
 from suite import PASSES
+from summaries import load
+from svg import save
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each type and layout, or peer.
 COLOURS = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#F0E442"]
@@ -38,11 +39,18 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 # Of fastbn, torch, and the others.
 PEER_COLOURS = [COLOURS[i] for i in (0, 2, 4, 5, 3, 1, 6, 7)]
 STYLE = Path(__file__).with_name("pictures.mplstyle")
+SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 TRAINING = ("forward", "forward+backward")
 
 
 def plain(value: float, _: object = None) -> str:
     return f"{value:g}"
+
+
+def power_of_ten(value: float, _: object = None) -> str:
+    """Of a tick of a logarithmic axis, as plain text: matplotlib's own are a formula each."""
+    exponent = str(round(math.log10(value))) if value else ""
+    return f"10{exponent.translate(SUPERSCRIPTS)}" if value else "0"
 
 
 def label_of(dtype: str, layout: str) -> str:
@@ -86,11 +94,19 @@ def _by_shape(
         axes.tick_params(axis="x", length=0)
         axes.set_xlim(-0.6, len(shapes) - 0.4)
         axes.grid(axis="x", visible=False)
-        for edge in range(1, len(shapes)):
-            axes.axvline(edge - 0.5, color="#eeeeee", linewidth=0.7, zorder=0)
+        edges = [edge - 0.5 for edge in range(1, len(shapes))]
+        axes.plot([x for edge in edges for x in (edge, edge, math.nan)], [0, 1, math.nan] * len(edges), color="#eeeeee",
+                  linewidth=0.7, zorder=0, transform=axes.get_xaxis_transform())  # fmt: skip
         axes.axhline(1, color="black", linewidth=1)
         axes.set_title(name)
     return drawing, parts
+
+
+def sticks(axes: Axes, places: list[float], ends: list[tuple[float, float]], **how: object) -> None:
+    """A vertical line at each place, all of them one path, which is a tenth of a path each."""
+    xs = [x for place in places for x in (place, place, math.nan)]
+    ys = [y for pair in ends for y in (*pair, math.nan)]
+    axes.plot(xs, ys, solid_capstyle="butt", **how)
 
 
 def plot_speedup(records: list[Record]) -> Figure | None:
@@ -98,7 +114,7 @@ def plot_speedup(records: list[Record]) -> Figure | None:
         return None
 
     def bars(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
-        axes.bar(places, [speedup(r) - 1 for r in rows], 0.2, bottom=1, color=COLOURS[index], label=label)
+        sticks(axes, places, [(1, speedup(r)) for r in rows], color=COLOURS[index], linewidth=3.5, label=label)
 
     drawing, parts = _by_shape(records, "Speed-up over eager PyTorch", bars)
     parts[0].set_yscale("log", base=2)
@@ -124,17 +140,18 @@ def plot_limit(records: list[Record]) -> Figure | None:
     if not resnet50(records):
         return None
 
-    def dumbbells(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
+    def from_torch_to_us(axes: Axes, places: list[float], rows: list[Record], index: int, label: str) -> None:
         ours, theirs = ([of_limit(r, variant) for r in rows] for variant in ("fastbn", "torch"))
-        axes.vlines(places, ours, theirs, color=COLOURS[index], linewidth=1, alpha=0.6)
-        how = {"marker": "o", "linestyle": "none", "color": COLOURS[index]}
-        axes.plot(places, ours, markersize=5, label=label, **how)
-        axes.plot(places, theirs, markersize=4, markerfacecolor="white", markeredgewidth=1, **how)
+        how = {"color": COLOURS[index]}
+        sticks(axes, places, list(zip(theirs, ours, strict=True)), linewidth=1, **how)
+        sticks(axes, places, [(y - 0.025, y) for y in ours], linewidth=5, label=label, **how)
 
-    drawing, parts = _by_shape(records, "Part of the memory limit that is reached", dumbbells)
+    drawing, parts = _by_shape(records, "Part of the memory limit that is reached", from_torch_to_us)
     for axes, name in zip(parts, PASSES, strict=True):
         axes.set_title(f"{name}: at least {PASSES[name]} tensors to move")
-    parts[0].set_ylabel("time of a copy of the least bytes / time\n(filled: fastbn; hollow: torch; higher is better)")
+    parts[0].set_ylabel(
+        "time of a copy of the least bytes / time\n(from torch, thin, to fastbn, thick; higher is better)"
+    )
     parts[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     parts[0].set_ylim(bottom=0)
     parts[0].annotate("limit: speed of a copy", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, 2),
@@ -163,7 +180,7 @@ def plot_scaling(records: list[Record]) -> Figure | None:
             for name, line in zip(TRAINING, ("-", "--"), strict=True):
                 rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
                 times = [seconds(r, variant) / elements_of(r) * 1e9 for r in rows]
-                how = {"color": PEER_COLOURS[index], "linestyle": line, "marker": MARKERS[index], "markersize": 4}
+                how = {"color": PEER_COLOURS[index], "linestyle": line}
                 axes.plot([elements_of(r) for r in rows], times, label=f"{variant}, {name}", **how)
         for name, line in zip(TRAINING, ("-", "--"), strict=True):
             rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
@@ -172,6 +189,8 @@ def plot_scaling(records: list[Record]) -> Figure | None:
             axes.plot([elements_of(r) for r in rows], times, color="#777777", linestyle=line, linewidth=1, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(power_of_ten))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter(FuncFormatter(plain))
@@ -221,10 +240,15 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
         )
     left.set_xscale("symlog", linthresh=1)
     left.set_yscale("log")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_formatter(FuncFormatter(power_of_ten))
+        axis.set_minor_locator(NullLocator())
     left.set_xlabel("mean of the input, in standard deviations")
     left.set_ylabel("largest error of y / largest |y|\n(against float64; lower is better)")
     left.set_title("Error of the output")
-    left.axhline(2**-24, color="#777777", linewidth=1, linestyle=":", label="half a unit in the last place ($2^{-24}$)")
+    left.axhline(2**-24, color="#777777", linewidth=1, linestyle=":", label="half a unit in the last place (2⁻²⁴)")
     left.legend()
     for index, peer in enumerate(peers):
         if peer in (points := accuracy_and_speed(records, "float32")):
@@ -233,11 +257,12 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
             # above and below in turns: peers are often close together
             offset = (8, 5) if index % 2 == 0 else (8, -14)
             right.annotate(peer, (speed, error), xytext=offset, textcoords="offset points", fontsize=9)
-    right.set_xscale("log")
-    right.set_yscale("log")
     right.xaxis.set_major_formatter(FuncFormatter(plain))
     right.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     right.xaxis.set_minor_formatter(FuncFormatter(plain))
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_minor_locator(NullLocator())
+    right.yaxis.set_major_formatter(FuncFormatter(plain))
     right.margins(0.25)
     right.set_xlabel("speed-up over eager torch, forward + backward\n(geometric mean of ResNet-50's shapes; log scale)")
     right.set_ylabel("larger error of y and dx\n(geometric mean over means from 0 to 100)")
@@ -254,25 +279,21 @@ PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
 }
 
 
-def draw(records: list[Record], folder: Path, suffix: str = "svg") -> Iterable[Path]:
+def draw(records: list[Record], folder: Path) -> Iterable[Path]:
     """Write a picture for each plot that the records have something for; names of the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = hashlib.sha256(repr(records).encode()).hexdigest()
     for name, plot in PLOTS.items():
         with plt.style.context(STYLE):
             drawing = plot(records)
             if drawing is None:
                 continue
-            path = folder / f"{name}.{suffix}"
-            # no date, so that the same records make the same file
-            metadata = {"Date": None, "Description": f"from records {source}"} if suffix == "svg" else {}
-            drawing.savefig(path, metadata=metadata, dpi=110)
+            save(drawing, folder / f"{name}.svg")
             plt.close(drawing)
-        yield path
+        yield folder / f"{name}.svg"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    for picture in draw(load(Path(sys.argv[1])), Path(sys.argv[2]), *sys.argv[3:]):
+    for picture in draw(load(Path(sys.argv[1])), Path(sys.argv[2])):
         print(picture)

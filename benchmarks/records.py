@@ -1,22 +1,20 @@
-"""What a file of results holds, and the figures that are made of its records; nothing here measures or prints.
+"""The records of a run (summaries.py has their files), and the ratios that are computed from them.
 
-Records flow in as a run writes them, one JSON object a line: an environment first, then of each unit of work what it
-found and a record of kind "done".
+An environment comes first, then what each unit of work found and a record of kind "done".
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from suite import FUSED_PASSES, PASSES
+from summaries import Record
 from timing import noise as noise_of
 
-Record = dict
 RESULTS = Path(__file__).with_name("results")
 LATEST = RESULTS / "latest.jsonl"
 LATEST_GPU = RESULTS / "gpu-benchmark.jsonl"
-# What README shows.
+# What README and docs/benchmarks.md show.
 SHOWN = RESULTS / "cpu.jsonl"
 
 SHORT = {
@@ -26,10 +24,6 @@ SHORT = {
 # Variants of a comparison that are nobody's batch norm, or fastbn's.
 LIMITS = ("copy", "clone", "add")
 OURS = ("fastbn", "fastbn again", "fastbn plain")
-
-
-def load(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def select(records: list[Record], **fields: object) -> list[Record]:

@@ -1,13 +1,11 @@
-"""Records of a run flow in, text flows out: a line for each case while the run goes on, and tables at its end.
+"""What a run prints: a line for each case while it goes on, and the tables at its end.
 
 Usage: report.py [results/latest.jsonl]
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from figures import FIGURES
 from records import (
     LATEST,
     OURS,
@@ -16,28 +14,21 @@ from records import (
     against_clone,
     against_fastest,
     against_plain,
-    backends_of_torch,
-    batches_of,
     compared,
-    geometric_mean,
-    groups_of,
-    load,
     name_of,
-    network_mean,
     noise,
-    of_fresh_limit,
     of_limit,
-    peers_of,
-    resnet50,
     seconds,
     select,
     speedup,
-    warm,
     with_fresh,
 )  # fmt: skip
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Table as RichTable
 from suite import PASSES
+from summaries import absences, load
+from tables import Table, absent, remarks, tables_of
 
 # Average load at the start of a run above which its times mean little.
 BUSY = 0.5
@@ -91,189 +82,31 @@ def _fused_part(records: list[Record]) -> str:
 
 # --- summaries ---
 
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    return table
+COLOURED = {"yes": "[green]yes[/]", "no": "[red]no[/]"}
 
 
-def resnet50_table(records: list[Record], batch: int) -> Table:
-    cases = resnet50(records, batch)
-    columns = []
-    for name in PASSES:
-        columns += [f"{name}\ntorch/fastbn", "copy\nlimit", "fresh\nlimit"]
-    title = f"ResNet-50's batch norms at batch {batch}: geometric means over the shapes, and sums over the network"
-    table = _table(title, "cases", *columns)
-
-    def add(title: str, chosen: list[Record], mean: Callable[[list[Record], Callable], float]) -> None:
-        cells = []
-        for name in PASSES:
-            of_pass = select(chosen, **{"pass": name})
-            if not of_pass:
-                cells += [""] * 3
-                continue
-            cells += [f"{mean(of_pass, speedup):.2f}"]
-            fresh = with_fresh(of_pass)
-            cells += [f"{mean(of_pass, of_limit):.0%}", f"{mean(fresh, of_fresh_limit):.0%}" if fresh else ""]
-        table.add_row(title, *cells)
-
-    def plain(chosen: list[Record], ratio: Callable[[Record], float]) -> float:
-        return geometric_mean(map(ratio, chosen))
-
-    for dtype, layout in groups_of(cases):
-        add(f"{SHORT[dtype]} {SHORT[layout]}", select(cases, dtype=dtype, layout=layout), plain)
-    add("all", cases, plain)
-    table.add_section()
-    for dtype, layout in groups_of(cases):
-        add(f"network, {SHORT[dtype]} {SHORT[layout]}", select(cases, dtype=dtype, layout=layout), network_mean)
-    return table
-
-
-def peers_table(records: list[Record]) -> Table | None:
-    """Everybody's time over fastbn's: geometric means over the cases that a peer took part in."""
-    chosen = [r for r in records if r["kind"] in ("case", "fused") and r["suite"] != "scaling"]
-    others = peers_of(chosen)
-    if not others:
-        return None
-    table = _table("Time over fastbn's, geometric means (cases)", "cases", *others)
-    kinds = dict.fromkeys((r["suite"], r.get("ending", ""), r.get("inputs", "warm"), r["pass"]) for r in chosen)
-    for suite, ending, inputs, name in kinds:
-        rows = [r for r in select(chosen, suite=suite, **{"pass": name})
-                if r.get("ending", "") == ending and r.get("inputs", "warm") == inputs]  # fmt: skip
-        cells = []
-        for peer in others:
-            ratios = [speedup(r, peer) for r in rows if peer in r["seconds"]]
-            cells.append(f"{geometric_mean(ratios):.2f} ({len(ratios)})" if ratios else "")
-        table.add_row(" ".join(filter(None, (suite, ending, name, inputs if inputs == "cold" else ""))), *cells)
-    return table
-
-
-def absent(records: list[Record]) -> list[str]:
-    """Who was not compared, or not in all cases, and why: a line each."""
-    lines = [f"{name}: not there ({why})" for head in select(records, kind="environment")
-             for name, why in head["missing"].items()]  # fmt: skip
-    lines += [f"{name}: not asked for" for head in select(records, kind="environment") for name in head["not_asked"]]
-    errors: dict[tuple[str, str, str], list[str]] = {}
-    for r in records:
-        if r["kind"] in ("unsupported", "failed", "wrong") and "peer" in r:
-            # one line for all that is wrong, whose numbers differ in each case
-            why = r["error"] if r["kind"] == "unsupported" else ""
-            errors.setdefault((r["peer"], r["kind"], why), []).append(r["error"])
-    return lines + [f"{peer}: {kind} in {len(all_)} cases ({all_[0]})" for (peer, kind, _), all_ in errors.items()]
-
-
-def bandwidth_table(records: list[Record]) -> Table | None:
-    found = select(records, kind="bandwidth")
-    if not found:
-        return None
-    ends = list(dict.fromkeys(r["when"] for r in found))
-    names = list(found[0]["rates"])
-    table = _table("Bandwidth, GB/s", "MB a tensor", *(f"{name}\n{when}" for when in ends for name in names))
-    for size in dict.fromkeys(r["bytes"] for r in found):
-        rows = [next(iter(select(found, when=when, bytes=size)), None) for when in ends]
-        cells = [f"{row['rates'][name] / 1e9:.1f}" if row else "" for row in rows for name in names]
-        table.add_row(f"{size / 1e6:.1f}", *cells)
-    return table
-
-
-def model_table(records: list[Record]) -> Table | None:
-    found = select(records, kind="model")
-    if not found:
-        return None
-    table = _table("Training step of a whole network, float32", "network", "variant", "images/s", "ms a step",
-                   "torch/", "peak memory, MB")  # fmt: skip
-    for r in found:
-        images, _, side, _ = r["shape"]
-        for variant, peak in r["peak_bytes"].items():
-            time, of_torch = seconds(r, variant), seconds(r, "torch")
-            cells = (
-                f"{images / time:.1f}",
-                f"{time * 1e3:.0f}",
-                f"{of_torch / time:.3f}",
-                f"{peak / 1e6:.0f}",
-            )
-            table.add_row(f"{r['model']}, {images} images of {side} x {side}", variant, *cells)
-    return table
-
-
-def accuracy_table(records: list[Record]) -> Table | None:
-    found = select(records, kind="accuracy")
-    if not found:
-        return None
-    peers = list(dict.fromkeys(r["peer"] for r in found))
-    title = "Largest error against float64, over the largest value: of y / of dx"
-    table = _table(title, "type", "mean", "std", *peers)
-    for dtype, mean, std in dict.fromkeys((r["dtype"], r["mean"], r["std"]) for r in found):
-        rows = {r["peer"]: r["errors"] for r in select(found, dtype=dtype, mean=mean, std=std)}
-        cells = [f"{rows[p]['y']:.1e} / {rows[p]['dx']:.1e}" if p in rows else "" for p in peers]
-        table.add_row(SHORT[dtype], f"{mean:g}", f"{std:g}", *cells)
-    return table
-
-
-def scaling_table(records: list[Record]) -> Table | None:
-    found = compared(warm(records, kind="case", suite="scaling"))
-    if not found:
-        return None
-    table = _table("Time for each element, ns: fastbn / torch / copy of x", "elements", *(
-        f"{SHORT[dtype]} {name}" for dtype, _ in groups_of(found) for name in PASSES))  # fmt: skip
-    for shape in dict.fromkeys(tuple(r["shape"]) for r in found):
-        elements, cells = 1, []
-        for size in shape:
-            elements *= size
-        for dtype, _ in groups_of(found):
-            for name in PASSES:
-                row = next(
-                    (r for r in select(found, dtype=dtype, **{"pass": name}) if tuple(r["shape"]) == shape), None
-                )
-                variants = ("fastbn", "torch", "copy")
-                cells.append(" / ".join(f"{seconds(row, v) / elements * 1e9:.3f}" for v in variants) if row else "")
-        table.add_row(f"{elements:.1e}", *cells)
-    return table
-
-
-def figures_table(records: list[Record]) -> Table:
-    table = Table(title="Figures to reach (means: geometric, ResNet-50 cases)", title_justify="left")
-    table.add_column("figure")
-    table.add_column("target", justify="right")
-    table.add_column("measured", justify="right")
-    table.add_column("reached")
-    table.add_column("detail")
-    for figure in FIGURES:
-        bound = f"{'at least' if figure.at_least else 'at most'} {figure.target:{figure.style}}"
-        if (measured := figure.measure(records)) is None:
-            table.add_row(figure.name, bound, "not measured")
-        else:
-            value, detail = measured
-            verdict = "[green]yes[/]" if figure.reached(value) else "[red]no[/]"
-            table.add_row(figure.name, bound, f"{value:{figure.style}}", verdict, detail)
-    return table
+def show_table(console: Console, table: Table) -> None:
+    shown = RichTable(title=table.title, title_justify="left")
+    for number, name in enumerate(table.head):
+        # titles may break: ten columns of two words each fit into a terminal
+        left = number == 0 or name in ("detail", "reached", "variant")
+        shown.add_column(name.replace(": ", ":\n"), justify="left" if left else "right")
+    for row in table.rows:
+        shown.add_row(*(COLOURED.get(cell, escape(cell)) for cell in row))
+    console.print("\n", shown)
 
 
 def show_summary(console: Console, records: list[Record]) -> None:
-    batches = batches_of(records)
-    tables = [bandwidth_table, peers_table, scaling_table, model_table, accuracy_table]
-    for table in (*(resnet50_table(records, batch) for batch in batches), *(make(records) for make in tables)):
-        if table is not None:
-            console.print("\n", table)
-    if batches:
-        console.print(
-            "copy limit: part of the speed of a copy into memory that is there, moving the least bytes\n"
-            "fresh limit: part of the speed of clone and add into fresh outputs, which page-fault\n"
-        )
-    if backends := backends_of_torch(records):
-        console.print(f"eager torch ran these of its kernels: {', '.join(backends)}")
-    for line in absent(records):
-        console.print(f"not compared: {line}", soft_wrap=True)
-    console.print(figures_table(records))
+    for table in tables_of(records):
+        show_table(console, table)
+    for line in (*remarks(records), *(f"not compared: {line}" for line in absent(records))):
+        console.print(escape(line), soft_wrap=True)
 
 
 def show_wrong(console: Console, records: list[Record]) -> None:
-    if wrong := select(records, kind="wrong"):
-        console.print(f"[red]{len(wrong)} results are wrong and were not timed, the first:[/]")
-        what = name_of(wrong[0]) if "layout" in wrong[0] else wrong[0]["model"]
-        console.print(f"{wrong[0]['peer']}, {what}: {wrong[0]['error']}", soft_wrap=True)
+    for wrong in select(absences(records), kind="wrong"):
+        console.print(f"[red]{wrong['cases']} results of {wrong['peer']} are wrong and were not timed, the first:[/]")
+        console.print(escape(f"{wrong['first']}: {wrong['error']}"), soft_wrap=True)
     for record in select(records, kind="failed"):
         who = record.get("peer", "")
         if not who or who in OURS:

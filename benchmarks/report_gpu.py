@@ -1,19 +1,19 @@
-"""Records of a run on a GPU flow in, tables flow out; nothing here measures.
+"""What a run on a GPU prints: a line for each case while it goes on, and the tables at its end.
 
 Usage: report_gpu.py [results/gpu-benchmark.jsonl]
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from figures import Measured
 from records import LATEST_GPU, SHORT, Record, geometric_mean, select
-from report import absent, make_console, model_table, show_environment
+from report import make_console, show_environment, show_table
 from rich.console import Console
-from rich.table import Table
 from suite import GPU_PASSES
+from summaries import load
+from tables import Table, absent, model_table
 
 # A tensor this large is timed long enough for launches not to count.
 LARGE = 200e6
@@ -82,11 +82,10 @@ def case_line(records: list[Record]) -> str:
 
 
 def network_table(records: list[Record]) -> Table:
-    table = Table(title="ResNet-50's batch norms, in CUDA graphs and cold", title_justify="left")
-    table.add_column("cases")
-    for name in GPU_PASSES:
-        for title in ("of limit", "of copies", "torch/", "compile/", "eager\ntorch/"):
-            table.add_column(f"{name}\n{title}" if title == "of limit" else title, justify="right")
+    titles = [
+        f"{name}: {title}" for name in GPU_PASSES for title in ("of limit", "of copies", "torch", "compile", "eager")
+    ]
+    table = Table("ResNet-50's batch norms, in CUDA graphs and cold", ["cases", *titles])
     bytes_a_second = bandwidth(records)
     cases = select(records, kind="gpu")
     for dtype, layout, batch in dict.fromkeys((r["dtype"], r["layout"], r["shape"][0]) for r in cases):
@@ -100,11 +99,10 @@ def network_table(records: list[Record]) -> Table:
 
             cells += [f"{of_limit(chosen, bytes_a_second):.0%}", f"{of_copy(chosen):.0%}"] if chosen else ["", ""]
             cells += [mean("torch"), mean("torch.compile"), mean("torch", "eager")]
-        table.add_row(f"{SHORT[dtype]} {SHORT[layout]} N={batch}", *cells)
+        table.rows.append([f"{SHORT[dtype]} {SHORT[layout]} N={batch}", *cells])
     return table
 
 
-# Of the issue's table: name, target, and how the figure is measured.
 def _network(layout: str, batch: int, pass_: str, share: Callable) -> Callable[[list[Record]], Measured]:
     """The worse of the two types that the figure is stated for."""
 
@@ -182,16 +180,13 @@ FIGURES = [
 
 
 def figures_table(records: list[Record]) -> Table:
-    table = Table(title="Figures to reach on an H200", title_justify="left")
-    for title in ("figure", "at least", "measured", "reached", "detail"):
-        table.add_column(title, justify="right" if title in ("at least", "measured") else "left")
+    table = Table("Targets on an H200", ["figure", "at least", "measured", "reached", "detail"])
     for name, target, measure in FIGURES:
         if (measured := measure(records)) is None:
-            table.add_row(name, f"{target:.2f}", "not measured")
+            table.rows.append([name, f"{target:.2f}", "not measured", "", ""])
         else:
             value, detail = measured
-            verdict = "[green]yes[/]" if value >= target else "[red]no[/]"
-            table.add_row(name, f"{target:.2f}", f"{value:.2f}", verdict, detail)
+            table.rows.append([name, f"{target:.2f}", f"{value:.2f}", "yes" if value >= target else "no", detail])
     return table
 
 
@@ -200,14 +195,15 @@ def show_gpu_summary(console: Console, records: list[Record]) -> None:
         return
     console.print(f"\ncopy of 1 GiB: {bandwidth(records) / 1e9:.0f} GB/s counting both ways")
     if select(records, kind="gpu"):
-        console.print(network_table(records))
+        show_table(console, network_table(records))
         console.print(
             "of limit: time of the least bytes at the speed of that copy / time, of the network's 53 batch norms\n"
-            "of copies: time of copies of as many bytes, in graphs too / time; others: their time / fastbn's, means\n"
+            "of copies: time of copies of as many bytes, in graphs too / time\n"
+            "torch, compile, eager (both without a graph): time of torch and torch.compile / fastbn's, means\n"
         )
-    if (table := model_table(records)) is not None:
-        console.print(table)
-    console.print(figures_table(records))
+    for table in (model_table(records), figures_table(records)):
+        if table.rows:
+            show_table(console, table)
     for line in absent(records):
         console.print(f"not compared: {line}", soft_wrap=True)
     for record in select(records, kind="skipped"):
@@ -218,7 +214,7 @@ def show_gpu_summary(console: Console, records: list[Record]) -> None:
 
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST_GPU
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = load(path)
     console = make_console()
     for record in select(records, kind="environment"):
         show_environment(console, record)

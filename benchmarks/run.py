@@ -1,7 +1,7 @@
 """Measure fastbn against its peers: ``python benchmarks/run.py --help``.
 
-What to measure is decided here and becomes units of work; session.py runs them, prints a line for each and writes JSON
-Lines. Ctrl-C keeps what was measured so far, ``--resume`` goes on from there.
+What to measure is decided here and becomes units of work; session.py runs them, prints a line for each and writes the
+results (summaries.py has their format). Ctrl-C keeps what was measured so far, ``--resume`` goes on from there.
 """
 
 import argparse
@@ -24,13 +24,14 @@ from gpu_timing import sets_for
 from limits import bandwidth_records, cache_bytes
 from models import measure_model
 from peers import OTHERS, PEERS, available
-from records import LATEST, LATEST_GPU, Record, load
+from records import LATEST, LATEST_GPU, Record
 from report import case_line, header, make_console, show_environment, show_summary, show_wrong
 from report_gpu import header as gpu_header
 from report_gpu import show_gpu_summary
 from run_gpu import compile_all, gpu_units
 from session import CannotResume, Session, Unit
 from suite import HELD, MODULES, SUITES, Case, cases
+from summaries import load, rounds_of
 from timing import Protocol
 
 ALL_SUITES = [*SUITES, "accuracy", "model", "costs"]
@@ -98,7 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile-only", nargs=2, type=int, metavar=("SHARE", "SHARES"),
                         help="on a GPU: only fill torch.compile's cache, with this share of the cases")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help=f"JSON Lines (default {LATEST}; of a GPU {LATEST_GPU})")
+    parser.add_argument("--output", type=Path, help=f"the summary (default {LATEST}; of a GPU {LATEST_GPU})")
     parser.set_defaults(pace="quick")
     return with_defaults(parser.parse_args(arguments))
 
@@ -235,7 +236,8 @@ def main() -> int:
     records = session.run(units, arguments.seconds, gpu_header() if on_gpu else header())
     (show_gpu_summary if on_gpu else show_summary)(console, records)
     show_wrong(console, records)
-    console.print(f"{time.perf_counter() - start:.0f} s; results in {os.path.relpath(arguments.output)}")
+    files = (os.path.relpath(path) for path in (arguments.output, rounds_of(arguments.output)))
+    console.print("{:.0f} s; results in {}, every repetition in {}".format(time.perf_counter() - start, *files))
     slower = bool(old and compare(console, old, records))
     if session.interrupted:
         return 130

@@ -67,10 +67,12 @@ def copy_record(gpu: Gpu, rng: random.Random) -> Record:
 def per_call(times: Times, calls: int) -> Times:
     """Times of batches as times of one of their calls."""
 
-    def divided(value: object) -> object:
+    def divided(key: str, value: object) -> object:
+        if key == "error":  # is relative
+            return value
         return [float(f"{v / calls:.4g}") for v in value] if isinstance(value, list) else value / calls
 
-    return {name: {key: divided(value) for key, value in time.items()} for name, time in times.items()}
+    return {name: {key: divided(key, value) for key, value in time.items()} for name, time in times.items()}
 
 
 def measure_case(gpu: Gpu, case: Case, peers: list[str], seconds: float, seed: int) -> Iterator[Record]:

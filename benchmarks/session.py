@@ -1,11 +1,11 @@
-"""A run's units of work flow in, a file of records flows out: written as they come, resumed where they end.
+"""Runs units of work and writes their records as they come, every repetition included; a summary at the end.
 
 What a unit raises is recorded and does not stop the others; Ctrl-C keeps what was measured. Each unit ends with a
-record of kind "done": after an interruption, the records of a unit without one are measured again.
+record of kind "done": after an interruption, the records of a unit without one are measured again. A run is resumed
+from the file of repetitions, or from the summary where that file is gone.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from comparing import last_line
 from records import Record
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from summaries import load, rounds_of, summarized, write
 
 # What must be the same in the head of a file for a run to go on with it.
 SAME = ("csrc", "fastbn", "torch", "cpu", "threads", "pace", "seed", "gpu")
@@ -35,23 +36,36 @@ class CannotResume(Exception):
     """The file to resume is of another machine, version or setting."""
 
 
-def finished(path: Path, head: Record) -> list[Record]:
-    """The head and the records of the units that a file has finished; those that failed are left out."""
+def finished(path: Path) -> list[Record]:
+    """The records of the units that a file of repetitions has finished; those that failed are left out."""
     records: list[Record] = []
     unit: list[Record] = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            unit.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number == len(lines):  # it was being written when the run was stopped
                 break
             raise CannotResume(f"{path}: line {number} is not JSON ({error})") from None
-        unit.append(record)
-        if record["kind"] in ("environment", "done"):
-            if not any(r["kind"] == "failed" and "peer" not in r for r in unit):
+        if unit[-1]["kind"] in ("environment", "done"):
+            if not any(unit_failed(r) for r in unit):
                 records += unit
             unit = []
+    return records
+
+
+def unit_failed(record: Record) -> bool:
+    return record["kind"] == "failed" and "peer" not in record
+
+
+def resumed(output: Path, head: Record) -> list[Record]:
+    """What there is of the run with this head: every repetition, or where they are gone the summary."""
+    rounds = rounds_of(output)
+    path = rounds if rounds.exists() else output
+    if not path.exists():
+        return [head]
+    records = finished(path) if path == rounds else [r for r in load(path) if not unit_failed(r)]
     if not records or records[0]["kind"] != "environment":
         raise CannotResume(f"{path}: does not begin with an environment")
     if different := [
@@ -65,12 +79,10 @@ class Session:
     def __init__(self, console: Console, output: Path, head: Record, resume: bool = False) -> None:
         """Begin a file, or go on with it. Raises :class:`CannotResume`."""
         self.console, self.output = console, output
-        self.records = finished(output, head) if resume and output.exists() else [head]
+        self.records = resumed(output, head) if resume else [head]
         self.interrupted = False
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(f"{output.name}.part")
-        beside.write_text("".join(f"{json.dumps(record)}\n" for record in self.records))
-        os.replace(beside, output)  # so that a run that is stopped here does not lose the old file
+        write(rounds_of(output), self.records)
 
     def run(self, units: list[Unit], seconds: float = 0, title: str = "") -> list[Record]:
         """Measure those that are not in the file yet, for ``seconds`` at most (0: all). Returns all records."""
@@ -81,7 +93,7 @@ class Session:
         start = time.perf_counter()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
                    TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
-        with self.output.open("a") as file, Progress(
+        with rounds_of(self.output).open("a") as file, Progress(
             *columns, console=self.console, disable=not self.console.is_terminal
         ) as progress:  # fmt: skip
             bar = progress.add_task("measuring", total=round(sum(unit.cost for unit in left), 1))
@@ -103,6 +115,7 @@ class Session:
             except KeyboardInterrupt:
                 self.interrupted = True
                 self.console.print("\ninterrupted: what follows is what was measured so far")
+        write(self.output, summarized(self.records))
         return self.records
 
     def _write(self, records: list[Record], file) -> None:

@@ -105,8 +105,17 @@ def measure(
 
 
 def summary(samples: list[float]) -> dict[str, object]:
+    """Median, quartiles, and ``error``: how far the median may be from the one of infinitely many rounds, as a part of
+    it, at 99 % confidence."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    return {"median": median, "low": low, "high": high, "samples": [float(f"{value:.4g}") for value in samples]}
+    error = WIDTH_99 * OF_MEDIAN * (high - low) / QUARTILES / math.sqrt(len(samples)) / median
+    return {
+        "median": median,
+        "low": low,
+        "high": high,
+        "error": error if len(samples) > 1 else math.inf,
+        "samples": [float(f"{value:.4g}") for value in samples],
+    }
 
 
 def pooled(first: Times, second: Times) -> Times:
@@ -114,16 +123,8 @@ def pooled(first: Times, second: Times) -> Times:
     return {name: summary(first[name]["samples"] + second[name]["samples"]) for name in first}
 
 
-def error(time: dict[str, object]) -> float:
-    """How far the median may be from the one of infinitely many rounds, as a part of it, at 99 % confidence."""
-    if len(time["samples"]) < 2:
-        return math.inf
-    deviation = (time["high"] - time["low"]) / QUARTILES
-    return WIDTH_99 * OF_MEDIAN * deviation / math.sqrt(len(time["samples"])) / time["median"]
-
-
 def noise(times: Times, over: str, under: str, again: str = "fastbn again", first: str = "fastbn") -> float:
     """What the ratio of two variants may be wrong by, as a part of it: the errors of both medians, and the difference
     between the two measurements of the same thing, which also sees what rounds have in common."""
     repeated = math.log(times[again]["median"] / times[first]["median"]) if again in times else 0.0
-    return math.sqrt(error(times[over]) ** 2 + error(times[under]) ** 2 + repeated**2)
+    return math.hypot(times[over]["error"], times[under]["error"], repeated)

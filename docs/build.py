@@ -1,8 +1,8 @@
-"""Build the site. In: docs/, and what its pages link to elsewhere in the repository. Out: a folder of HTML.
+"""Builds the site of docs/ and of the files that its pages link to: a folder of HTML.
 
 In the repository a page's relative links lead to files, as GitHub follows them. In the site they lead to pages: a
-source file becomes a page of its own, opened at the line that the text of the link names in backquotes. README's
-measurements and the experiments of the paper, which other programs write, are taken from where they are.
+source file becomes a page of its own, opened at the line that the text of the link names in backquotes. The experiments
+of the paper are a page too, where they were run.
 
 Usage: build.py FOLDER    (make docs)
 """
@@ -23,8 +23,6 @@ PAPER = "benchmarks/results/paper/paper.md"
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".cuh": "cpp"}
 # [text](path#anchor), and images; what leads out of the repository has a colon.
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
-MEASURED = "<!-- measured: begin (written by make report; do not edit) -->", "<!-- measured: end -->"
-PLACE_OF_MEASURED = "<!-- README's measurements -->"
 # What a block of code prints, and where it did if that matters.
 OUTPUT = re.compile(r'^```text(?: title="(.*)")?$', re.MULTILINE)
 # The order of the pages in the site.
@@ -46,13 +44,6 @@ def place(path: str) -> str:
     return f"source/{path}.md" if is_source(path) else f"source/{path}"
 
 
-def measured() -> str:
-    """README's section of measurements, with links as a page in docs/ has them."""
-    begin, end = MEASURED
-    text = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0]
-    return LINK.sub(lambda m: f"{m[1]}[{m[2]}](../{m[3]}{m[4] or ''})", text)
-
-
 def page_of_source(path: str) -> str:
     """A page in Markdown that shows a source, with an anchor at each line."""
     formatter = HtmlFormatter(linenos="inline", linespans="line")
@@ -66,7 +57,6 @@ def text_of(path: str) -> str:
     text = (ROOT / path).read_text()
     if not path.startswith("docs/"):
         return text if path == PAPER else f"---\norphan: true\n---\n\n{text}"
-    text = text.replace(PLACE_OF_MEASURED, measured())
     text = OUTPUT.sub(lambda m: "```{code-block} text\n:class: output" + (f"\n:caption: {m[1]}" if m[1] else ""), text)
     return text + contents() if path == "docs/index.md" else text
 

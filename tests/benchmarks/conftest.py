@@ -9,12 +9,17 @@ from benchmark_cases import BENCHMARKS, SHAPES
 
 
 @pytest.fixture
-def bench(monkeypatch, threads):
-    """The folder's modules can be imported, and ResNet-50 is small."""
+def scripts(monkeypatch):
+    """The modules of benchmarks/ can be imported."""
     for name in ("rich", "matplotlib", "sklearn"):
         pytest.importorskip(name)
-    threads(1)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def bench(scripts, monkeypatch, threads):
+    """The same, and ResNet-50 is small."""
+    threads(1)
     import suite
 
     monkeypatch.setattr(suite, "RESNET50", SHAPES)
@@ -25,7 +30,7 @@ def bench(monkeypatch, threads):
 def console():
     from rich.console import Console
 
-    return Console(file=io.StringIO(), width=160, highlight=False)
+    return Console(file=io.StringIO(), width=200, highlight=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +52,3 @@ def paper():
         if module is not None:
             sys.modules[name] = module
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """The folder's modules can be imported."""
-    for name in ("rich", "matplotlib", "sklearn"):
-        pytest.importorskip(name)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-@pytest.fixture
-def wide_console(scripts):
-    from rich.console import Console
-
-    return Console(file=io.StringIO(), width=200, highlight=False)

@@ -59,6 +59,7 @@ def measure(run_gpu, **changed):
     """The records, as a file of results has them, and what was printed."""
     from rich.console import Console
     from session import Session
+    from summaries import load, rounds_of
 
     chosen = {"dtypes": ["bfloat16", "float32"], "layouts": ["contiguous", "channels_last"], "batch": [2, 3]}
     arguments = argparse.Namespace(**{**chosen, "suites": ["resnet50"], "seed": 0, "pace": "quick", **changed})
@@ -67,7 +68,10 @@ def measure(run_gpu, **changed):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.jsonl"
         Session(console, path, {"kind": "environment"}).run(units, changed.get("seconds", 0))
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = load(rounds_of(path))
+        summary = load(path)
+    kinds = sorted(r["kind"] for r in records if r["kind"] not in ("done", "wrong"))
+    assert kinds == sorted(r["kind"] for r in summary if r["kind"] not in ("done", "wrong"))
     return [r for r in records if r["kind"] not in ("environment", "done")], console.file.getvalue().splitlines()
 
 
@@ -90,7 +94,9 @@ def test_every_pass_of_every_case(run_gpu):
 def test_a_time_is_of_one_call(run_gpu, monkeypatch):
     """A batch of as many calls as there are sets takes that many units."""
     monkeypatch.setattr(
-        run_gpu, "measure", lambda variants, *_: {v: {"median": len(call())} for v, call in variants.items()}
+        run_gpu,
+        "measure",
+        lambda variants, *_: {v: {"median": len(call()), "error": 0.0} for v, call in variants.items()},
     )
     monkeypatch.setattr(run_gpu, "copy_record", lambda *_: {"kind": "big copy"})
     records, _ = measure(run_gpu, dtypes=["float32"])

@@ -269,7 +269,7 @@ def test_links_lead_to_pages_of_the_site(site):
             f'"source/csrc/core/formula.h.html#line-{line}">`normalization`<',
         ),
         ("[`explain`](api.rst#fastbn.explain)", 'href="api.html#fastbn.explain">`explain`<'),
-        ("[figures](../README.md#what-is-measured-and-how)", "[figures](source/README.md#what-is-measured-and-how)"),
+        ("[CUDA](../README.md#cuda)", "[CUDA](source/README.md#cuda)"),
         ("[Install](install.md)", "[Install](install.md)"),
         (
             "![times](../benchmarks/results/pictures/limit.svg)",
