@@ -32,7 +32,8 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 IDS = [page.stem for page in PAGES]
 EVERY_PAGE = [README, *PAGES]
-LINKING = [*EVERY_PAGE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+NOTES = ROOT / "benchmarks" / "NOTES.md"
+LINKING = [*EVERY_PAGE, NOTES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s#:]*)(#[^)\s]*)?\)")
 # In docs/api.rst.
@@ -242,6 +243,18 @@ def test_wrong_links_are_seen():
     assert wrong_link(page, "here", "install.md", "#gone")
     assert wrong_link(page, "`gone`", "../csrc/core/formula.h", "")
     assert not wrong_link(page, "`normalization`", "../csrc/core/formula.h", "")
+
+
+def test_comments_point_to_sections_of_the_notes():
+    """Measured claims in comments name a section; the table of contents has each of them."""
+    sources = [path for folder in ("csrc", "fastbn", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.*")]
+    texts = {path: path.read_text() for path in sources if path.suffix in (".h", ".cpp", ".cuh", ".cu", ".py", ".md")}
+    named = [(path, anchor) for path, text in texts.items() for anchor in re.findall(r"NOTES\.md\)?#([\w-]+)", text)]
+    assert named
+    for path, anchor in named:
+        assert anchor in anchors(NOTES), f"{path}: NOTES.md has no #{anchor}"
+    listed = {anchor[1:] for _, link, anchor in LINK.findall(NOTES.read_text()) if not link and anchor}
+    assert anchors(NOTES) - {"optimizations-that-were-tried"} == listed
 
 
 # ---- the site ------------------------------------------------------------------------------------------------------
