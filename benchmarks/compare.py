@@ -1,15 +1,17 @@
-"""The guard against regressions: an older and a newer run flow in, what got slower beyond the noise flows out.
+"""What became slower than in an older run, beyond the noise.
 
-Two runs differ by the hour's clock and neighbours more than by the code. So what is compared is fastbn's time over
-torch's, both of one run; where a run has no torch, fastbn's time over that of a copy.
+Two runs differ more by the clock and by other programs than by the code. So the time of fastbn divided by that of torch
+in the same run is compared; where a run has no torch, by that of a copy.
 """
 
 import math
 from dataclasses import dataclass
 
-from records import Record, key_of, name_of, seconds, warm
+from records import Record, key_of, seconds, warm
+from report import show_table
 from rich.console import Console
-from rich.table import Table
+from summaries import unit_of
+from tables import Table
 from timing import noise
 
 # What two runs of the same code may differ by beyond the noise that each sees in itself, because pages and caches fall
@@ -59,14 +61,9 @@ def compare(console: Console, old: list[Record], new: list[Record]) -> bool:
     console.print(f"\n{len(found)} measurements are in both runs: {len(slower)} slower and {len(faster)} faster beyond "
                   f"the noise, {len(found) - len(slower) - len(faster)} the same")  # fmt: skip
     if slower:
-        table = Table(title="Slower than before, held against torch in each run", title_justify="left")
-        for title in ("suite", "case", "pass", "time / before", "noise"):
-            table.add_column(title, justify="right" if "/" in title or title == "noise" else "left")
-        for c in slower:
-            r = c.record
-            what = f"{name_of(r)} {r.get('ending', '')} {'cold' if r.get('inputs') == 'cold' else ''}".strip()
-            table.add_row(r["suite"], what, r["pass"], f"{c.ratio:.2f}", f"{c.allowed:.0%}")
-        console.print(table)
+        rows = [[f"{unit_of(c.record)} {c.record['pass']}", f"{c.ratio:.2f}", f"{c.allowed:.0%}"] for c in slower]
+        title = "Slower than before, held against torch in each run"
+        show_table(console, Table(title, ["case", "time / before", "noise"], rows))
     lost = {key_of(r) for r in warm(old, kind="case")} - {key_of(r) for r in new}
     if lost:
         console.print(f"{len(lost)} of the older run's cases were not measured this time")

@@ -1,4 +1,4 @@
-"""A case flows in, a record of each pass flows out: its peers set up, checked against float64, and timed in turns."""
+"""Measures a case: sets up its peers, checks them against float64, times them in turns; a record for each pass."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What fastbn is held to on two threads of a CPU: records of a run flow in, figures with their targets flow out."""
+"""The targets of fastbn on two threads of a CPU, and how they are computed from the records of a run."""
 
 import statistics
 from collections.abc import Callable

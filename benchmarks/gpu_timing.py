@@ -1,4 +1,4 @@
-"""How time is taken on a GPU: batches of calls flow in, functions to time and seconds a batch flow out.
+"""How batches of calls are timed on a GPU.
 
 A batch calls on so many sets of tensors in turn that none is left in the second-level cache when it comes again, and
 keeps every output until its end, because a buffer that is written over and over would stay in the cache, too.

@@ -1,4 +1,4 @@
-"""Who is compared: one adapter each. Torch's batch norm and what follows it flow in; calls to time flow out.
+"""The peers that fastbn is compared with: an adapter each, from torch's batch norm to calls to time.
 
 Most peers are PyTorch modules: to add one, write a function that makes its module from torch's (or raises ImportError
 where the peer is not installed) and list it in PEERS, with what it cannot do. One that is not needs a runner like

@@ -32,6 +32,7 @@ from records import (
 from suite import PASSES
 from summaries import load
 from svg import save
+from tables import machine
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each type and layout, or peer.
 COLOURS = ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000", "#F0E442"]
@@ -51,22 +52,6 @@ def power_of_ten(value: float, _: object = None) -> str:
     """Of a tick of a logarithmic axis, as plain text: matplotlib's own are a formula each."""
     exponent = str(round(math.log10(value))) if value else ""
     return f"10{exponent.translate(SUPERSCRIPTS)}" if value else "0"
-
-
-def label_of(dtype: str, layout: str) -> str:
-    return f"{dtype}, {layout}"
-
-
-def caption(records: list[Record]) -> str:
-    (head,) = select(records, kind="environment")
-    return (
-        f"{head['threads']} threads of {head['cpu']} ({head['capability']}), torch {head['torch']}, "
-        f"csrc {head['csrc'][:8]}, {head['date'][:10]}"
-    )
-
-
-def shape_names(shapes: list[tuple[int, ...]]) -> list[str]:
-    return [f"{shape[1]} × {shape[2]}²" for shape in shapes]
 
 
 def figure(records: list[Record], title: str, columns: int, height: float, **how: object) -> tuple[Figure, list[Axes]]:
@@ -89,8 +74,10 @@ def _by_shape(
         for index, (dtype, layout) in enumerate(groups):
             rows = select(cases, dtype=dtype, layout=layout, **{"pass": name})
             places = [shapes.index(tuple(r["shape"])) - 0.4 + (index + 0.5) * 0.8 / len(groups) for r in rows]
-            draw_group(axes, places, rows, index, label_of(dtype, layout))
-        axes.set_xticks(range(len(shapes)), shape_names(shapes), rotation=60, ha="right", rotation_mode="anchor")
+            draw_group(axes, places, rows, index, f"{dtype}, {layout}")
+        axes.set_xticks(
+            range(len(shapes)), [f"{s[1]} × {s[2]}²" for s in shapes], rotation=60, ha="right", rotation_mode="anchor"
+        )
         axes.tick_params(axis="x", length=0)
         axes.set_xlim(-0.6, len(shapes) - 0.4)
         axes.grid(axis="x", visible=False)
@@ -126,13 +113,8 @@ def plot_speedup(records: list[Record]) -> Figure | None:
 
 
 def _legend_below(drawing: Figure, records: list[Record], axes: Axes, columns: int) -> None:
-    drawing.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=columns,
-        title=caption(records),
-        title_fontsize=8,
-    )
+    how = {"loc": "outside lower center", "ncols": columns, "title": machine(records), "title_fontsize": 8}
+    drawing.legend(*axes.get_legend_handles_labels(), **how)
 
 
 def plot_limit(records: list[Record]) -> Figure | None:
@@ -162,10 +144,7 @@ def plot_limit(records: list[Record]) -> Figure | None:
 
 
 def elements_of(record: Record) -> int:
-    elements = 1
-    for size in record["shape"]:
-        elements *= size
-    return elements
+    return math.prod(record["shape"])
 
 
 def plot_scaling(records: list[Record]) -> Figure | None:
@@ -176,17 +155,13 @@ def plot_scaling(records: list[Record]) -> Figure | None:
     drawing, parts = figure(records, "Time for each element, 64 channels", len(groups), 4.6, sharey=True)
     (head,) = select(records, kind="environment")
     for axes, (dtype, layout) in zip(parts, groups, strict=True):
-        for index, variant in enumerate(("fastbn", "torch")):
-            for name, line in zip(TRAINING, ("-", "--"), strict=True):
-                rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
-                times = [seconds(r, variant) / elements_of(r) * 1e9 for r in rows]
-                how = {"color": PEER_COLOURS[index], "linestyle": line}
-                axes.plot([elements_of(r) for r in rows], times, label=f"{variant}, {name}", **how)
         for name, line in zip(TRAINING, ("-", "--"), strict=True):
             rows = sorted(select(cases, dtype=dtype, **{"pass": name}), key=elements_of)
-            times = [seconds(r, "copy") * least_tensors(r) / 2 / elements_of(r) * 1e9 for r in rows]
-            label = f"limit (copy of the least bytes), {name}"
-            axes.plot([elements_of(r) for r in rows], times, color="#777777", linestyle=line, linewidth=1, label=label)
+            curves = {f"{v}, {name}": [seconds(r, v) for r in rows] for v in ("fastbn", "torch")}
+            curves[f"limit (copy), {name}"] = [seconds(r, "copy") * least_tensors(r) / 2 for r in rows]
+            for (label, times), colour in zip(curves.items(), (*PEER_COLOURS[:2], "#777777"), strict=True):
+                ns = [time / elements_of(r) * 1e9 for time, r in zip(times, rows, strict=True)]
+                axes.plot([elements_of(r) for r in rows], ns, color=colour, linestyle=line, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(power_of_ten))
@@ -200,10 +175,10 @@ def plot_scaling(records: list[Record]) -> Figure | None:
             axes.axvline(place, color="#aaaaaa", linewidth=1, linestyle=":")
             axes.annotate("from here on x and y\nexceed the cache", (place, 0.98), xycoords=("data", "axes fraction"),
                           xytext=(-3, 0), textcoords="offset points", va="top", ha="right", fontsize=8)  # fmt: skip
-        axes.set_title(label_of(dtype, layout))
+        axes.set_title(f"{dtype}, {layout}")
         axes.set_xlabel("elements of x (log scale)")
     parts[0].set_ylabel("ns per element (lower is better; log scale)")
-    _legend_below(drawing, records, parts[0], 3)
+    _legend_below(drawing, records, parts[0], 2)
     return drawing
 
 
@@ -230,14 +205,8 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
     for index, peer in enumerate(peers):
         rows = sorted(select(found, peer=peer), key=lambda r: r["mean"])
         errors = [r["errors"]["y"] for r in rows]
-        left.plot(
-            [r["mean"] for r in rows],
-            errors,
-            marker=MARKERS[index],
-            color=PEER_COLOURS[index],
-            markersize=5,
-            label=peer,
-        )
+        how = {"marker": MARKERS[index], "color": PEER_COLOURS[index], "markersize": 5, "label": peer}
+        left.plot([r["mean"] for r in rows], errors, **how)
     left.set_xscale("symlog", linthresh=1)
     left.set_yscale("log")
     right.set_xscale("log")
@@ -267,7 +236,7 @@ def plot_accuracy(records: list[Record]) -> Figure | None:
     right.set_xlabel("speed-up over eager torch, forward + backward\n(geometric mean of ResNet-50's shapes; log scale)")
     right.set_ylabel("larger error of y and dx\n(geometric mean over means from 0 to 100)")
     right.set_title("Error against speed (best: lower right)")
-    drawing.supxlabel(caption(records), fontsize=8)
+    drawing.supxlabel(machine(records), fontsize=8)
     return drawing
 
 

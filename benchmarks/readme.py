@@ -18,7 +18,7 @@ from plots import draw
 from records import RESULTS, SHOWN, Record, batches_of, resnet50, select, speedup
 from suite import PASSES
 from summaries import load
-from tables import Table, absent, mean, remarks, tables_of
+from tables import Table, absent, machine, mean, remarks, tables_of
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -37,14 +37,6 @@ FIRST = "speedup"
 def markdown(table: Table) -> list[str]:
     rows = [table.head, ["---"] * len(table.head), *table.rows]
     return [f"### {table.title}", "", *(f"| {' | '.join(cells)} |" for cells in rows), ""]
-
-
-def machine(records: list[Record]) -> str:
-    (head,) = select(records, kind="environment")
-    return (
-        f"{head['threads']} of {head['cores']} cores of {head['cpu']} ({head['capability']}), torch {head['torch']}, "
-        f"{head['build']['compiler']}, {head['date'][:10]}, kernels `{head['csrc'][:12]}`"
-    )
 
 
 def picture(name: str, path: Path, page: Path) -> list[str]:

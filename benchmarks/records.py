@@ -94,7 +94,7 @@ def of_fresh_limit(record: Record) -> float:
 
 
 def with_fresh(records: list[Record]) -> list[Record]:
-    """Those in which clone and add were timed, too."""
+    """Records in which clone and add were timed, too."""
     return [r for r in records if "clone" in r["seconds"]]
 
 

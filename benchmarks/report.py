@@ -4,6 +4,7 @@ Usage: report.py [results/latest.jsonl]
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from records import (
@@ -15,7 +16,6 @@ from records import (
     against_fastest,
     against_plain,
     compared,
-    name_of,
     noise,
     of_limit,
     seconds,
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 from suite import PASSES
-from summaries import absences, load
+from summaries import absences, load, unit_of
 from tables import Table, absent, remarks, tables_of
 
 # Average load at the start of a run above which its times mean little.
@@ -124,22 +124,21 @@ def show_environment(console: Console, record: Record) -> None:
                       "measure the scheduler (8 ms and its multiples), not the kernels[/]")  # fmt: skip
 
 
-def main() -> None:
-    records = load(Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST)
-    console = make_console()
+def show_file(path: Path, kinds: tuple[str, ...], title: str, line: Callable, summary: Callable) -> None:
+    """Everything that was printed when the file was written."""
+    records, console = load(path), make_console()
     for record in select(records, kind="environment"):
         show_environment(console, record)
-    console.print(header(), soft_wrap=True)
-    by_case: dict[tuple, list[Record]] = {}
+    console.print(title, soft_wrap=True)
+    by_case: dict[str, list[Record]] = {}
     for record in records:
-        if record["kind"] in ("case", "fused"):
-            key = name_of(record), record["suite"], record.get("ending"), record["inputs"]
-            by_case.setdefault(key, []).append(record)
+        if record["kind"] in kinds:
+            by_case.setdefault(unit_of(record), []).append(record)
     for group in by_case.values():
-        console.print(case_line(group), soft_wrap=True)
-    show_summary(console, records)
+        console.print(line(group), soft_wrap=True)
+    summary(console, records)
     show_wrong(console, records)
 
 
 if __name__ == "__main__":
-    main()
+    show_file(Path(*sys.argv[1:2] or [LATEST]), ("case", "fused"), header(), case_line, show_summary)

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from figures import Measured
+from figures import Figure, Measured
 from records import LATEST_GPU, SHORT, Record, geometric_mean, select
-from report import make_console, show_environment, show_table
+from report import show_file, show_table
 from rich.console import Console
 from suite import GPU_PASSES
-from summaries import load
-from tables import Table, absent, model_table
+from tables import Table, absent, figures_table, model_table
 
 # A tensor this large is timed long enough for launches not to count.
 LARGE = 200e6
@@ -109,11 +108,8 @@ def _network(layout: str, batch: int, pass_: str, share: Callable) -> Callable[[
     def measured(records: list[Record]) -> Measured:
         found = []
         for dtype in ("bfloat16", "float32"):
-            chosen = [
-                r
-                for r in select(records, kind="gpu", dtype=dtype, layout=layout, **{"pass": pass_})
-                if r["shape"][0] == batch
-            ]
+            of_pass = select(records, kind="gpu", dtype=dtype, layout=layout, **{"pass": pass_})
+            chosen = [r for r in of_pass if r["shape"][0] == batch]
             if len(chosen) == 12:
                 found.append((share(chosen, records), f"{SHORT[dtype]}"))
         return min(found, default=None) and (min(found)[0], ", ".join(f"{name} {value:.1%}" for value, name in found))
@@ -163,8 +159,8 @@ def _slowest(records: list[Record]) -> Measured:
 
 FIGURES = [
     *(
-        (f"{what}, batch {batch}: {pass_} of {'limit' if share is _limit else 'copies'}, worse of bf16, f32", target,
-         _network(layout, batch, pass_, share))
+        Figure(f"{what}, batch {batch}: {pass_} of {'limit' if share is _limit else 'copies'}, worse of bf16, f32",
+               True, target, ".2f", _network(layout, batch, pass_, share))
         for what, layout, batch, share, targets in (
             ("NCHW", "contiguous", 256, _limit, (0.90, 0.90)),
             ("NCHW", "contiguous", 128, _limit, (0.83, 0.85)),
@@ -173,21 +169,10 @@ FIGURES = [
         )
         for pass_, target in zip(("forward", "backward"), targets, strict=True)
     ),
-    ("NCHW tensors of 200 MB and more, single shapes: of limit", 0.95, _large),
-    ("bf16 forward + backward: fastest of torch, torch.compile / fastbn, mean", 1.6, _mean_over_fastest),
-    ("slowest single case: fastest / fastbn", 0.95, _slowest),
+    Figure("NCHW tensors of 200 MB and more, single shapes: of limit", True, 0.95, ".2f", _large),
+    Figure("bf16 training: fastest of torch, torch.compile / fastbn, mean", True, 1.6, ".2f", _mean_over_fastest),
+    Figure("slowest single case: fastest / fastbn", True, 0.95, ".2f", _slowest),
 ]  # fmt: skip
-
-
-def figures_table(records: list[Record]) -> Table:
-    table = Table("Targets on an H200", ["figure", "at least", "measured", "reached", "detail"])
-    for name, target, measure in FIGURES:
-        if (measured := measure(records)) is None:
-            table.rows.append([name, f"{target:.2f}", "not measured", "", ""])
-        else:
-            value, detail = measured
-            table.rows.append([name, f"{target:.2f}", f"{value:.2f}", "yes" if value >= target else "no", detail])
-    return table
 
 
 def show_gpu_summary(console: Console, records: list[Record]) -> None:
@@ -201,7 +186,7 @@ def show_gpu_summary(console: Console, records: list[Record]) -> None:
             "of copies: time of copies of as many bytes, in graphs too / time\n"
             "torch, compile, eager (both without a graph): time of torch and torch.compile / fastbn's, means\n"
         )
-    for table in (model_table(records), figures_table(records)):
+    for table in (model_table(records), figures_table(records, FIGURES)):
         if table.rows:
             show_table(console, table)
     for line in absent(records):
@@ -212,20 +197,5 @@ def show_gpu_summary(console: Console, records: list[Record]) -> None:
         console.print(f"[red]{len(record['cases'])} cases were left out for want of time[/]")
 
 
-def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else LATEST_GPU
-    records = load(path)
-    console = make_console()
-    for record in select(records, kind="environment"):
-        show_environment(console, record)
-    console.print(header(), soft_wrap=True)
-    by_case: dict[tuple, list[Record]] = {}
-    for record in select(records, kind="gpu"):
-        by_case.setdefault((tuple(record["shape"]), record["dtype"], record["layout"]), []).append(record)
-    for group in by_case.values():
-        console.print(case_line(group), soft_wrap=True)
-    show_gpu_summary(console, records)
-
-
 if __name__ == "__main__":
-    main()
+    show_file(Path(*sys.argv[1:2] or [LATEST_GPU]), ("gpu",), header(), case_line, show_gpu_summary)

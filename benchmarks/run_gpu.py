@@ -1,4 +1,4 @@
-"""The cases of a run on a GPU: shapes flow in, records flow out. run.py --device cuda calls it.
+"""Measures the cases of a run on a GPU, for run.py --device cuda.
 
 Module calls are what is timed, of modules that do not count their batches: counting is a kernel of its own (2 us),
 and the same for everybody.

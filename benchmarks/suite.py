@@ -1,4 +1,4 @@
-"""The cases to measure: shapes, types and layouts flow out, the tensors of each, and the least bytes it must move."""
+"""The cases to measure: shapes, types and layouts, the tensors of each, and the least bytes that it moves."""
 
 import math
 from collections.abc import Iterator

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from figures import FIGURES
+from figures import FIGURES, Figure
 from records import (
     SHORT,
     Record,
@@ -140,16 +140,15 @@ def scaling_table(records: list[Record]) -> Table:
     return table
 
 
-def figures_table(records: list[Record]) -> Table:
+def figures_table(records: list[Record], figures: list[Figure] = FIGURES) -> Table:
     table = Table("Targets (means: geometric, ResNet-50)", ["figure", "target", "measured", "reached", "detail"])
-    for figure in FIGURES:
+    for figure in figures:
         bound = f"{'at least' if figure.at_least else 'at most'} {figure.target:{figure.style}}"
-        if (measured := figure.measure(records)) is None:
-            table.rows.append([figure.name, bound, "not measured", "", ""])
-        else:
+        cells = ["not measured", "", ""]
+        if measured := figure.measure(records):
             value, detail = measured
-            verdict = "yes" if figure.reached(value) else "no"
-            table.rows.append([figure.name, bound, f"{value:{figure.style}}", verdict, detail])
+            cells = [f"{value:{figure.style}}", "yes" if figure.reached(value) else "no", detail]
+        table.rows.append([figure.name, bound, *cells])
     return table
 
 
@@ -158,6 +157,15 @@ def tables_of(records: list[Record]) -> list[Table]:
     tables = [network_table(records, batch) for batch in batches_of(records)]
     makers = (cold_table, peers_table, model_table, scaling_table, accuracy_table, bandwidth_table, figures_table)
     return [table for table in (*tables, *(make(records) for make in makers)) if table.rows]
+
+
+def machine(records: list[Record]) -> str:
+    """Where, when and with which kernels a run was measured."""
+    (head,) = select(records, kind="environment")
+    return (
+        f"{head['threads']} of {head['cores']} cores of {head['cpu']} ({head['capability']}), torch {head['torch']}, "
+        f"{head['build']['compiler']}, {head['date'][:10]}, kernels {head['csrc'][:12]}"
+    )
 
 
 def remarks(records: list[Record]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The protocol of every measurement: functions flow in, their times flow out.
+"""The protocol by which functions are timed.
 
 Times of one function alone say little on a shared machine, where the clock and the neighbours change by the
 second. So the variants of a comparison are called in turns, in a new random order each round, and what is

@@ -171,11 +171,11 @@ def test_figures_are_what_they_say(run_gpu):
     assert report_gpu.over_fastest(fast) == pytest.approx(2)
     slow["graph"]["torch.compile"] = {"median": 3e-3}
     assert report_gpu.over_fastest(slow) == pytest.approx(0.75)
-    name, target, measure = report_gpu.FIGURES[0]
-    assert "256" in name and "forward" in name and target == 0.9
-    assert measure([copy, fast]) is None, "the figure is of all twelve shapes"
+    figure = report_gpu.FIGURES[0]
+    assert "256" in figure.name and "forward" in figure.name and figure.target == 0.9
+    assert figure.measure([copy, fast]) is None, "the figure is of all twelve shapes"
     records = [copy, *[fast] * 12, *[case(1, 1e6, 8e-3, "float32")] * 12]
-    assert measure(records)[0] == pytest.approx(0.25), "of the worse type"
+    assert figure.measure(records)[0] == pytest.approx(0.25), "of the worse type"
 
 
 @pytest.fixture
