@@ -34,8 +34,8 @@ class Reference:
     """What batch norm and what follows it must compute from ``tensors``, in float64: one training pass and, where
     nothing follows, one in eval."""
 
-    def __init__(self, tensors: Tensors, ending: str = "", elements: int = CHECKED) -> None:
-        self.tensors, self.ending = tensors, ending
+    def __init__(self, tensors: Tensors, epilogue: str = "", elements: int = CHECKED) -> None:
+        self.tensors, self.epilogue = tensors, epilogue
         x = tensors.x
         per_channel = max(1, x.numel() // x.shape[1])
         chosen = torch.randperm(x.shape[1], device=x.device)[: max(1, elements // per_channel)]
@@ -103,7 +103,7 @@ class Reference:
         if self.tensors.residual is not None:
             z += self.tensors.residual.detach()[:, part].double()
         clear, unclear, y = None, 0.0, z
-        if "relu" in self.ending:
+        if "relu" in self.epilogue:
             clear = z.abs() > kink
             unclear = (dz.abs() * ~clear).sum().item()
             y, dz = z.relu(), dz * (z > 0)
@@ -123,7 +123,7 @@ class Reference:
         unbiased = var * per_channel / max(1, per_channel - 1)
         for name, batch in (("running_mean", mean), ("running_var", unbiased)):
             wanted[name] = Wanted(torch.lerp(wide(getattr(start, name)), batch, start.momentum).flatten())
-        if not self.ending:
+        if not self.epilogue:
             eval_rstd = (wide(start.running_var) + start.eps).rsqrt()
             wanted["y in eval"] = Wanted((x64 - wide(start.running_mean)) * eval_rstd * weight + bias)
         return wanted

@@ -11,7 +11,7 @@ from records import Record, speedup
 from suite import Case, Tensors, make_tensors
 from timing import Protocol, Times, measure, noise, pooled
 
-# A ratio this uncertain, as a part of it, says nothing: somebody else had the machine meanwhile.
+# A relative error of a ratio above this means that other programs used the machine meanwhile.
 DISTURBED = 0.5
 # How often there are as many rounds again while it is not certain which of torch and fastbn is faster. The slowest of a
 # hundred cases would else be the one with the most noise.
@@ -77,7 +77,7 @@ def measure_case(
     ``fresh`` says whether clone and add are timed beside the copy."""
     rng = random.Random(seed)
     tensors = [make_tensors(case, seed + i) for i in range(sets)]
-    runners, records = checked_runners(case, tensors, peers, Reference(tensors[0], case.ending))
+    runners, records = checked_runners(case, tensors, peers, Reference(tensors[0], case.epilogue))
     yield from records
     if "fastbn" not in runners:
         return
@@ -87,7 +87,7 @@ def measure_case(
     bounds = limits(tensors)
     about = {"inputs": "cold" if sets > 1 else "warm", "torch_backend": backend_of_torch(tensors[0])}
     plain = None
-    if case.ending:  # fastbn's batch norm with nothing behind it: what fusing is to add nothing to
+    if case.epilogue:  # fastbn's batch norm alone, which fusing is compared with
         bare = [Tensors(t.x, t.dy, t.module) for t in tensors]
         plain = ModuleRunner(PEERS["fastbn"], Case(case.suite, case.shape, case.dtype, case.layout), bare).calls()
     for name in case.passes:
@@ -101,4 +101,4 @@ def measure_case(
             yield {"kind": "failed", **case.fields(), "peer": variant, "pass": name, "error": last_line(error)}
         if "fastbn" not in times:
             continue
-        yield {"kind": "fused" if case.ending else "case", **case.fields(), **about, "pass": name, "seconds": times}
+        yield {"kind": "fused" if case.epilogue else "case", **case.fields(), **about, "pass": name, "seconds": times}

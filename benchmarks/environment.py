@@ -56,7 +56,7 @@ def clock() -> dict[str, object]:
 
 
 def code_of(source: str) -> str:
-    """C++ without comments and white space: what is left when somebody formats it, or says something more clearly."""
+    """C++ without comments and white space: the same after formatting, or edits of comments."""
     kept = re.sub(r"""//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\])*")""", lambda m: m[1] or "", source, flags=re.DOTALL)
     return "".join(kept.split())
 

@@ -53,12 +53,12 @@ def _mean_speedup(pass_: str) -> Callable[[list[Record]], Measured]:
     return measured
 
 
-def _fused(ending: str | None, ratio: Callable[[Record], float]) -> Callable[[list[Record]], Measured]:
-    """ending None: all of them."""
+def _fused(epilogue: str | None, ratio: Callable[[Record], float]) -> Callable[[list[Record]], Measured]:
+    """epilogue None: all of them."""
 
     def measured(records: list[Record]) -> Measured:
         chosen = compared(select(records, kind="fused", **{"pass": "forward+backward"}))
-        chosen = [r for r in chosen if ending in (None, r["ending"])]
+        chosen = [r for r in chosen if epilogue in (None, r["epilogue"])]
         if not chosen:
             return None
         worst = min(chosen, key=ratio)
@@ -69,7 +69,7 @@ def _fused(ending: str | None, ratio: Callable[[Record], float]) -> Callable[[li
 
 
 def _fused_forward(records: list[Record]) -> Measured:
-    chosen = select(records, kind="fused", ending="relu", **{"pass": "forward"})
+    chosen = select(records, kind="fused", epilogue="relu", **{"pass": "forward"})
     worst = max(chosen, key=against_plain, default=None)
     mean = chosen and geometric_mean(map(against_plain, chosen))
     return worst and (mean, f"mean of {len(chosen)}, most {against_plain(worst):.2f} {name_of(worst)}")

@@ -1,5 +1,5 @@
 """What memory allows: functions to time beside the batch norms, in the same rounds and on the same tensors; and the
-bandwidth of the machine, at the begin and at the end of a run.
+bandwidth of the machine, at the beginning and at the end of a run.
 
 copy    into memory that is already there: the most that any kernel can reach, at two tensors moved
 clone   a copy into a fresh tensor: pays for page faults where the allocator returns memory to the system

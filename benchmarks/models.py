@@ -99,7 +99,7 @@ def _peak(model: str, variant: str, images: int, side: int, device: str, steps: 
         step()
         return torch.cuda.max_memory_allocated()
     before = resident("VmRSS")
-    for _ in range(steps):  # the second has the optimizer's state from the begin
+    for _ in range(steps):  # the second starts with the optimizer's state
         step()
     return resident("VmHWM") - before
 

@@ -34,9 +34,9 @@ class ModuleRunner:
 
     def __init__(self, peer: "Peer", case: Case, sets: list[Tensors]) -> None:
         self.sets = sets
-        self.module = peer.make(sets[0].module, case.ending).train()
+        self.module = peer.make(sets[0].module, case.epilogue).train()
         self.frozen = None
-        if not case.ending and not getattr(self.module, "trains_only", False):
+        if not case.epilogue and not getattr(self.module, "trains_only", False):
             self.frozen = peer.make(sets[0].module, "").eval().requires_grad_(False)
         self.parameters = parameters_of(self.module)
 
@@ -86,7 +86,9 @@ class ModuleRunner:
 
 @dataclass(frozen=True)
 class Peer:
-    make: Callable[[nn.Module, str], nn.Module]  # torch's batch norm and the ending -> called with x, or x and residual
+    make: Callable[
+        [nn.Module, str], nn.Module
+    ]  # torch's batch norm and the epilogue -> called with x, or x and residual
     refuses: Callable[[Case, str], str] = lambda case, device: ""  # why it cannot do a case on a device, or nothing
     needs: str = ""  # the module that must be there
     runner: Callable = ModuleRunner
@@ -99,9 +101,9 @@ class Peer:
 class Ended(nn.Module):
     """A batch norm with an add and a ReLU behind it, in place or not."""
 
-    def __init__(self, bn: nn.Module, ending: str, in_place: bool) -> None:
+    def __init__(self, bn: nn.Module, epilogue: str, in_place: bool) -> None:
         super().__init__()
-        self.bn, self.relu, self.in_place = bn, "relu" in ending, in_place
+        self.bn, self.relu, self.in_place = bn, "relu" in epilogue, in_place
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         z = self.bn(x)
@@ -112,10 +114,10 @@ class Ended(nn.Module):
         return torch.relu_(z) if self.in_place else torch.relu(z)
 
 
-def _fastbn(module: nn.Module, ending: str) -> nn.Module:
+def _fastbn(module: nn.Module, epilogue: str) -> nn.Module:
     import fastbn
 
-    if not ending:
+    if not epilogue:
         return fastbn.convert(copy.deepcopy(module))
     dimensions = type(module).__name__.removeprefix("BatchNorm")
     how = {"eps": module.eps, "momentum": module.momentum, "dtype": module.weight.dtype, "device": module.weight.device}
@@ -124,13 +126,13 @@ def _fastbn(module: nn.Module, ending: str) -> nn.Module:
     return fused
 
 
-def _torch(module: nn.Module, ending: str) -> nn.Module:
+def _torch(module: nn.Module, epilogue: str) -> nn.Module:
     """As the networks of torchvision are written: the add and the ReLU in place, which is torch's fastest way."""
-    return Ended(copy.deepcopy(module), ending, in_place=True) if ending else copy.deepcopy(module)
+    return Ended(copy.deepcopy(module), epilogue, in_place=True) if epilogue else copy.deepcopy(module)
 
 
-def _torch_separate(module: nn.Module, ending: str) -> nn.Module:
-    return Ended(copy.deepcopy(module), ending, in_place=False)
+def _torch_separate(module: nn.Module, epilogue: str) -> nn.Module:
+    return Ended(copy.deepcopy(module), epilogue, in_place=False)
 
 
 def _function(x, residual, weight, bias, mean, var, training, momentum, eps, relu):
@@ -142,9 +144,9 @@ def _function(x, residual, weight, bias, mean, var, training, momentum, eps, rel
 class Compiled(nn.Module):
     """torch.compile of batch norm and what follows, not in place: that is left to the compiler."""
 
-    def __init__(self, bn: nn.Module, ending: str, function: Callable) -> None:
+    def __init__(self, bn: nn.Module, epilogue: str, function: Callable) -> None:
         super().__init__()
-        self.bn, self.relu, self.function = copy.deepcopy(bn), "relu" in ending, function
+        self.bn, self.relu, self.function = copy.deepcopy(bn), "relu" in epilogue, function
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         bn = self.bn
@@ -159,35 +161,35 @@ class Compiled(nn.Module):
 _for_all_shapes: list[Callable] = []
 
 
-def _torch_compile(module: nn.Module, ending: str) -> nn.Module:
+def _torch_compile(module: nn.Module, epilogue: str) -> nn.Module:
     functorch.donated_buffer = False  # or a backward pass cannot be timed over and over
     if module.weight.is_cuda:  # where it compiles for each shape
         torch.compiler.reset()  # or the many shapes of a run make it give up and run eagerly
-        return torch.compile(_torch_separate(module, ending) if ending else copy.deepcopy(module), dynamic=False)
+        return torch.compile(_torch_separate(module, epilogue) if epilogue else copy.deepcopy(module), dynamic=False)
     if not _for_all_shapes:
         torch._dynamo.config.cache_size_limit = 64  # types, layouts and sizes of one are kinds of their own
         _for_all_shapes.append(torch.compile(_function, dynamic=True))
-    return Compiled(module, ending, _for_all_shapes[0])
+    return Compiled(module, epilogue, _for_all_shapes[0])
 
 
-def _torch_cooperative(module: nn.Module, ending: str) -> nn.Module:
+def _torch_cooperative(module: nn.Module, epilogue: str) -> nn.Module:
     """With Inductor's reductions by several thread blocks and a barrier among them."""
     functorch.donated_buffer = False
     torch.compiler.reset()
-    plain = _torch_separate(module, ending) if ending else copy.deepcopy(module)
+    plain = _torch_separate(module, epilogue) if epilogue else copy.deepcopy(module)
     return torch.compile(plain, dynamic=False, options={"triton.cooperative_reductions": True})
 
 
-def _timm(module: nn.Module, ending: str) -> nn.Module:
+def _timm(module: nn.Module, epilogue: str) -> nn.Module:
     from timm.layers import BatchNormAct2d
 
-    act = {"apply_act": bool(ending), "act_layer": nn.ReLU, "inplace": True}
+    act = {"apply_act": bool(epilogue), "act_layer": nn.ReLU, "inplace": True}
     made = BatchNormAct2d(module.num_features, eps=module.eps, momentum=module.momentum, **act)
     made.load_state_dict(module.state_dict())
     return made.to(module.weight.device, module.weight.dtype)
 
 
-def _inplace_abn(module: nn.Module, ending: str) -> nn.Module:
+def _inplace_abn(module: nn.Module, epilogue: str) -> nn.Module:
     from inplace_abn import ABN
 
     made = ABN(module.num_features, eps=module.eps, momentum=module.momentum, activation="identity")
@@ -213,29 +215,29 @@ class _InPlace(nn.Module):
         return inplace_abn(x.clone(), *state, "identity", 0.01)
 
 
-def _apex_groupbn(module: nn.Module, ending: str) -> nn.Module:
+def _apex_groupbn(module: nn.Module, epilogue: str) -> nn.Module:
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
-    made = BatchNorm2d_NHWC(module.num_features, fuse_relu="relu" in ending)
+    made = BatchNorm2d_NHWC(module.num_features, fuse_relu="relu" in epilogue)
     made.load_state_dict(module.state_dict(), strict=False)
     return made.to(module.weight.device)
 
 
-def _apex_sync(module: nn.Module, ending: str) -> nn.Module:
+def _apex_sync(module: nn.Module, epilogue: str) -> nn.Module:
     from apex.parallel import SyncBatchNorm
 
-    made = SyncBatchNorm(module.num_features, eps=module.eps, momentum=module.momentum, fuse_relu="relu" in ending)
+    made = SyncBatchNorm(module.num_features, eps=module.eps, momentum=module.momentum, fuse_relu="relu" in epilogue)
     made.load_state_dict(module.state_dict())
     return made.to(module.weight.device)
 
 
-def _cudnn(module: nn.Module, ending: str) -> nn.Module:
+def _cudnn(module: nn.Module, epilogue: str) -> nn.Module:
     from peers_cudnn import CudnnBatchNorm
 
     return CudnnBatchNorm(copy.deepcopy(module))
 
 
-def _jax(module: nn.Module, ending: str) -> nn.Module:
+def _jax(module: nn.Module, epilogue: str) -> nn.Module:
     raise TypeError("JAX has no PyTorch module: its runner sets the case up")
 
 
@@ -245,8 +247,8 @@ def _jax_runner(peer: Peer, case: Case, sets: list[Tensors]):
     return JaxRunner(case, sets)
 
 
-def _needs_ending(case: Case, device: str) -> str:
-    return "" if case.ending else "is torch where nothing follows batch norm"
+def _needs_epilogue(case: Case, device: str) -> str:
+    return "" if case.epilogue else "is torch where nothing follows batch norm"
 
 
 def _cooperative_refuses(case: Case, device: str) -> str:
@@ -256,7 +258,7 @@ def _cooperative_refuses(case: Case, device: str) -> str:
 def _timm_refuses(case: Case, device: str) -> str:
     if len(case.shape) != 4:
         return "BatchNormAct2d takes four dimensions"
-    return "BatchNormAct2d takes no residual" if "add" in case.ending else ""
+    return "BatchNormAct2d takes no residual" if "add" in case.epilogue else ""
 
 
 def _cuda_only(*conditions: Callable[[Case], str]) -> Callable[[Case, str], str]:
@@ -271,12 +273,12 @@ def _half_channels_last(case: Case) -> str:
     return "" if fits else "takes four-dimensional channels_last tensors of half types"
 
 
-def _no_ending(case: Case) -> str:
-    return "this adapter covers batch norm alone" if case.ending else ""
+def _no_epilogue(case: Case) -> str:
+    return "this adapter covers batch norm alone" if case.epilogue else ""
 
 
 def _no_add(case: Case) -> str:
-    return "takes no residual" if "add" in case.ending else ""
+    return "takes no residual" if "add" in case.epilogue else ""
 
 
 def _jax_refuses(case: Case, device: str) -> str:
@@ -290,15 +292,15 @@ def _jax_refuses(case: Case, device: str) -> str:
 PEERS: dict[str, Peer] = {
     "fastbn": Peer(_fastbn, needs="fastbn", slack=1.0),
     "torch": Peer(_torch),
-    "torch separate": Peer(_torch_separate, _needs_ending),
+    "torch separate": Peer(_torch_separate, _needs_epilogue),
     "torch.compile": Peer(_torch_compile),
     "torch.compile cooperative": Peer(_torch_cooperative, _cooperative_refuses),
     "jax": Peer(_jax, _jax_refuses, needs="jax", runner=_jax_runner),
     "timm": Peer(_timm, _timm_refuses, needs="timm.layers"),
-    "inplace_abn": Peer(_inplace_abn, _cuda_only(_no_ending), needs="inplace_abn"),
+    "inplace_abn": Peer(_inplace_abn, _cuda_only(_no_epilogue), needs="inplace_abn"),
     "apex groupbn": Peer(_apex_groupbn, _cuda_only(_half_channels_last, _no_add), needs="apex.contrib.groupbn"),
     "apex SyncBatchNorm": Peer(_apex_sync, _cuda_only(_no_add), needs="apex.parallel"),
-    "cudnn graph": Peer(_cudnn, _cuda_only(_no_ending, _half_channels_last), needs="cudnn"),
+    "cudnn graph": Peer(_cudnn, _cuda_only(_no_epilogue, _half_channels_last), needs="cudnn"),
 }  # fmt: skip
 # With all of them named, a run tells of each what it was not compared with, and why.
 OTHERS = [name for name in PEERS if name not in ("fastbn", "torch")]

@@ -20,7 +20,7 @@ def _to_jax(tensor: torch.Tensor, channels_last: bool) -> jax.Array:
     return jnp.from_dlpack((tensor.movedim(1, -1) if channels_last else tensor).contiguous())
 
 
-def _batch_norm(x, residual, weight, bias, running, momentum, eps, axis, ending, training):
+def _batch_norm(x, residual, weight, bias, running, momentum, eps, axis, epilogue, training):
     """As torch defines it. Returns y, and the running mean and variance."""
     wide = x.astype(weight.dtype)
     axes = tuple(d for d in range(x.ndim) if d != axis)
@@ -38,7 +38,7 @@ def _batch_norm(x, residual, weight, bias, running, momentum, eps, axis, ending,
     y = (wide - mean.reshape(shape)) * scale.reshape(shape) + bias.reshape(shape)
     if residual is not None:
         y = y + residual
-    return (jax.nn.relu(y) if "relu" in ending else y).astype(x.dtype), running
+    return (jax.nn.relu(y) if "relu" in epilogue else y).astype(x.dtype), running
 
 
 class JaxRunner:
@@ -57,7 +57,7 @@ class JaxRunner:
         self.turn = 0
 
         def function(x, residual, weight, bias, mean, var, training=True):
-            settings = bn.momentum, bn.eps, axis, case.ending, training
+            settings = bn.momentum, bn.eps, axis, case.epilogue, training
             return _batch_norm(x, residual, weight, bias, (mean, var), *settings)
 
         def train(x, residual, dy, weight, bias, mean, var):
@@ -70,7 +70,7 @@ class JaxRunner:
         self.forward = jax.jit(lambda x, residual, dy, *vectors: function(x, residual, *vectors))
         self.train = jax.jit(train)
         self.evaluate = jax.jit(lambda x, residual, dy, *vectors: function(x, residual, *vectors, training=False)[0])
-        self.ending = case.ending
+        self.epilogue = case.epilogue
 
     def _run(self, function: Callable) -> object:
         self.turn = (self.turn + 1) % len(self.sets)
@@ -86,12 +86,12 @@ class JaxRunner:
         found = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias, "running_mean": mean, "running_var": var}
         if residual is not None:
             found["dresidual"] = dresidual
-        if not self.ending:
+        if not self.epilogue:
             found["y in eval"] = self.evaluate(x, residual, dy, *self.vectors)
         return {name: back(value) for name, value in found.items()}
 
     def calls(self) -> dict[str, Callable[[], object]]:
         calls = {"forward": lambda: self._run(self.forward), "forward+backward": lambda: self._run(self.train)}
-        if not self.ending:
+        if not self.epilogue:
             calls["eval"] = lambda: self._run(self.evaluate)
         return calls

@@ -21,7 +21,7 @@ SHORT = {
     "float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16",
     "contiguous": "contig", "channels_last": "ch_last",
 }  # fmt: skip
-# Variants of a comparison that are nobody's batch norm, or fastbn's.
+# Variants of a comparison that are copies, or fastbn's own.
 LIMITS = ("copy", "clone", "add")
 OURS = ("fastbn", "fastbn again", "fastbn plain")
 
@@ -78,7 +78,7 @@ def noise(record: Record, peer: str = "torch") -> float:
 
 def least_tensors(record: Record) -> int:
     """Tensors of the activation's size that the pass must read or write."""
-    passes = FUSED_PASSES[record["ending"]] if record.get("ending") else PASSES
+    passes = FUSED_PASSES[record["epilogue"]] if record.get("epilogue") else PASSES
     return passes[record["pass"]]
 
 
@@ -135,5 +135,5 @@ def name_of(record: Record) -> str:
 
 def key_of(record: Record) -> tuple:
     """What two runs call the same measurement."""
-    fields = ("kind", "suite", "dtype", "layout", "ending", "pass", "inputs", "model")
+    fields = ("kind", "suite", "dtype", "layout", "epilogue", "pass", "inputs", "model")
     return tuple(record.get(field) for field in fields) + tuple(record.get("shape", ()))

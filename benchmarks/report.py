@@ -74,7 +74,7 @@ def _fused_part(records: list[Record]) -> str:
     line = ""
     for record in records:
         milliseconds = seconds(record, "fastbn") * 1e3
-        what = f"{record['ending']} {record['pass']}"
+        what = f"{record['epilogue']} {record['pass']}"
         line += f" | {what:>25}{milliseconds:>9.3f} {against_fastest(record):>6.2f} {of_limit(record):>5.0%}"
     plain = [f"/plain {against_plain(r):.2f} " for r in records if r["pass"] == "forward"]
     return f"{line} | {''.join(plain)}noise {max(map(noise, records)):.0%}"

@@ -71,7 +71,7 @@ class Case:
     dtype: torch.dtype
     layout: str  # "contiguous" or "channels_last"
     count: int = 1  # how often the network has it
-    ending: str = ""  # what follows batch norm: "", "relu" or "add+relu"
+    epilogue: str = ""  # what follows batch norm: "", "relu" or "add+relu"
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +80,7 @@ class Case:
     @property
     def passes(self) -> dict[str, int]:
         """Names of the passes to time, with the tensors that each must move."""
-        return FUSED_PASSES[self.ending] if self.ending else PASSES
+        return FUSED_PASSES[self.epilogue] if self.epilogue else PASSES
 
     def fields(self) -> dict[str, object]:
         """What identifies the case in a record."""
@@ -91,12 +91,12 @@ class Case:
             "layout": self.layout,
             "count": self.count,
             "tensor_bytes": self.nbytes,
-            **({"ending": self.ending} if self.ending else {}),
+            **({"epilogue": self.epilogue} if self.epilogue else {}),
         }
 
     def __str__(self) -> str:
         fields = self.fields()
-        return " ".join(filter(None, (self.suite, f"{fields['shape']}", fields["dtype"], self.layout, self.ending)))
+        return " ".join(filter(None, (self.suite, f"{fields['shape']}", fields["dtype"], self.layout, self.epilogue)))
 
 
 def cases(suite: str, dtypes: list[torch.dtype], layouts: list[str], batch: int, largest: int = 0) -> Iterator[Case]:
@@ -105,8 +105,8 @@ def cases(suite: str, dtypes: list[torch.dtype], layouts: list[str], batch: int,
         for channels, side, count in RESNET50:
             for dtype in dtypes:
                 for layout in layouts:
-                    for ending in FUSED_PASSES if suite == "fused" else [""]:
-                        yield Case(suite, (batch, channels, side, side), dtype, layout, count, ending)
+                    for epilogue in FUSED_PASSES if suite == "fused" else [""]:
+                        yield Case(suite, (batch, channels, side, side), dtype, layout, count, epilogue)
     elif suite == "scaling":
         for dtype in dtypes:
             for images, side in SCALING:
@@ -160,6 +160,6 @@ def make_tensors(case: Case, seed: int, device: torch.device | str = "cpu") -> T
         module.running_mean.normal_()
         module.running_var.uniform_(0.5, 2)
     residual = None
-    if "add" in case.ending:
+    if "add" in case.epilogue:
         residual = torch.empty_like(dy).copy_(dy.flip(0)).requires_grad_()
     return Tensors(x.requires_grad_(), dy, module, residual)

@@ -57,7 +57,7 @@ def numbers(values: dict) -> list[float | int | None]:
 def unit_of(record: Record) -> str:
     """The unit of work that a record is of, named as its suite.Case is."""
     cold = "cold" if record.get("inputs") == "cold" else ""
-    names = (record.get(name) for name in ("suite", "model", "shape", "dtype", "layout", "ending"))
+    names = (record.get(name) for name in ("suite", "model", "shape", "dtype", "layout", "epilogue"))
     return " ".join([*(str(name) for name in names if name), *([cold] if cold else [])])
 
 

@@ -44,14 +44,14 @@ def seconds_of(step, repeats):
 
 def seconds_of_collectives(channels):
     """Of what a forward pass gathers."""
-    packet = torch.zeros(3, channels, dtype=torch.float64)
-    packets = torch.zeros(3 * RANKS, channels, dtype=torch.float64)
-    step = lambda: dist.all_gather_into_tensor(packets, packet)  # noqa: E731
+    moments = torch.zeros(3, channels, dtype=torch.float64)
+    of_all = torch.zeros(3 * RANKS, channels, dtype=torch.float64)
+    step = lambda: dist.all_gather_into_tensor(of_all, moments)  # noqa: E731
     return statistics.median(seconds_of(step, 20) for _ in range(15))
 
 
 def serve(rank, store, pipe):
-    """A rank: makes a step of each case it is sent, and times it as often as it is told to."""
+    """A rank: makes a step of each case it is sent, and times it as often as asked."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     step = None

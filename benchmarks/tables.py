@@ -79,13 +79,13 @@ def peers_table(records: list[Record]) -> Table:
     chosen = [r for r in chosen if r["suite"] != "resnet50" or r["shape"][0] == smallest]
     others = peers_of(chosen)
     table = Table("Time of each peer over fastbn's (cases)", ["suite and pass", *others])
-    for key in dict.fromkeys((r["suite"], r.get("ending", ""), r.get("inputs", "warm"), r["pass"]) for r in chosen):
-        suite, ending, inputs, name = key
+    for key in dict.fromkeys((r["suite"], r.get("epilogue", ""), r.get("inputs", "warm"), r["pass"]) for r in chosen):
+        suite, epilogue, inputs, name = key
         rows = [r for r in select(chosen, suite=suite, **{"pass": name})
-                if r.get("ending", "") == ending and r.get("inputs", "warm") == inputs]  # fmt: skip
+                if r.get("epilogue", "") == epilogue and r.get("inputs", "warm") == inputs]  # fmt: skip
         found = [[speedup(r, peer) for r in rows if peer in r["seconds"]] for peer in others]
         cells = [f"{geometric_mean(ratios):.2f} ({len(ratios)})" if ratios else "" for ratios in found]
-        table.rows.append([" ".join(filter(None, (suite, ending, name, inputs if inputs == "cold" else ""))), *cells])
+        table.rows.append([" ".join(filter(None, (suite, epilogue, name, inputs if inputs == "cold" else ""))), *cells])
     return table
 
 

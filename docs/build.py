@@ -18,7 +18,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
 ROOT = Path(__file__).parents[1]
-# Pictures lie beside it. The site has it once somebody has run the experiments.
+# Its pictures are beside it. It is written by make paper.
 PAPER = "benchmarks/results/paper/paper.md"
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".cuh": "cpp"}
 # [text](path#anchor), and images; what leads out of the repository has a colon.

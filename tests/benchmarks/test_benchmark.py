@@ -38,8 +38,8 @@ def test_every_suite_has_cases_and_their_least_bytes(bench):
         assert len({str(case) for case in cases}) == len(cases), "names identify cases"
         for case in cases:
             assert case.nbytes == math.prod(case.shape) * case.dtype.itemsize
-            assert case.passes["forward"] == (3 if case.ending == "add+relu" else 2)
-            assert case.passes["forward+backward"] == (7 if case.ending == "add+relu" else 5)
+            assert case.passes["forward"] == (3 if case.epilogue == "add+relu" else 2)
+            assert case.passes["forward+backward"] == (7 if case.epilogue == "add+relu" else 5)
     elements = [math.prod(c.shape) for c in bench.cases("scaling", [torch.float32], ["contiguous"], 1)]
     assert elements == sorted(elements) and elements[0] < 1.1e4 and 1e9 <= elements[-1] < 1.01e9
 

@@ -127,7 +127,7 @@ def test_a_wrong_result_is_not_timed(run_gpu, monkeypatch):
         def forward(self, x):
             return super().forward(x) * 1.01
 
-    def wrong(module, ending):
+    def wrong(module, epilogue):
         wrong = copy.deepcopy(module)
         wrong.__class__ = Wrong
         return wrong

@@ -19,9 +19,9 @@ def test_every_adapter_here_passes_the_check(bench):
     assert "torch separate" in here and set(here) | set(missing) == set(OTHERS)
     assert all(missing.values()), "a reason for each that is not there"
     here.remove("torch.compile")  # it takes its time, in a test of its own
-    for ending in ("", "relu", "add+relu"):
+    for epilogue in ("", "relu", "add+relu"):
         for layout in ("contiguous", "channels_last"):
-            records = measured(small_case(bench, layout=layout, ending=ending), ["fastbn", "torch", *here])
+            records = measured(small_case(bench, layout=layout, epilogue=epilogue), ["fastbn", "torch", *here])
             assert {r["kind"] for r in records} <= {"case", "fused", "unsupported"}
             reported = {r["peer"] for r in records if r["kind"] == "unsupported"}
             timed = {v for r in records if r["kind"] != "unsupported" for v in r["seconds"]}
@@ -29,9 +29,9 @@ def test_every_adapter_here_passes_the_check(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["", "add+relu"])
-def test_torch_compile_passes_the_check(bench, ending):
-    records = measured(small_case(bench, ending=ending), ["fastbn", "torch", "torch.compile"])
+@pytest.mark.parametrize("epilogue", ["", "add+relu"])
+def test_torch_compile_passes_the_check(bench, epilogue):
+    records = measured(small_case(bench, epilogue=epilogue), ["fastbn", "torch", "torch.compile"])
     assert all("torch.compile" in r["seconds"] for r in records)
 
 
@@ -40,46 +40,46 @@ def test_jax_computes_what_torch_does(bench):
     torch.set_num_threads(os.cpu_count())
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for layout in ("contiguous", "channels_last"):
-            for ending in ("", "add+relu"):
-                case = small_case(bench, dtype=dtype, layout=layout, ending=ending)
+            for epilogue in ("", "add+relu"):
+                case = small_case(bench, dtype=dtype, layout=layout, epilogue=epilogue)
                 assert all("jax" in r["seconds"] for r in measured(case, ["fastbn", "torch", "jax"]))
 
 
-def wrong(ending_error):
+def wrong(epilogue_error):
     """A peer whose output is off by a percent."""
     from peers import PEERS, Ended
 
     class Wrong(Ended):
         def forward(self, x, residual=None):
-            return super().forward(x, residual) * (1 + ending_error)
+            return super().forward(x, residual) * (1 + epilogue_error)
 
     return dataclasses.replace(
-        PEERS["torch"], make=lambda module, ending: Wrong(PEERS["torch"].make(module, ""), ending, in_place=False)
+        PEERS["torch"], make=lambda module, epilogue: Wrong(PEERS["torch"].make(module, ""), epilogue, in_place=False)
     )
 
 
-@pytest.mark.parametrize("ending", ["", "relu", "add+relu"])
-def test_a_wrong_peer_is_reported_and_not_timed(bench, monkeypatch, ending):
+@pytest.mark.parametrize("epilogue", ["", "relu", "add+relu"])
+def test_a_wrong_peer_is_reported_and_not_timed(bench, monkeypatch, epilogue):
     import peers
 
     monkeypatch.setitem(peers.PEERS, "timm", dataclasses.replace(wrong(0.01), slack=1.0))
-    records = measured(small_case(bench, ending=ending), ["fastbn", "torch", "timm"])
+    records = measured(small_case(bench, epilogue=epilogue), ["fastbn", "torch", "timm"])
     (reported,) = [r for r in records if r["kind"] == "wrong"]
     assert reported["peer"] == "timm" and "y is wrong by" in reported["error"]
     rest = [r for r in records if r["kind"] in ("case", "fused")]
     assert rest and all("timm" not in r["seconds"] and "torch" in r["seconds"] for r in rest)
 
 
-@pytest.mark.parametrize("ending", ["", "add+relu"])
-def test_wrong_gradients_are_seen(bench, ending):
+@pytest.mark.parametrize("epilogue", ["", "add+relu"])
+def test_wrong_gradients_are_seen(bench, epilogue):
     """The check alone, with one output at a time spoilt."""
     from check import Mismatch, Reference
     from peers import PEERS, ModuleRunner
 
-    case = small_case(bench, ending=ending)
+    case = small_case(bench, epilogue=epilogue)
     tensors = bench.make_tensors(case, 0)
     outputs = ModuleRunner(PEERS["fastbn"], case, [tensors]).outputs()
-    reference = Reference(tensors, ending)
+    reference = Reference(tensors, epilogue)
     reference.check(outputs, 1.0)
     assert set(reference.errors(outputs)) == set(outputs)
     assert max(reference.errors(outputs).values()) < 1e-5
@@ -93,7 +93,7 @@ def test_wrong_gradients_are_seen(bench, ending):
 def test_a_peer_that_raises_does_not_stop_the_others(bench, monkeypatch):
     import peers
 
-    def broken(module, ending):
+    def broken(module, epilogue):
         raise RuntimeError("broken\nin many lines")
 
     class Tired(torch.nn.BatchNorm2d):
@@ -107,7 +107,7 @@ def test_a_peer_that_raises_does_not_stop_the_others(bench, monkeypatch):
                 raise RuntimeError("tired")
             return super().forward(x)
 
-    def tired(module, ending):
+    def tired(module, epilogue):
         made = Tired(module.num_features)
         made.load_state_dict(module.state_dict())
         return made
@@ -135,7 +135,7 @@ def test_accuracy_tells_a_bad_formula(bench, monkeypatch):
             w, b = (t.view(1, -1, 1, 1) for t in (self.weight, self.bias))
             return (x - mean) * (var + self.eps).rsqrt() * w + b
 
-    def naive(module, ending):
+    def naive(module, epilogue):
         made = Naive(module.num_features)
         made.load_state_dict(module.state_dict())
         return made

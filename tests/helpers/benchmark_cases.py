@@ -58,7 +58,7 @@ def some_records():
                 for p in passes]  # fmt: skip
     for name in ("forward", "forward+backward"):
         fused = times(fastbn=1.0, fastbn_again=1.0, fastbn_plain=1.0, torch=3.0, compile=2.0, copy=0.5, clone=1, add=1)
-        records.append({**case(name), "kind": "fused", "suite": "fused", "ending": "relu", "seconds": fused})
+        records.append({**case(name), "kind": "fused", "suite": "fused", "epilogue": "relu", "seconds": fused})
     for peer in ("fastbn", "torch"):
         about = {"kind": "accuracy", "dtype": "float32", "layout": "contiguous", "std": 1.0, "peer": peer}
         records += [{**about, "mean": mean, "errors": {"y": 1e-7, "dx": 2e-7}} for mean in (0.0, 10.0, 1e4)]
