@@ -3,29 +3,59 @@
 FASTBN_CUDA=0/1 turns the CUDA backend off or on; by default it is built where nvcc is and torch has CUDA, for the GPUs
 in TORCH_CUDA_ARCH_LIST, else those of this machine, else ARCHITECTURES.
 FASTBN_PTXAS=1 prints registers and spills of each kernel.
+FASTBN_LOCAL_VERSION=1 names torch and CUDA in the version, as wheels should: VERSION+torch2.13.cpu.
 FASTBN_SIMT=1 builds for tests: the CUDA kernels compiled by g++ and executed on the CPU by tests/simt.
 FASTBN_SANITIZE=1 builds for AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
+import importlib.util
 import os
+import shlex
+import shutil
 import site
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import setup
+
+OLDEST_TORCH = (2, 6)  # as in pyproject.toml's dependencies
+
+
+def environments() -> Iterator[str]:
+    """Folders of the environments that the build may be for, the likeliest first.
+
+    uv builds with an interpreter of its own and points VIRTUAL_ENV at it, but leaves the programs of an activated
+    environment in PATH; without one it takes the folder .venv that is in the current folder or above it.
+    """
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if name in os.environ:
+            yield os.environ[name]
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        if Path(folder).parent.joinpath("pyvenv.cfg").is_file():
+            yield str(Path(folder).parent)
+    here = Path(os.environ.get("PWD", "."))
+    for folder in (here, *here.parents):
+        if (folder / ".venv" / "pyvenv.cfg").is_file():
+            yield str(folder / ".venv")
+    settings = Path(sys.prefix, "pyvenv.cfg")
+    if settings.is_file() and "include-system-site-packages = true" in settings.read_text():
+        yield sys.base_prefix
 
 
 def find_torch() -> None:
     """Make the torch of the environment that is installed into importable, where build isolation hides it.
 
-    pip builds with that environment's interpreter, so its sysconfig still names the folders; uv has an interpreter of
-    its own, and leaves VIRTUAL_ENV. Appended: what the build environment has itself comes first.
+    pip builds with that environment's interpreter, so its sysconfig still names the folders. Appended: what the build
+    environment has itself comes first.
     """
-    places = [{}] + [{"base": env, "platbase": env} for env in (os.environ.get("VIRTUAL_ENV"),) if env]
-    for variables in places:
+    for variables in ({}, *({"base": folder, "platbase": folder} for folder in environments())):
         for name in ("platlib", "purelib"):
             site.addsitedir(sysconfig.get_path(name, vars=variables))
+            if importlib.util.find_spec("torch") is not None:
+                return
 
 
 try:
@@ -38,7 +68,12 @@ try:
 except ImportError as error:
     sys.exit(
         f"fastbn: cannot import torch ({error}). It is built for the torch that it is to run with: install torch into "
-        "this environment first (pip install torch), then run pip install again"
+        "this environment first (pip install torch), then run pip install again; with uv, activate the environment"
+    )
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    sys.exit(
+        f"fastbn: needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or later, and this environment has "
+        f"{torch.__version__}: run pip install --upgrade torch, then pip install again"
     )
 
 ROOT = Path(__file__).parent
@@ -143,4 +178,45 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+def check_compiler() -> None:
+    """Exit with one line where compiling cannot begin: no compiler, one without C++17, or no headers of Python."""
+    command = shlex.split(os.environ.get("CXX", "c++"))  # torch's choice
+    remedy = "install g++ 9 or later (apt-get install g++), or name a compiler in CXX"
+    if shutil.which(command[0]) is None:
+        sys.exit(f"fastbn: there is no C++ compiler {command[0]}: {remedy}")
+    program = (
+        "#include <optional>\nstd::optional<int> x;\ntemplate <class T> int f() { if constexpr (true) return 0; }\n"
+    )
+    options = ["-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run([*command, *options], input=program, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stderr, file=sys.stderr)
+        sys.exit(f"fastbn: {shlex.join(command)} does not compile C++17: {remedy}")
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        sys.exit(f"fastbn: there is no Python.h in {include}: install Python's headers (apt-get install python3-dev)")
+
+
+class Build(BuildExtension):
+    """torch's, whose failures end in a line that says what to do."""
+
+    def build_extensions(self) -> None:
+        check_compiler()
+        try:
+            super().build_extensions()
+        except Exception as error:  # of ninja, distutils or torch, which has its own checks of compilers
+            print(error, file=sys.stderr)
+            sys.exit(
+                "fastbn: it did not compile, see the first error above. If a compiler was killed, memory was short: "
+                "try again with MAX_JOBS=1. If nvcc failed, FASTBN_CUDA=0 builds for the CPU alone"
+            )
+
+
+def local_version() -> str:
+    """What this build is for, as a wheel's name should say: +torch2.13.cpu, or +torch2.11.cu130 with CUDA."""
+    cuda = "cu" + torch.version.cuda.replace(".", "") if want_cuda() else "cpu"
+    return f"+torch{'.'.join(torch.__version__.split('.')[:2])}.{cuda}"
+
+
+options = {"egg_info": {"tag_build": local_version()}} if os.environ.get("FASTBN_LOCAL_VERSION") == "1" else {}
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build}, options=options)
