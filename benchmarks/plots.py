@@ -18,11 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from records import (
     Record,
-    geometric_mean,
     groups_of,
     least_tensors,
     of_limit,
-    peers_of,
     resnet50,
     seconds,
     select,
@@ -182,61 +180,30 @@ def plot_scaling(records: list[Record]) -> Figure | None:
     return drawing
 
 
-def accuracy_and_speed(records: list[Record], dtype: str) -> dict[str, tuple[float, float]]:
-    """Of each peer: its speed-up over eager torch in forward + backward, and its error, where both are known."""
-    cases = [r for r in resnet50(records) if r["dtype"] == dtype and r["pass"] == "forward+backward"]
-    points = {}
-    for peer in ["fastbn", *peers_of(cases)]:
-        ratios = [seconds(r, "torch") / seconds(r, peer) for r in cases if peer in r["seconds"]]
-        errors = [max(r["errors"]["y"], r["errors"]["dx"]) for r in
-                  select(records, kind="accuracy", dtype=dtype, peer=peer, std=1.0) if r["mean"] <= 100]  # fmt: skip
-        if ratios and errors:
-            points[peer] = geometric_mean(ratios), geometric_mean(errors)
-    return points
-
-
 def plot_accuracy(records: list[Record]) -> Figure | None:
-    """Left: error over the mean of the input. Right: error against speed, one point for each peer."""
-    found = select(records, kind="accuracy", dtype="float32", std=1.0)
+    """Error of the output over the mean of the input, a panel for each type."""
+    found = select(records, kind="accuracy", std=1.0)
     if not found:
         return None
-    drawing, (left, right) = figure(records, "Accuracy and speed, float32", 2, 4.6)
-    peers = list(dict.fromkeys(r["peer"] for r in found))
-    for index, peer in enumerate(peers):
-        rows = sorted(select(found, peer=peer), key=lambda r: r["mean"])
-        errors = [r["errors"]["y"] for r in rows]
-        how = {"marker": MARKERS[index], "color": PEER_COLOURS[index], "markersize": 5, "label": peer}
-        left.plot([r["mean"] for r in rows], errors, **how)
-    left.set_xscale("symlog", linthresh=1)
-    left.set_yscale("log")
-    right.set_xscale("log")
-    right.set_yscale("log")
-    for axis in (left.xaxis, left.yaxis):
-        axis.set_major_formatter(FuncFormatter(power_of_ten))
-        axis.set_minor_locator(NullLocator())
-    left.set_xlabel("mean of the input, in standard deviations")
-    left.set_ylabel("largest error of y / largest |y|\n(against float64; lower is better)")
-    left.set_title("Error of the output")
-    left.axhline(2**-24, color="#777777", linewidth=1, linestyle=":", label="half a unit in the last place (2⁻²⁴)")
-    left.legend()
-    for index, peer in enumerate(peers):
-        if peer in (points := accuracy_and_speed(records, "float32")):
-            speed, error = points[peer]
-            right.plot(speed, error, marker=MARKERS[index], color=PEER_COLOURS[index], markersize=9, linestyle="none")
-            # above and below in turns: peers are often close together
-            offset = (8, 5) if index % 2 == 0 else (8, -14)
-            right.annotate(peer, (speed, error), xytext=offset, textcoords="offset points", fontsize=9)
-    right.xaxis.set_major_formatter(FuncFormatter(plain))
-    right.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-    right.xaxis.set_minor_formatter(FuncFormatter(plain))
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_minor_locator(NullLocator())
-    right.yaxis.set_major_formatter(FuncFormatter(plain))
-    right.margins(0.25)
-    right.set_xlabel("speed-up over eager torch, forward + backward\n(geometric mean of ResNet-50's shapes; log scale)")
-    right.set_ylabel("larger error of y and dx\n(geometric mean over means from 0 to 100)")
-    right.set_title("Error against speed (best: lower right)")
-    drawing.supxlabel(machine(records), fontsize=8)
+    ulps = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53}
+    dtypes = list(dict.fromkeys(r["dtype"] for r in found))
+    drawing, parts = figure(records, "Error of the output against float64", len(dtypes), 4.2)
+    for axes, dtype in zip(parts, dtypes, strict=True):
+        for index, peer in enumerate(dict.fromkeys(r["peer"] for r in found)):
+            rows = sorted(select(found, peer=peer, dtype=dtype), key=lambda r: r["mean"])
+            how = {"marker": MARKERS[index], "color": PEER_COLOURS[index], "markersize": 5, "label": peer}
+            axes.plot([r["mean"] for r in rows], [r["errors"]["y"] for r in rows], **how)
+        axes.axhline(0.5 ** ulps[dtype], color="#777777", linestyle=":", label="half a unit in the last place")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(-0.3, 2 * max(r["mean"] for r in found))
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(power_of_ten))
+            axis.set_minor_locator(NullLocator())
+        axes.set_xlabel("mean of the input, in standard deviations")
+        axes.set_title(dtype)
+    parts[0].set_ylabel("largest error of y / largest |y|\n(lower is better; log scale)")
+    _legend_below(drawing, records, parts[0], 4)
     return drawing
 
 

@@ -209,10 +209,10 @@ constexpr int kLine = 32;  // counters lie this many words apart: a cache line e
 
 struct Exchange {
   unsigned* counters;
-  double* packets;  // 4 for each block
+  double* moments;  // 4 for each block
   int blocks;       // of a group; 0: no barrier
   int rounds;
-  bool packet;  // every block leaves 24 bytes and reads those of its group, as moments are merged
+  bool merge;  // every block leaves 24 bytes and reads those of its group, as moments are merged
 };
 
 // The first `members` blocks meet in groups; the others copy until the first are done.
@@ -222,19 +222,19 @@ __global__ void __launch_bounds__(256)
     const int group = int(blockIdx.x) / e.blocks, first = group * e.blocks;
     double sum = 0;
     for (int r = 0; r < e.rounds; ++r) {
-      double* const packets = e.packets + (r & 1) * 4 * gridDim.x;
-      if (e.packet && threadIdx.x < 3) packets[4 * blockIdx.x + threadIdx.x] = sum + threadIdx.x;
+      double* const moments = e.moments + (r & 1) * 4 * gridDim.x;
+      if (e.merge && threadIdx.x < 3) moments[4 * blockIdx.x + threadIdx.x] = sum + threadIdx.x;
       __syncthreads();
       if (threadIdx.x == 0) {
         arrive(e.counters + group * kLine);
         wait_for(e.counters + group * kLine, unsigned(r + 1) * e.blocks);
       }
       __syncthreads();
-      if (e.packet)
+      if (e.merge)
         for (int b = threadIdx.x; b < 3 * e.blocks; b += blockDim.x)
-          sum += __ldcg(packets + 4 * (first + b / 3) + b % 3) * 1e-9;
+          sum += __ldcg(moments + 4 * (first + b / 3) + b % 3) * 1e-9;
     }
-    if (sum == 12345) e.packets[0] = sum;
+    if (sum == 12345) e.moments[0] = sum;
     __syncthreads();
     if (threadIdx.x == 0) atomicAdd(done, 1);
     return;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(256) meet_cluster(int rounds) {
 // ---- 4, 5, 8, 9: the resident kernel without its arithmetic --------------------------------------------------------
 
 // An item is `rows` runs of `run` vectors each, `stride` vectors apart; item i begins i * run vectors after item 0.
-struct Walk {
+struct Pattern {
   int rows, run, items;
   int64_t stride;
 };
@@ -283,11 +283,14 @@ constexpr int kThreads = 256;
 struct Cursor {
   int64_t at;
   int column;
-  const Walk w;
+  const Pattern w;
   const int step_rows, step_columns;
-  __device__ Cursor(const Walk& walk, int item, int vector)
-      : column(vector % walk.run), w(walk), step_rows(kThreads / walk.run), step_columns(kThreads % walk.run) {
-    at = vector / walk.run * walk.stride + int64_t(item) * walk.run + column;
+  __device__ Cursor(const Pattern& pattern, int item, int vector)
+      : column(vector % pattern.run),
+        w(pattern),
+        step_rows(kThreads / pattern.run),
+        step_columns(kThreads % pattern.run) {
+    at = vector / pattern.run * pattern.stride + int64_t(item) * pattern.run + column;
   }
   __device__ void next() {
     at += step_rows * w.stride + step_columns;
@@ -297,7 +300,7 @@ struct Cursor {
 };
 
 template <int kDepth>
-D_INLINE void load_slice(uint4* slot, const uint4* in, const Walk& w, int item, int first, int count) {
+D_INLINE void load_slice(uint4* slot, const uint4* in, const Pattern& w, int item, int first, int count) {
   Cursor c(w, item, first + threadIdx.x);
   for (int i = threadIdx.x; i < count; i += kThreads, c.next()) {
     copy16(slot + i, in + c.at);
@@ -307,7 +310,7 @@ D_INLINE void load_slice(uint4* slot, const uint4* in, const Walk& w, int item, 
     }
   }
 }
-D_INLINE void store_slice(uint4* out, const uint4* slot, const Walk& w, int item, int first, int count) {
+D_INLINE void store_slice(uint4* out, const uint4* slot, const Pattern& w, int item, int first, int count) {
   Cursor c(w, item, first + threadIdx.x);
   for (int i = threadIdx.x; i < count; i += kThreads, c.next()) __stcs(out + c.at, slot[i]);
 }
@@ -315,7 +318,7 @@ D_INLINE void store_slice(uint4* out, const uint4* slot, const Walk& w, int item
 // kDepth pieces of 4 KB in flight.
 template <int kDepth>
 __global__ void __launch_bounds__(kThreads)
-    skeleton(uint4* out, const uint4* in, Walk w, Geometry g, unsigned* counters, unsigned stagger, int layer_size,
+    skeleton(uint4* out, const uint4* in, Pattern w, Geometry g, unsigned* counters, unsigned stagger, int layer_size,
              int mode, bool barrier) {
   extern __shared__ uint4 slot[];
   const int group = int(blockIdx.x) / g.blocks, first = int(blockIdx.x) % g.blocks * g.slice;
@@ -346,7 +349,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Three slots: one is stored, one is complete and announced, one is on its way.
 __global__ void __launch_bounds__(kThreads)
-    ring_skeleton(uint4* out, const uint4* in, Walk w, Geometry g, unsigned* counters) {
+    ring_skeleton(uint4* out, const uint4* in, Pattern w, Geometry g, unsigned* counters) {
   extern __shared__ uint4 slot[];
   const int group = int(blockIdx.x) / g.blocks, first = int(blockIdx.x) % g.blocks * g.slice;
   if (group >= g.groups) return;
@@ -787,19 +790,19 @@ static void barriers() {
     const int blocks = 2 * gpu.sms, most = loaded ? gpu.sms : blocks;
     for (int P : {2, 4, 8, 16, 31, 61, 132, 264}) {
       if (P > most) continue;
-      for (bool packet : {false, true}) {
+      for (bool merge : {false, true}) {
         const int members = most / P * P, grid = loaded ? blocks : members;
         const auto body = [&](int rounds) {
-          // a line for each group, one for `done`, one for `copied`, and the packets of two rounds
+          // a line for each group, one for `done`, one for `copied`, and the moments of two rounds
           unsigned* const lines = gpu.fresh_counters((members / P + 2) * kLine + 16 * grid);
           unsigned* const done = lines + members / P * kLine;
           copied = reinterpret_cast<unsigned long long*>(done + kLine);
-          const Exchange e{lines, reinterpret_cast<double*>(done + 2 * kLine), P, rounds, packet};
+          const Exchange e{lines, reinterpret_cast<double*>(done + 2 * kLine), P, rounds, merge};
           launch(kCooperative, 1, grid, 256, 0, meet, e, members, done, copied, gpu.out, gpu.in, n);
         };
         const Times t = timed_rounds(50, 450, 7, body);
         Record record(3, "group barrier");
-        record.add("blocks", P).add("groups", members / P).add("beside_a_copy", loaded).add("exchange", packet).add(t);
+        record.add("blocks", P).add("groups", members / P).add("beside_a_copy", loaded).add("exchange", merge).add(t);
         if (loaded) {
           unsigned long long bytes = 0;
           CHECK(cudaMemcpy(&bytes, copied, sizeof bytes, cudaMemcpyDeviceToHost));
@@ -844,13 +847,13 @@ static void barriers() {
 }
 
 // A channels_first tensor of bfloat16 whose items are `channels` neighbouring channels.
-static Walk channels_first(int batch, int channels, int side, int together) {
+static Pattern channels_first(int batch, int channels, int side, int together) {
   const int run = together * side * side / 8;
   return {batch, run, channels / together, int64_t(channels) * side * side / 8};
 }
 
 // GPU_PLAN's rule for the width of groups: even waves first, then groups as wide as that allows.
-static Geometry geometry(const Walk& w, int resident, int64_t slot_bytes) {
+static Geometry geometry(const Pattern& w, int resident, int64_t slot_bytes) {
   const int64_t item = int64_t(w.rows) * w.run;
   const int least = int((item * 16 + slot_bytes - 1) / slot_bytes);
   const int most = std::max(1, resident / least);
@@ -877,7 +880,7 @@ struct SkeletonRun {
   bool barrier = true;
 };
 
-static void skeleton_of(int number, const char* name, const char* shape, const Walk& w, const SkeletonRun& how) {
+static void skeleton_of(int number, const char* name, const char* shape, const Pattern& w, const SkeletonRun& how) {
   const int depth = std::clamp(how.kb_in_flight / how.per_sm / 4, 1, 32);
   with_depth(depth, [&](auto d) {
     const auto kernel = skeleton<decltype(d)::value>;
@@ -917,7 +920,7 @@ static void skeleton_of(int number, const char* name, const char* shape, const W
 
 struct Named {
   const char* name;
-  Walk walk;
+  Pattern pattern;
 };
 
 static void plain_skeletons() {
@@ -929,7 +932,7 @@ static void plain_skeletons() {
       for (int kb : {32, 64, 128})
         for (bool stagger : {false, true}) {
           if (per_sm == 1 && stagger) continue;
-          skeleton_of(4, "skeleton", s.name, s.walk, {per_sm, kb, stagger});
+          skeleton_of(4, "skeleton", s.name, s.pattern, {per_sm, kb, stagger});
         }
 }
 
@@ -940,20 +943,20 @@ static void ring_skeletons() {
   const int64_t slot = std::min<int64_t>(64 << 10, (gpu.shared - 1024) / 3 / 128 * 128);
   allow_shared(ring_skeleton, 3 * slot);
   for (const Named& s : shapes) {
-    const Geometry g = geometry(s.walk, gpu.sms, slot);
-    const int64_t n = int64_t(s.walk.rows - 1) * s.walk.stride + int64_t(s.walk.items) * s.walk.run;
-    const double bytes = double(s.walk.rows) * s.walk.run * s.walk.items * 16;
+    const Geometry g = geometry(s.pattern, gpu.sms, slot);
+    const int64_t n = int64_t(s.pattern.rows - 1) * s.pattern.stride + int64_t(s.pattern.items) * s.pattern.run;
+    const double bytes = double(s.pattern.rows) * s.pattern.run * s.pattern.items * 16;
     Record record(5, "ring skeleton");
     record.add("shape", s.name).add("group", g.blocks).add("groups", g.groups).add("slice_bytes", g.slice * 16);
-    record.add("waves", double(s.walk.items) / g.groups);
+    record.add("waves", double(s.pattern.items) / g.groups);
     if (int64_t(g.slice) * 16 > slot) {
       record.add("skipped", "a slice does not fit");
       continue;
     }
     const Times t = timed(launches_for(bytes), 9, true, [&] {
       const int64_t at = gpu.next(n);
-      launch(kCooperative, 1, g.blocks * g.groups, kThreads, 3 * slot, ring_skeleton, gpu.out + at, gpu.in + at, s.walk,
-             g, gpu.fresh_counters(2 * g.groups * kLine));
+      launch(kCooperative, 1, g.blocks * g.groups, kThreads, 3 * slot, ring_skeleton, gpu.out + at, gpu.in + at,
+             s.pattern, g, gpu.fresh_counters(2 * g.groups * kLine));
     });
     record.add(t, 2 * bytes);
   }
@@ -1028,7 +1031,7 @@ static void runs() {
                           {"256x56x56 N=128", channels_first(128, 256, 56, 1)}};
   for (const Named& s : shapes)
     for (int mode : {int(kRead), int(kWrite), kRead | kWrite})
-      skeleton_of(8, "runs", s.name, s.walk, {4, 128, false, mode, false});
+      skeleton_of(8, "runs", s.name, s.pattern, {4, 128, false, mode, false});
 }
 
 static void for_comparison() {
@@ -1037,7 +1040,7 @@ static void for_comparison() {
                           {"512x7x7 N=32", channels_first(32, 512, 7, 8)},
                           {"512x7x7 N=256", channels_first(256, 512, 7, 8)}};
   for (const Named& s : shapes)
-    for (int per_sm : {2, 4}) skeleton_of(9, "skeleton", s.name, s.walk, {per_sm, 128, true});
+    for (int per_sm : {2, 4}) skeleton_of(9, "skeleton", s.name, s.pattern, {per_sm, 128, true});
 }
 
 static void prepare() {

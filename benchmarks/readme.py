@@ -28,7 +28,7 @@ CAPTIONS = {
     "speedup": "Speed-up over eager PyTorch for each batch-norm shape of ResNet-50",
     "limit": "Part of the memory limit reached, for each batch-norm shape of ResNet-50",
     "scaling": "Time for each element from ten thousand to a thousand million elements",
-    "accuracy": "Error against float64, and error against speed",
+    "accuracy": "Error of the output against float64, over the mean of the input",
 }
 # Of README, the one that says most.
 FIRST = "speedup"
