@@ -88,35 +88,35 @@ def update_running_stats(
     """Blend the moments of count values a channel into the running statistics, in place; the variance unbiased."""
 
 def stats(input: Tensor) -> Tensor:
-    """A packet: float64 (3, C), mean, biased variance and count of the values of each channel."""
+    """Float64 (3, C): mean, biased variance and count of the values of each channel."""
 
-def finish(
-    packets: Tensor,
+def gather_stats(
+    all_stats: Tensor,
     momentum: float | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """The packet of all packets (K, 3, C) together, merged in their order; the running statistics updated with it."""
+    """The `stats` (K, 3, C) of K ranks merged in their order, (3, C); updates the running statistics with them."""
 
-def grad_stats(
+def backward_reduce(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    packet: Tensor,
+    batch_stats: Tensor,
     eps: float,
     activation: str = "identity",
     activation_param: float | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Float64 (2, C): the gradients of weight and bias, given the packet that `finish` made."""
+    """Float64 (2, C): the gradients of weight and bias; batch_stats: what `gather_stats` returned."""
 
-def grad_apply(
+def backward_elemt(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    packet: Tensor,
+    batch_stats: Tensor,
     total: Tensor,
     eps: float,
     wants_residual: bool,
@@ -125,7 +125,7 @@ def grad_apply(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of input and residual (without elements if not wanted); total: the sum over ranks of `grad_stats`."""
+    """Gradients of input and residual (empty if not wanted); total: `backward_reduce`, summed over the ranks."""
 
 def is_watched() -> bool:
     """Whether a mode (a dispatch mode, functorch, tracing) wants to see every operator."""

@@ -3,8 +3,8 @@
 An eager call of a plain tensor calls `_C` directly. Whatever traces operators (torch.compile, torch.export, fake
 tensors, functorch) sees the operators, which call the same functions of csrc/torch.
 
-forward, backward and update_running_stats are batch norm in one process; stats, finish, grad_stats and grad_apply are
-its parts for a batch that is distributed over ranks.
+forward, backward and update_running_stats are batch norm in one process; stats, gather_stats, backward_reduce and
+backward_elemt are its parts for a batch that is distributed over ranks.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ forward = torch.ops.fastbn.forward.default
 backward = torch.ops.fastbn.backward.default
 update_running_stats = torch.ops.fastbn.update_running_stats.default
 stats = torch.ops.fastbn.stats.default
-finish = torch.ops.fastbn.finish.default
-grad_stats = torch.ops.fastbn.grad_stats.default
-grad_apply = torch.ops.fastbn.grad_apply.default
+gather_stats = torch.ops.fastbn.gather_stats.default
+backward_reduce = torch.ops.fastbn.backward_reduce.default
+backward_elemt = torch.ops.fastbn.backward_elemt.default
 
 # A whole batch norm as one node of a captured graph, for `graph.matching`. Its implementation, in autograd.py, calls
 # the operators above.
@@ -122,26 +122,26 @@ def _stats_fake(input: Tensor) -> Tensor:
     return input.new_empty((3, input.size(1)), dtype=torch.float64)
 
 
-@torch.library.register_fake("fastbn::finish")
-def _finish_fake(
-    packets: Tensor, momentum: float | None, running_mean: Tensor | None, running_var: Tensor | None,
+@torch.library.register_fake("fastbn::gather_stats")
+def _gather_stats_fake(
+    all_stats: Tensor, momentum: float | None, running_mean: Tensor | None, running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return packets.new_empty(packets.shape[1:])
+    return all_stats.new_empty(all_stats.shape[1:])
 
 
-@torch.library.register_fake("fastbn::grad_stats")
-def _grad_stats_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, packet: Tensor, eps: float,
+@torch.library.register_fake("fastbn::backward_reduce")
+def _backward_reduce_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, batch_stats: Tensor, eps: float,
     activation: str = "identity", activation_param: float | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return packet.new_empty((2, input.size(1)))
+    return batch_stats.new_empty((2, input.size(1)))
 
 
-@torch.library.register_fake("fastbn::grad_apply")
-def _grad_apply_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, packet: Tensor, total: Tensor, eps: float,
+@torch.library.register_fake("fastbn::backward_elemt")
+def _backward_elemt_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, batch_stats: Tensor, total: Tensor, eps: float,
     wants_residual: bool, activation: str = "identity", activation_param: float | None = None,
     bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -1,9 +1,9 @@
-// In: z, what batch norm makes before its activation. Out: y = act(z), and dz from dy: the epilogue of every kernel.
-// Included within a namespace, and on the CPU once for each instruction set: code on vectors must be compiled for it.
-// dispatch.h includes it for numbers, in namespace fastbn.
+// Activation functors: the forward value y = act(z) and the gradient dz = dy * act'(z).
+// This file is included inside a namespace, on the CPU once per instruction set, so that vector code is compiled for
+// it; dispatch.h includes it for scalars, in namespace fastbn.
 
-// One functor each. V is a number, or a vector of them on the CPU; M is what computes with V: of(number), exp, expm1,
-// tanh, and Gauss's density and cdf. Written with ?: throughout, which picks lane by lane; a NaN must stay one.
+// V is a scalar, or a SIMD vector on the CPU. M provides the math on V: of(number), exp, expm1, tanh, gauss (density
+// and cdf). Choices are written with ?:, which selects per lane; a NaN has to stay a NaN.
 
 struct Identity {
   template <class M, class V, class A>
@@ -16,8 +16,8 @@ struct Identity {
   }
 };
 
-// Those that keep dy or scale it, nothing else, have blocked(z): true where dy is scaled by the parameter, which is
-// zero for all but leaky_relu. A bit an element then says all that the backward pass needs to know of z.
+// Activations whose gradient is dy or dy * param have blocked(z): true where dy is multiplied by the parameter, which
+// is zero for all but leaky_relu. One bit per element is then all that the backward pass needs to know of z.
 struct Relu {
   template <class M, class V, class A>
   static FASTBN_HD V forward(V z, A) {
@@ -82,7 +82,7 @@ struct Sigmoid {
   static FASTBN_HD V forward(V z, A) {
     return A(1) / (A(1) + M::exp(-z));
   }
-  // s * (1 - s), without the difference that would lose the digits of a large z
+  // s * (1 - s), written without the difference, which would cancel for large z.
   template <class M, class V, class A>
   static FASTBN_HD V backward(V dy, V z, A) {
     const V t = M::exp(z > A(0) ? -z : z);
@@ -135,7 +135,7 @@ struct Tanh {
   static FASTBN_HD V forward(V z, A) {
     return M::tanh(z);
   }
-  // 1 - tanh^2, without the difference
+  // 1 - tanh^2, written without the difference.
   template <class M, class V, class A>
   static FASTBN_HD V backward(V dy, V z, A) {
     const V t = M::exp((z > A(0) ? -z : z) * A(2));
@@ -143,9 +143,9 @@ struct Tanh {
   }
 };
 
-// body is called with the functor of an activation.
+// Calls body with the functor of an activation.
 #if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // the body is of the side that calls
+#pragma nv_exec_check_disable  // body runs where the caller runs
 #endif
 template <class Body>
 FASTBN_HD auto dispatch_activation(Activation activation, Body&& body) {

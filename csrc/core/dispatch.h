@@ -1,4 +1,4 @@
-// In: dtypes and activations known at run time. Out: a call with the type as a template argument; the only such place.
+// Dispatch from a run-time dtype to a template argument: the only place that does so.
 #pragma once
 
 #include "moments.h"
@@ -14,9 +14,9 @@ struct Type {
   using type = T;
 };
 
-// body is called with Type<float>{}, Type<double>{}, Type<Half>{} or Type<BFloat16>{}.
+// Calls body with Type<float>{}, Type<double>{}, Type<Half>{} or Type<BFloat16>{}.
 #if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // the body is of the side that calls
+#pragma nv_exec_check_disable  // body runs where the caller runs
 #endif
 template <class Body>
 FASTBN_HD auto dispatch_dtype(DType dtype, Body&& body) {
@@ -46,8 +46,8 @@ FASTBN_HD void write(const Output& p, int64_t i, double value) {
   });
 }
 
-// One channel of the running statistics, from the mean and biased variance of `count` values. The first one counts the
-// batch.
+// Updates one channel of the running statistics with the mean and biased variance of `count` values. Channel 0 also
+// increments the batch counter.
 FASTBN_HD void update(const Running& running, int64_t i, double mean, double var, double count) {
   if (running.mean.data == nullptr) return;
   if (i == 0 && running.counter != nullptr) ++*running.counter;
@@ -59,13 +59,13 @@ FASTBN_HD void update(const Running& running, int64_t i, double mean, double var
   blend(running.var, var * (count / (count - 1)));
 }
 
-// One channel of packets [K, 3, C] becomes one of a packet [3, C], and of the running statistics; those stay what they
-// are where there is no variance to speak of.
-FASTBN_HD void finish(const double* packets, int64_t K, int64_t C, int64_t channel, double* packet,
-                      const Running& running) {
-  const Moments all = merged(K, C, [=](int64_t k) { return packets + k * 3 * C + channel; });
+// Merges one channel of the BatchStats of K ranks, [K, 3, C], into batch_stats [3, C] and updates the running
+// statistics, which stay as they are if there are fewer than two values.
+FASTBN_HD void gather_stats(const double* all_stats, int64_t K, int64_t C, int64_t channel, double* batch_stats,
+                            const Running& running) {
+  const Moments all = merged(K, C, [=](int64_t k) { return all_stats + k * 3 * C + channel; });
   const double variance = all.n == 0 ? 0 : all.m2 / all.n;
-  packet[channel] = all.mean, packet[C + channel] = variance, packet[2 * C + channel] = all.n;
+  batch_stats[channel] = all.mean, batch_stats[C + channel] = variance, batch_stats[2 * C + channel] = all.n;
   if (all.n > 1) update(running, channel, all.mean, variance, all.n);
 }
 

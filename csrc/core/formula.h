@@ -1,4 +1,4 @@
-// In: moments, sums and parameters of a channel. Out: the per-element coefficients, for both backends.
+// The formulas of batch norm: per-element coefficients from the moments, sums and parameters of a channel.
 #pragma once
 
 #include <cmath>
@@ -7,8 +7,8 @@
 
 namespace fastbn {
 
-// A coefficient in A. A NaN gets the plain payload: what rounds vectors to bfloat16 counts on finding no other.
-// Choices here and below are between values that are made anyway: loops over channels become vectors so.
+// A coefficient rounded to A. A NaN gets the default payload, on which the vectorized rounding to bfloat16 relies.
+// Written as a select, here and below, so that loops over channels vectorize.
 template <class A>
 FASTBN_HD A coefficient(double x) {
   const A rounded = A(x);
@@ -17,15 +17,15 @@ FASTBN_HD A coefficient(double x) {
 
 FASTBN_HD double reciprocal_std(double variance, double eps) {
 #if defined(__CUDA_ARCH__)
-  return rsqrt(variance + eps);  // within an ulp, at half the registers
+  return rsqrt(variance + eps);  // within one ulp, with half the registers
 #else
   return 1.0 / sqrt(variance + eps);
 #endif
 }
 
-// y = (x - mean) * scale + shift. The mean is subtracted first: folded into the shift it would cost
-// |mean| / std of the digits. What is lost by rounding the mean to A goes into the shift instead, so that a
-// channel with mean 1e4 and std 1 keeps all its digits, at no cost per element.
+// y = (x - mean) * scale + shift. The mean is subtracted first: merged into the shift it would cost |mean| / std of the
+// digits. The rounding error of the mean goes into the shift, so that a channel with mean 1e4 and std 1 keeps all its
+// digits at no cost per element.
 template <class A>
 struct Normalization {
   A mean, scale, shift;

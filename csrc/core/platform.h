@@ -1,4 +1,4 @@
-// In: the compiler at hand. Out: the few words that let one source serve host and device.
+// Macros and helpers that let one source serve host and device.
 #pragma once
 
 #include <cstdint>

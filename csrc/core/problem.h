@@ -1,4 +1,4 @@
-// In: what ops.cpp knows of the tensors. Out: plain data, the only thing that kernels and planners see.
+// Plain data that describes a pass of batch norm; all that kernels and planners see.
 #pragma once
 
 #include "platform.h"
@@ -45,19 +45,19 @@ struct Running {
   Output mean, var;
   double momentum;
   const int64_t* batches;  // cumulative average: momentum is 1 / *batches; nullptr otherwise
-  int64_t* counter;        // of batches, to be increased by one; nullptr: not wanted
+  int64_t* counter;        // of batches, incremented by one; nullptr: not wanted
 };
 
 enum class Activation : uint8_t { identity, relu, leaky_relu, relu6, elu, silu, hardswish, gelu, sigmoid, tanh };
 
-// What batch norm ends with: z = normalized input + residual, y = act(z).
+// The epilogue: z = normalized input + residual, y = act(z).
 struct Epilogue {
   Activation activation;
   double param;          // leaky_relu: the slope below zero; elu: alpha; else 0
-  const void* residual;  // in the order of the input; nullptr: none
+  const void* residual;  // in the memory order of the input; nullptr: none
 };
 
-// True if a mask of one bit an element can stand for z in the backward pass.
+// True if one bit per element can replace z in the backward pass.
 FASTBN_HD constexpr bool has_mask(Activation a) {
   return a == Activation::relu || a == Activation::leaky_relu || a == Activation::relu6;
 }
@@ -65,17 +65,17 @@ FASTBN_HD constexpr bool has_mask(Activation a) {
 struct Forward {
   Problem problem;
   const void* input;
-  void* output;  // nullptr, in training: nothing but moments is made
+  void* output;  // nullptr, in training: only the moments are computed
   Param weight, bias;
   Epilogue epilogue;
-  // Out, for activations that have one: a bit an element, 1 where its gradient is scaled by param. Backend and plan
-  // decide the order. nullptr: not wanted.
+  // Output, for activations that have a mask: one bit per element, 1 where the gradient is scaled by param. Backend and
+  // plan define the order. nullptr: not wanted.
   void* mask;
   Param mean, var;  // eval: what to normalize with
-  // They are of a batch that is spread over ranks, of which this is a part that has just been read for them.
-  bool spread;
-  double* moments;  // [2, C] out: the mean and biased variance used; in eval nullptr where nobody needs them
-  Running running;  // training: brought up to date
+  // Precomputed statistics: mean and var were reduced over a batch of which this input is a part that was just read.
+  bool precomputed_stats;
+  double* moments;  // output [2, C]: mean and biased variance; may be nullptr in eval
+  Running running;  // training: updated
   bool training;
   double eps;
   void* workspace;
@@ -85,15 +85,16 @@ struct Backward {
   Problem problem;
   const void* grad_output;
   const void* input;
-  void* grad_input;  // nullptr: not asked for
+  void* grad_input;  // nullptr: not wanted
   Param weight, bias;
-  Epilogue epilogue;      // as in the forward pass; without the residual where there is a mask
-  const void* mask;       // as the forward pass left it; nullptr: z is computed once more
-  void* grad_residual;    // out: dz, in the order of the input; nullptr: not asked for, or the same as grad_output
-  const double* moments;  // [2, C], as the forward pass left them
-  // Of a batch that is spread over ranks: [2, C], what grad_weight and grad_bias are in all of them together, and [C],
-  // the values that a channel has there. grad_input is made with these, and nothing is summed. nullptr: it is all here.
-  const double *total, *counts;
+  Epilogue epilogue;      // as in the forward pass, but no residual if there is a mask
+  const void* mask;       // from the forward pass; nullptr: z is recomputed
+  void* grad_residual;    // output: dz, in the order of the input; nullptr: not wanted, or it is grad_output
+  const double* moments;  // [2, C], from the forward pass
+  // Global sums of a batch of which this input is a part: grad_weight and grad_bias of the whole batch, [2, C], and its
+  // number of values per channel, [C]. grad_input uses them instead of sums of this part. nullptr: this input is the
+  // whole batch.
+  const double *global_sums, *global_counts;
   Output grad_weight, grad_bias;
   bool training;
   double eps;

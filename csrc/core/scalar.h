@@ -1,4 +1,4 @@
-// In: float16 and bfloat16 as they lie in memory. Out: float, and back, rounded to nearest even.
+// float16 and bfloat16 storage types, with conversions to float and back (round to nearest even).
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type that sums and coefficients of a storage type are held in.
+// The accumulation type of a storage type.
 template <class T>
 struct Accumulate {
   using type = float;

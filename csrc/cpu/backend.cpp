@@ -1,4 +1,4 @@
-// In: calls through core/backend.h. Out: the same calls, made with the widest instruction set there is.
+// Chooses the widest instruction set at run time.
 #include "../core/backend.h"
 
 #include <unistd.h>
@@ -23,7 +23,7 @@ struct Capability {
   void (*backward)(const Backward&);
 };
 
-// From the widest to the one that every processor has.
+// From the widest to the baseline.
 const Capability* capabilities() {
 #if defined(FASTBN_WIDER_SETS)
   static const Capability all[] = {
@@ -65,8 +65,8 @@ const Capability& chosen() {
   return c;
 }
 
-// Of the cores that share one with this, as the kernel of the system has it: the C library takes the caches of all dies
-// together for one (320 MB instead of 32 on an EPYC of ten dies).
+// The L3 cache of the cores that share one with this core, from sysfs: the C library adds up the caches of all dies
+// (320 MB instead of 32 on an EPYC with ten dies).
 int64_t third_level_cache() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
   int64_t kilobytes = 0;
@@ -76,8 +76,8 @@ int64_t third_level_cache() {
   return bytes > 0 ? int64_t(bytes) : int64_t(32) << 20;
 }
 
-// Found when the library is loaded, not by the first call: a process that forks meanwhile would leave its child to wait
-// for ever for who was finding it.
+// Read when the library is loaded, not in the first call: a process that forks meanwhile would leave its child waiting
+// for the initialization.
 const int64_t third_level_bytes = third_level_cache();
 
 }  // namespace
@@ -92,18 +92,16 @@ int64_t workspace_bytes(const Problem& problem) {
   const int64_t channels = problem.shape.C;
   const int64_t coefficient = problem.dtype == DType::f64 ? 8 : 4;
   return coefficients * padded_channels(channels) * coefficient +
-         make_plan(problem).segments * 2 * channels * int64_t(sizeof(double));
+         make_plan(problem).batch_splits * 2 * channels * int64_t(sizeof(double));
 }
 
-// A word of bits for each pack, see Bits in epilogue.h.
+// One word of bits per pack, see Bits in epilogue.h.
 int64_t mask_bytes(const Problem& problem) {
   const int64_t size = chosen().vector_bytes / size_of(problem.dtype);
   return make_plan(problem).slots(size, problem.shape) * larger<int64_t>(1, size / 8);
 }
 
-// In training the other pass wants as much. Outputs of 6.4 MB that a forward pass left in the cache took 0.62 to 1.12
-// of the time, and 0.9 to 1.1 with the backward pass; of 12.8 MB, or with a residual, 1 to 1.2 with it. In eval outputs
-// of 12.8 MB took 0.65 to 0.95 so.
+// In training the other pass needs as much cache. NOTES.md#streaming-stores has the measurements.
 int64_t cached_bytes(bool alone) { return alone ? third_level_bytes : third_level_bytes / 2; }
 
 }  // namespace fastbn::cpu

@@ -1,21 +1,21 @@
-// In: the instruction sets that kernels.h was compiled for. Out: the table that backend.cpp chooses from.
+// The kernels of each instruction set, which backend.cpp chooses from.
 #pragma once
 
 #include "../core/problem.h"
 
-// Sets wider than what every processor has. Not for the emulator: that build is about the CUDA kernels, and is there
-// sooner so.
+// Instruction sets beyond the baseline. Not in the emulator build, which tests the CUDA kernels and compiles faster
+// without them.
 #if defined(__x86_64__) && !defined(FASTBN_SIMT)
 #define FASTBN_WIDER_SETS
 #endif
 
 namespace fastbn::cpu {
 
-// In the workspace, arrays of so many coefficients for each channel.
+// Arrays of per-channel coefficients in the workspace.
 constexpr int coefficients = 5;
 
-// Where the tensors of a pass have more bytes together, its outputs go past the last-level cache. `alone`: of a pass
-// with no other before or behind it.
+// If the tensors of a pass have more bytes than this together, its outputs use streaming stores. `alone`: no other pass
+// reads or writes them around it.
 int64_t cached_bytes(bool alone);
 
 #define FASTBN_DECLARE(name)               \

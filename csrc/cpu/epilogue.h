@@ -1,21 +1,21 @@
-// In: z of the forward pass, or the gradient of y. Out: y and its mask, or dz: what batch norm ends with, a pack at a
-// time. `access` says how a pack is read and written, `i` is its first element, `slot` its place in the mask.
+// Epilogues of the CPU kernels, one pack at a time: y and its mask from z in the forward pass, dz from dy in the
+// backward pass. `io` loads and stores a pack, `i` is its first element, `slot` its index in the mask.
 
-// The same operations in both passes: whether z is above zero must not depend on the pass.
+// Both passes use the same operations, so that they agree on the sign of z.
 template <class A>
 FASTBN_HD Vec<A> normalized(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> shift) {
   return (x - mean) * scale + shift;
 }
 
-// One bit for each value of a pack: whether an activation let it pass. In the order of memory; but those of a pack of
-// bfloat16 in the order of its lanes, without AVX-512.
+// One bit for each value of a pack, 1 if the activation passed it. In memory order, except for bfloat16 without
+// AVX-512, which uses lane order.
 template <class T>
 struct Bits {
   using P = Pack<T>;
   using A = acc_t<T>;
   using Word = std::conditional_t<(P::size <= 8), uint8_t, std::conditional_t<(P::size <= 16), uint16_t, uint32_t>>;
   using Lane = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  using Truth = typename VectorOf<Lane>::type;  // of a comparison: all ones, or zero
+  using Truth = typename VectorOf<Lane>::type;  // result of a comparison: all ones or zero
 
   static FASTBN_HD uint32_t gather(Truth t) {
 #if FASTBN_VECTOR_BYTES == 64
@@ -46,7 +46,7 @@ struct Bits {
     }
     static_cast<Word*>(mask)[slot] = Word(~bits);
   }
-  // Of a pack as it is in memory, what passes; zeros in place of the rest.
+  // The values of a pack, as in memory, that pass; zeros elsewhere.
   static FASTBN_HD Vec<float> passing(Vec<float> pack, const void* mask, int64_t slot) {
     const Word bits = static_cast<const Word*>(mask)[slot];
 #if FASTBN_VECTOR_BYTES == 64
@@ -67,8 +67,7 @@ struct Bits {
   }
 };
 
-// Activations that are known at run time. Calls, because a choice in every loop would make each of them as long as all
-// activations together; what they cost is little beside an exp.
+// Activations chosen at run time. Functions of their own: inlined, every loop would contain all activations.
 template <class A>
 FASTBN_NOINLINE Vec<A> activate(Vec<A> z, Activation activation, A param) {
   return FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
@@ -81,26 +80,24 @@ FASTBN_NOINLINE Vec<A> activation_gradient(Vec<A> dy, Vec<A> z, Activation activ
     return std::decay_t<decltype(act)>::template backward<Math<A>>(dy, z, param);
   });
 }
-// For activations that have a mask.
 template <class A>
 FASTBN_HD auto blocked_by(Vec<A> z, Activation activation) {
   return activation == Activation::relu6 ? Relu6::blocked(z, A(0)) : Relu::blocked(z, A(0));
 }
 
-// What makes y of z, in place. in_slots(): it fills a mask. calls: a function for each vector, so that it gains nothing
-// from loops that take several packs at once.
+// Forward epilogues turn z into y in place. uses_mask(): it fills a mask. calls: it calls a function per vector.
 template <class T>
-struct Plain {
+struct IdentityEpilogue {
   static constexpr bool calls = false;
 
   FASTBN_HD void prefetch(int64_t) const {}
-  FASTBN_HD bool in_slots() const { return false; }
-  template <class Access>
-  FASTBN_HD void operator()(const Access&, Pack<T>&, int64_t, int64_t) const {}
+  FASTBN_HD bool uses_mask() const { return false; }
+  template <class IO>
+  FASTBN_HD void operator()(const IO&, Pack<T>&, int64_t, int64_t) const {}
 };
 
 template <class T, bool with_residual>
-struct Rectified {
+struct ReluEpilogue {
   using A = acc_t<T>;
   static constexpr bool calls = false;
   const T* residual;
@@ -109,11 +106,11 @@ struct Rectified {
   FASTBN_HD void prefetch(int64_t i) const {
     if constexpr (with_residual) fetch(residual + i);
   }
-  FASTBN_HD bool in_slots() const { return with_residual && mask != nullptr; }
-  template <class Access>
-  FASTBN_HD void operator()(const Access& access, Pack<T>& z, int64_t i, int64_t slot) const {
+  FASTBN_HD bool uses_mask() const { return with_residual && mask != nullptr; }
+  template <class IO>
+  FASTBN_HD void operator()(const IO& io, Pack<T>& z, int64_t i, int64_t slot) const {
     if constexpr (with_residual) {
-      const Pack<T> r = access.load(residual + i);
+      const Pack<T> r = io.load(residual + i);
       for (int k = 0; k < z.vectors; ++k) z.v[k] += r.v[k];
       if (mask != nullptr) {
         typename Bits<T>::Truth t[Pack<T>::vectors];
@@ -126,7 +123,7 @@ struct Rectified {
 };
 
 template <class T>
-struct Activated {
+struct RuntimeEpilogue {
   using A = acc_t<T>;
   static constexpr bool calls = true;
   const T* residual;  // or nullptr
@@ -137,11 +134,11 @@ struct Activated {
   FASTBN_HD void prefetch(int64_t i) const {
     if (residual != nullptr) fetch(residual + i);
   }
-  FASTBN_HD bool in_slots() const { return mask != nullptr; }
-  template <class Access>
-  FASTBN_HD void operator()(const Access& access, Pack<T>& z, int64_t i, int64_t slot) const {
+  FASTBN_HD bool uses_mask() const { return mask != nullptr; }
+  template <class IO>
+  FASTBN_HD void operator()(const IO& io, Pack<T>& z, int64_t i, int64_t slot) const {
     if (residual != nullptr) {
-      const Pack<T> r = access.load(residual + i);
+      const Pack<T> r = io.load(residual + i);
       for (int k = 0; k < z.vectors; ++k) z.v[k] += r.v[k];
     }
     if (mask != nullptr) {
@@ -153,55 +150,55 @@ struct Activated {
   }
 };
 
-// body(what makes y of z) for the epilogue of a forward pass.
+// Calls body with the forward epilogue of a call.
 template <class T, class Body>
-FASTBN_HD void with_end(const Forward& args, const Body& body) {
+FASTBN_HD void dispatch_epilogue(const Forward& args, const Body& body) {
   const Epilogue& e = args.epilogue;
   const T* residual = static_cast<const T*>(e.residual);
   if (e.activation == Activation::identity && residual == nullptr) {
-    body(Plain<T>{});
+    body(IdentityEpilogue<T>{});
   } else if (e.activation == Activation::relu && residual == nullptr && args.mask == nullptr) {
-    body(Rectified<T, false>{nullptr, nullptr});
+    body(ReluEpilogue<T, false>{nullptr, nullptr});
   } else if (e.activation == Activation::relu && residual != nullptr) {
-    body(Rectified<T, true>{residual, args.mask});
+    body(ReluEpilogue<T, true>{residual, args.mask});
   } else {
-    body(Activated<T>{residual, args.mask, e.activation, acc_t<T>(e.param)});
+    body(RuntimeEpilogue<T>{residual, args.mask, e.activation, acc_t<T>(e.param)});
   }
 }
 
-// Mean, scale and shift of the forward pass, for those that make z once more.
+// Mean, scale and shift of the forward pass, for epilogues that recompute z.
 template <class T>
-struct ForZ {
+struct ForwardCoefficients {
   Lanes<T, acc_t<T>> mean, scale, shift;
 };
 
-// What makes dz: from dy, and x where it needs z. in_slots(): it reads a mask. calls: as above. bits: dz as it is in
-// memory, of those that have_bits, where that is less work than to round dz.
+// Backward epilogues make dz from dy, and from x if needs_z. uses_mask(): it reads a mask. If has_bits, `bits` returns
+// dz as stored in memory, which saves rounding it again.
 template <class T>
-struct PlainGradient {
+struct IdentityBackward {
   static constexpr bool needs_z = false, has_bits = true, calls = false;
   const T* dy;
 
-  FASTBN_HD bool in_slots() const { return false; }
-  template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>&, const ForZ<T>&,
+  FASTBN_HD bool uses_mask() const { return false; }
+  template <class IO>
+  FASTBN_HD Pack<T> operator()(const IO& io, int64_t i, int64_t, const Pack<T>&, const ForwardCoefficients<T>&,
                                Vec<float>& bits) const {
-    bits = access.bits(dy + i);
-    return access.load(dy + i);
+    bits = io.bits(dy + i);
+    return io.load(dy + i);
   }
 };
 
 template <class T>
-struct RectifiedGradient {
+struct ReluBackward {
   using A = acc_t<T>;
   static constexpr bool needs_z = true, has_bits = false, calls = false;
   const T* dy;
 
-  FASTBN_HD bool in_slots() const { return false; }
-  template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>& x, const ForZ<T>& c,
+  FASTBN_HD bool uses_mask() const { return false; }
+  template <class IO>
+  FASTBN_HD Pack<T> operator()(const IO& io, int64_t i, int64_t, const Pack<T>& x, const ForwardCoefficients<T>& c,
                                Vec<float>&) const {
-    Pack<T> dz = access.load(dy + i);
+    Pack<T> dz = io.load(dy + i);
     for (int k = 0; k < dz.vectors; ++k) {
       const Vec<A> z = normalized<A>(x.v[k], c.mean.v[k], c.scale.v[k], c.shift.v[k]);
       dz.v[k] = Relu::backward<Math<A>>(dz.v[k], z, A(0));
@@ -211,21 +208,21 @@ struct RectifiedGradient {
 };
 
 template <class T>
-struct MaskedGradient {
+struct MaskBackward {
   using A = acc_t<T>;
   static constexpr bool needs_z = false, has_bits = true, calls = false;
   const T* dy;
   const void* mask;
   A slope;
 
-  FASTBN_HD bool in_slots() const { return true; }
-  template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t slot, const Pack<T>&, const ForZ<T>&,
+  FASTBN_HD bool uses_mask() const { return true; }
+  template <class IO>
+  FASTBN_HD Pack<T> operator()(const IO& io, int64_t i, int64_t slot, const Pack<T>&, const ForwardCoefficients<T>&,
                                Vec<float>& bits) const {
-    const Vec<float> all = access.bits(dy + i);
+    const Vec<float> all = io.bits(dy + i);
     bits = Bits<T>::passing(all, mask, slot);
     Pack<T> dz = Pack<T>::of(bits);
-    if (slope != 0) {  // not by a product with a slope of zero: an infinite dy would become a NaN
+    if (slope != 0) {  // no product with a slope of zero: an infinite dy would become NaN
       const Pack<T> blocked = Pack<T>::of((Vec<float>)((Words)all ^ (Words)bits));
       for (int k = 0; k < dz.vectors; ++k) dz.v[k] += blocked.v[k] * slope;
       bits = dz.bits();
@@ -235,7 +232,7 @@ struct MaskedGradient {
 };
 
 template <class T>
-struct ActivatedGradient {
+struct RuntimeBackward {
   using A = acc_t<T>;
   static constexpr bool needs_z = true, has_bits = false, calls = true;
   const T* dy;
@@ -243,14 +240,14 @@ struct ActivatedGradient {
   Activation activation;
   A param;
 
-  FASTBN_HD bool in_slots() const { return false; }
-  template <class Access>
-  FASTBN_HD Pack<T> operator()(const Access& access, int64_t i, int64_t, const Pack<T>& x, const ForZ<T>& c,
+  FASTBN_HD bool uses_mask() const { return false; }
+  template <class IO>
+  FASTBN_HD Pack<T> operator()(const IO& io, int64_t i, int64_t, const Pack<T>& x, const ForwardCoefficients<T>& c,
                                Vec<float>&) const {
-    Pack<T> dz = access.load(dy + i), z;
+    Pack<T> dz = io.load(dy + i), z;
     for (int k = 0; k < dz.vectors; ++k) z.v[k] = normalized<A>(x.v[k], c.mean.v[k], c.scale.v[k], c.shift.v[k]);
     if (residual != nullptr) {
-      const Pack<T> r = access.load(residual + i);
+      const Pack<T> r = io.load(residual + i);
       for (int k = 0; k < dz.vectors; ++k) z.v[k] += r.v[k];
     }
     for (int k = 0; k < dz.vectors; ++k) dz.v[k] = activation_gradient<A>(dz.v[k], z.v[k], activation, param);
@@ -258,19 +255,19 @@ struct ActivatedGradient {
   }
 };
 
-// body(what makes dz) for the epilogue of a backward pass.
+// Calls body with the backward epilogue of a call.
 template <class T, class Body>
-FASTBN_HD void with_source(const Backward& args, const Body& body) {
+FASTBN_HD void dispatch_backward_epilogue(const Backward& args, const Body& body) {
   using A = acc_t<T>;
   const Epilogue& e = args.epilogue;
   const T* dy = static_cast<const T*>(args.grad_output);
   if (e.activation == Activation::identity) {
-    body(PlainGradient<T>{dy});
+    body(IdentityBackward<T>{dy});
   } else if (args.mask != nullptr) {
-    body(MaskedGradient<T>{dy, args.mask, A(e.param)});
+    body(MaskBackward<T>{dy, args.mask, A(e.param)});
   } else if (e.activation == Activation::relu && e.residual == nullptr) {
-    body(RectifiedGradient<T>{dy});
+    body(ReluBackward<T>{dy});
   } else {
-    body(ActivatedGradient<T>{dy, static_cast<const T*>(e.residual), e.activation, A(e.param)});
+    body(RuntimeBackward<T>{dy, static_cast<const T*>(e.residual), e.activation, A(e.param)});
   }
 }

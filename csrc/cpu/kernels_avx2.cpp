@@ -1,4 +1,4 @@
-// In: kernels.h. Out: its functions for x86-64 with avx2.
+// kernels.h for x86-64 with AVX2.
 #include "capability.h"
 
 #if defined(FASTBN_WIDER_SETS)

@@ -1,4 +1,4 @@
-// In: kernels.h. Out: its functions for x86-64 with avx512.
+// kernels.h for x86-64 with AVX-512.
 #include "capability.h"
 
 #if defined(FASTBN_WIDER_SETS)
@@ -8,7 +8,7 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), \
                              apply_to = function)
 #else
-// GCC 12 takes the AVX-512 intrinsics of its own headers for uses of what was never set.
+// GCC 12 warns that the AVX-512 intrinsics of its own headers use uninitialized values.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")

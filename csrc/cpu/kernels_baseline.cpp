@@ -1,4 +1,4 @@
-// In: kernels.h. Out: its functions for any processor of the architecture (x86-64: SSE2; Arm: NEON).
+// kernels.h for any processor of the architecture (x86-64: SSE2; Arm: NEON).
 #include "kernels_prelude.h"
 
 #define FASTBN_CAPABILITY baseline

@@ -1,5 +1,5 @@
-// In: nothing. Out: all that kernels.h needs, included before the compiler is told to use an instruction set,
-// so that no inline function of a library is compiled with instructions that another processor lacks.
+// Includes what kernels.h needs, before an instruction set is enabled: no inline function of a library
+// may be compiled with instructions that another processor lacks.
 #pragma once
 
 #include <cmath>

@@ -1,11 +1,11 @@
-// In: nothing. Out: what kernels and their launches need of the machine, under names that tests/simt gives to the CPU
-// too: launches, shared memory, barriers between blocks, 16-byte and asynchronous copies. The only inline PTX.
+// What kernels and launches need of the device, with twins in tests/simt for the CPU: launches, shared memory, barriers
+// between blocks, 16-byte and asynchronous copies. The only inline PTX.
 #pragma once
 
 #include "../core/platform.h"
 #include "plan.h"
 
-// 16 bytes of a tensor, in one register quadruple.
+// 16 bytes of a tensor, in four registers.
 namespace fastbn::cuda {
 struct alignas(16) Bytes16 {
   uint32_t word[4];
@@ -26,7 +26,7 @@ struct alignas(16) Bytes16 {
 
 // A static array in shared memory: FASTBN_SHARED(double, sums, [32]);
 #define FASTBN_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
-// All of the dynamic shared memory of the launch, 16-byte aligned.
+// The dynamic shared memory of the launch, aligned to 128 bytes.
 #define FASTBN_DYNAMIC_SHARED(name)                                 \
   extern __shared__ __align__(128) unsigned char fastbn_dynamic_[]; \
   unsigned char* const name = fastbn_dynamic_
@@ -39,7 +39,7 @@ namespace fastbn::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // not to be reported again by somebody else's call
+  cudaGetLastError();  // clears the error, or a later call would report it
   std::string hint;
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     hint =
@@ -57,14 +57,14 @@ struct Launch {
   void* stream;
 };
 
-// Opt in to more than 48 KB; remembered by the driver, so that later calls are cheap.
+// Opts in to more than 48 KB of shared memory.
 template <class Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
   if (bytes <= (48 << 10)) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
-// Blocks of a kernel that one multiprocessor of the current device holds at a time.
+// Blocks of a kernel that fit on one multiprocessor of the current device.
 template <class... P>
 int64_t resident_blocks(void (*kernel)(P...), int64_t threads, int64_t shared_bytes) {
   allow_shared(kernel, shared_bytes);
@@ -92,7 +92,7 @@ void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
   check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...), "kernel launch");
 }
 
-// Of the current device.
+// The numbers of the current device.
 inline Device query_device() {
   int index = 0;
   check(cudaGetDevice(&index), "current device");
@@ -105,7 +105,7 @@ inline Device query_device() {
           get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrReservedSharedMemoryPerBlock),
           get(cudaDevAttrMaxRegistersPerMultiprocessor), get(cudaDevAttrMaxThreadsPerMultiProcessor),
           get(cudaDevAttrCooperativeLaunch) != 0,
-          // two transfers a clock (kHz) on a bus of so many bits; memory sustains about nine tenths of that
+          // two transfers per clock (kHz) on the bus; memory sustains about nine tenths of that
           get(cudaDevAttrMemoryClockRate) * get(cudaDevAttrGlobalMemoryBusWidth) / 4 / 1000 * 9 / 10};
 }
 
@@ -115,14 +115,15 @@ inline int current_device() {
   return index;
 }
 
-// The compiler for sm_80 finds fewer registers to save than those for later GPUs.
+// The compiler needs more registers for sm_80 than for later GPUs.
 #if __CUDA_ARCH__ < 900
 constexpr bool spares_registers = true;
 #else
 constexpr bool spares_registers = false;
 #endif
 
-// The same number, computed anew: what is derived from it is not kept in registers from one loop to the next.
+// Hides a value from the optimizer, so that what is derived from it is recomputed instead of kept in registers between
+// loops.
 FASTBN_D int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -130,7 +131,7 @@ FASTBN_D int opaque(int x) {
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-// Every access of a kernel to a tensor goes through these, so that the emulator can count bytes.
+// All accesses of kernels to tensors go through these functions, so that the emulator counts bytes.
 template <class T>
 FASTBN_D T load(const T* p) {
   if constexpr (sizeof(T) == 2) {
@@ -142,7 +143,7 @@ FASTBN_D T load(const T* p) {
     return __ldg(p);
   }
 }
-// For what this launch may write, and what nobody reads again.
+// A plain load: for memory that this launch may write, and for the last use of a value.
 template <class T>
 FASTBN_D T load_last(const T* p) {
   return *p;
@@ -155,12 +156,12 @@ FASTBN_D Bytes16 load16(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
-// For what nobody reads again: the first to leave the second-level cache.
+// Streaming load (ld.global.cs): the line is not read again, so mark it evict-first in L2.
 FASTBN_D Bytes16 load16_last(const void* p) {
   const uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
-// In assembly, because the compiler merges it with the stores of single elements beside it, and stores those alone.
+// In assembly, because the compiler would merge it with the stores of single elements beside it, and store those alone.
 FASTBN_D void store16(void* p, const Bytes16& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]),
                "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
@@ -174,7 +175,8 @@ FASTBN_D void shared_store16(void* p, const Bytes16& v) {
   *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
-// 16 bytes from global to shared memory; there after copies_done<n>() for all but the last n commits of this thread.
+// Copies 16 bytes from global to shared memory; complete after copies_done<n>(), except for the last n commits of this
+// thread.
 FASTBN_D void copy16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
@@ -196,7 +198,7 @@ FASTBN_D void copies_done() {
 #endif
 }
 
-// ---- blocks that talk to each other --------------------------------------------------------------------------------
+// ---- synchronization of blocks -------------------------------------------------------------------------------------
 
 FASTBN_D void fence() { __threadfence(); }
 FASTBN_D unsigned load_acquire(const unsigned* p) {
@@ -208,7 +210,7 @@ FASTBN_D unsigned load_acquire(const unsigned* p) {
 #endif
   return v;
 }
-// Another block's results, written before a barrier: not through the first-level cache.
+// A load that bypasses L1, for results that another block wrote before a barrier.
 template <class T>
 FASTBN_D T load_fresh(const T* p) {
   return __ldcg(p);

@@ -1,5 +1,4 @@
-// In: numbers of one thread. Out: the functions that activations of core/activation.h are made of, and z itself, by
-// operations that are the same in every kernel.
+// The math of core/activation.h on scalars, and z, with operations that are the same in every kernel.
 #pragma once
 
 #include <cmath>
@@ -32,8 +31,8 @@ struct Math {
   }
 };
 
-// z without its residual. The backward pass finds the sign of z that the forward pass found, bit by bit: so the fused
-// operation is asked for, and not left to what the compiler makes of each kernel.
+// z before the residual is added. Both passes have to agree on the sign of z, so the fused operation is explicit
+// instead of left to the compiler.
 template <class A>
 FASTBN_HD A normalized(A x, A mean, A scale, A shift) {
   return std::fma(x - mean, scale, shift);

@@ -1,5 +1,5 @@
-// In: a Problem and what is known of a GPU. Out: how the CUDA kernels walk it. Pure host code without a CUDA header:
-// tested for GPUs that nobody here has.
+// The CUDA plan: strategy and geometry of a pass. Pure host code without CUDA headers, so that it is tested for GPUs
+// that are not there.
 #pragma once
 
 #include "../core/backend.h"
@@ -7,56 +7,57 @@
 
 namespace fastbn::cuda {
 
-// Of every kernel; launch bounds hold the compiler to it, and four blocks of it fill a multiprocessor's registers.
-constexpr int64_t threads_a_block = 256;
-constexpr int64_t registers_a_thread = 64;
-// Counters of barriers have a sector of memory each.
+// Threads of every kernel and the registers that launch bounds limit them to: four blocks fill the register file of a
+// multiprocessor.
+constexpr int64_t threads_per_block = 256;
+constexpr int64_t registers_per_thread = 64;
+// Each barrier counter has a 32-byte sector of its own.
 constexpr int64_t barrier_bytes = 32;
 
 enum class Strategy : uint8_t {
   streaming,  // sums in one launch, the output in the next, which reads the input again
-  resident,   // one launch: an item stays in the shared memory of its blocks between its sums and its output
+  resident,   // one launch: a channel tile stays in the shared memory of its blocks between its sums and its output
 };
 
-enum class Walk : uint8_t {
-  rows,     // an item is one channel, N rows of S neighbouring values; a row may begin and end within a vector
-  columns,  // an item is some neighbouring whole vectors of every row of the matrix [rows, columns]
+enum class AccessPattern : uint8_t {
+  rows,     // a channel tile is one channel, N rows of S neighbouring values; a row may begin and end within a vector
+  columns,  // a channel tile is some neighbouring whole vectors of every row of the matrix [rows, columns]
 };
 
 struct Device {
   int64_t multiprocessors;
-  int64_t shared_per_multiprocessor, shared_per_block;  // bytes, the latter as a kernel may opt in to
-  int64_t shared_reserved;                              // bytes that the system takes of each block's
+  int64_t shared_per_multiprocessor, shared_per_block;  // bytes; the latter with opt-in
+  int64_t shared_reserved;                              // bytes of each block that the system reserves
   int64_t registers_per_multiprocessor;
   int64_t threads_per_multiprocessor;
-  bool cooperative;               // cooperative launches, which groups of several blocks need
-  int64_t bytes_per_microsecond;  // of its memory, reads and writes together; 0: not known
+  bool cooperative;               // supports cooperative launches, which barriers between blocks need
+  int64_t bytes_per_microsecond;  // memory bandwidth, reads and writes together; 0: unknown
 };
 
 struct Plan {
   Strategy strategy;
-  Walk walk;
-  int64_t vector;             // elements in one access: 16 bytes of them, or 1
-  int64_t threads;            // in a block
-  int64_t rows, columns;      // the tensor as a matrix: [N, C * S] or [N * S, C]
-  int64_t columns_a_channel;  // S or 1
-  int64_t items;              // pieces of the columns, each of whole channels
-  int64_t channels_an_item;   // the last one may have fewer; at most threads_a_block
-  int64_t vectors_a_row;      // of an item
-  int64_t lanes_a_row;      // columns: neighbouring threads that share a row, a power of two of at least vectors_a_row
-  int64_t blocks_an_item;   // that share its rows (columns) or its vectors (rows)
-  int64_t groups;           // resident: items in work at the same time
-  int64_t waves;            // resident: rounds of groups
-  int64_t blocks;           // in the grid
-  int64_t shared_bytes;     // dynamic shared memory of a block
-  int64_t scratch_bytes;    // of that, for sums and coefficients; they come first
-  int64_t slice_bytes;      // resident: of that, for one tensor's part of an item
+  AccessPattern pattern;
+  int64_t vector;               // elements in one access: 16 bytes of them, or 1
+  int64_t threads;              // in a block
+  int64_t rows, columns;        // the tensor as a matrix: [N, C * S] or [N * S, C]
+  int64_t columns_per_channel;  // S or 1
+  int64_t channel_tiles;        // tiles of the channel axis, each of whole channels
+  int64_t channels_per_tile;    // the last one may have fewer; at most threads_per_block
+  int64_t vectors_per_row;      // of a channel tile
+  int64_t lanes_per_row;  // columns: neighbouring threads that share a row, a power of two of at least vectors_per_row
+  int64_t batch_splits;   // blocks that share a channel tile: its rows (columns) or vectors (rows)
+  int64_t groups;         // resident: channel tiles that are processed concurrently
+  int64_t waves;          // resident: rounds of groups
+  int64_t blocks;         // in the grid
+  int64_t shared_bytes;   // dynamic shared memory of a block
+  int64_t scratch_bytes;  // of that, the sums and coefficients at the start
+  int64_t slice_bytes;    // resident: of that, one tensor's part of a channel tile
   int64_t multiprocessors;  // of the device that the plan is for
   bool cooperative;
   int64_t stagger;  // resident: nanoseconds between the starts of the blocks of one multiprocessor
 
   int64_t workspace_bytes;
-  int64_t bytes, least_bytes;  // that pass between the chip and memory in this pass; if each were read or written once
+  int64_t bytes, least_bytes;  // DRAM traffic of this pass; if each tensor moved once
 };
 
 // aligned: every tensor begins at a multiple of 16 bytes.

@@ -1,4 +1,3 @@
-// In: the current device. Out: its numbers, for those who show a plan and launch nothing.
 #include "device.cuh"
 #include "query.h"
 

@@ -1,4 +1,4 @@
-// In: the current device. Out: what the planner wants to know of it.
+// The numbers of the current device, for descriptions of plans.
 #pragma once
 
 #include "plan.h"

@@ -1,42 +1,43 @@
-// In: a share of an item in global memory. Out: the same in shared memory, copied asynchronously and met again piece by
-// piece, while the rest is still on its way. Each thread meets what it copied itself, so that nobody waits for others.
+// Asynchronous copies of a tile to shared memory, consumed span by span while the rest is still in flight. Each thread
+// reads only what it copied itself, so no barrier is needed.
 #pragma once
 
-#include "tile.cuh"
+#include "access.cuh"
 
 namespace fastbn::cuda {
 
-// Copies are waited for in so many parts, each of which is reduced while the later ones arrive.
+// Copies are committed in this many groups, each of which is reduced while the later ones are in flight.
 constexpr int stages = 4;
 
-// What one thread copies of one tensor lies at its own places in the slice.
-template <class T, class Walk>
+// The part of a slice that one thread copies and reads.
+template <class T, class Access>
 struct Slice {
   unsigned char* data;
 
-  FASTBN_D unsigned char* at(const Walk& walk, int step) const {
-    return data + (step * walk.places() + walk.place()) * 16;
+  FASTBN_D unsigned char* at(const Access& access, int step) const {
+    return data + (step * access.places() + access.place()) * 16;
   }
-  FASTBN_D void fetch(const T* x, const Walk& walk, const Piece& p, int step) const {
+  FASTBN_D void fetch(const T* x, const Access& access, const VectorSpan& p, int step) const {
     constexpr int V = full_vector<T>;
     if (p.first == 0 && p.last == V) {
-      copy16(at(walk, step), x + p.offset);
+      copy16(at(access, step), x + p.offset);
     } else if (p.first < p.last) {
-      shared_store16(at(walk, step), load_piece<T, V>(x, p, true));
+      shared_store16(at(access, step), load_span<T, V>(x, p, true));
     }
   }
 };
 
-// fetch(piece, step) for each of the thread's pieces, committed in `stages` parts.
-template <class Walk, class Fetch>
-FASTBN_D void fetch_all(Walk& walk, const Fetch& fetch) {
-  const int a_stage = int(ceil_div(walk.steps(), stages));
-  walk.start();
+// Calls fetch(span, step) for each span of the thread and commits them in `stages` groups.
+template <class Access, class Fetch>
+FASTBN_D void fetch_all(Access& access, const Fetch& fetch) {
+  const int steps_per_stage = int(ceil_div(access.steps(), stages));
+  access.start();
   int step = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #pragma unroll 1
-    for (int end = step + a_stage; step < end && walk.more(); ++step, walk.next()) fetch(walk.piece(), step);
+    for (int end = step + steps_per_stage; step < end && access.more(); ++step, access.next())
+      fetch(access.span(), step);
     copies_commit();
   }
 }
@@ -48,50 +49,50 @@ FASTBN_D void wait_for_stage(int stage) {
   if (stage == 3) copies_done<0>();
 }
 
-// meet(piece, step) for each of the thread's pieces as they arrive, and after each part of them flush().
-template <class Walk, class Meet, class Flush>
-FASTBN_D void meet_all(Walk& walk, const Meet& meet, const Flush& flush) {
-  const int a_stage = int(ceil_div(walk.steps(), stages));
-  walk.start();
-  const int all = walk.steps_left();
+// Calls consume(span, step) for each span of the thread as it arrives, and flush() after each group.
+template <class Access, class Consume, class Flush>
+FASTBN_D void consume_all(Access& access, const Consume& consume, const Flush& flush) {
+  const int steps_per_stage = int(ceil_div(access.steps(), stages));
+  access.start();
+  const int all = access.steps_left();
   int step = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     wait_for_stage(stage);
-    const int end = smaller(step + a_stage, all);
+    const int end = smaller(step + steps_per_stage, all);
 #pragma unroll 1
-    for (; step < end; ++step, walk.next()) meet(walk.piece(), step);
+    for (; step < end; ++step, access.next()) consume(access.span(), step);
     flush();
   }
 }
 
-// The bytes of a mask for the thread's next pieces, four of them in a register and asked for together: while slices are
-// met, each load that a thread waits for by itself would cost as much as everything else.
-template <class Walk>
-struct MasksAhead {
+// Prefetches the mask bytes of the next four spans into a register: waiting for single loads would cost as much as
+// everything else.
+template <class Access>
+struct MaskPrefetch {
   const uint8_t* mask;
   unsigned bytes = 0;
 
-  FASTBN_D void fetch(Walk walk) {
+  FASTBN_D void fetch(Access access) {
     bytes = 0;
-    walk.find_offset();
+    access.find_offset();
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      if (!walk.more()) continue;
-      const Piece p = walk.piece();
+      if (!access.more()) continue;
+      const VectorSpan p = access.span();
       if (p.first < p.last) bytes |= unsigned(load(mask + p.index)) << (8 * u);
-      walk.next();
+      access.next();
     }
   }
-  // Of the piece that the walk is at, in its turn; those of the first steps were fetched before.
-  FASTBN_D unsigned at(const Walk& walk, int step) {
-    if (step > 0 && step % 4 == 0) fetch(walk);
+  // The mask of the current span; the first four are fetched before.
+  FASTBN_D unsigned at(const Access& access, int step) {
+    if (step > 0 && step % 4 == 0) fetch(access);
     return bytes >> (step % 4 * 8);
   }
 };
 
-// The blocks of one multiprocessor start one after the other, so that they are not all between their last load and
-// their first store at the same time, when a block transfers nothing.
+// Delays the blocks of one multiprocessor against each other, so that they are not all between their last load and
+// first store at the same time.
 FASTBN_D void stagger(const Geometry& g) {
   const int64_t layer = blockIdx.x / g.multiprocessors;
   if (g.stagger > 0 && layer > 0) sleep_nanoseconds(layer * g.stagger);

@@ -1,5 +1,5 @@
-// In: the input. Out: mean and biased variance of each channel, and running statistics brought up to date. The first
-// half of the streaming forward pass.
+// The mean and biased variance of each channel, and the running statistics: the first launch of the streaming forward
+// pass.
 #include "channel.cuh"
 #include "launch.cuh"
 
@@ -7,28 +7,28 @@ namespace fastbn::cuda {
 
 namespace {
 
-// Loads in flight of a thread.
+// Loads in flight per thread.
 constexpr int at_once = 4;
-// Loads whose float sums are added to sums in double: few enough to keep the digits, enough to cost nothing.
-constexpr int loads_a_sum = 16;
+// Loads whose float32 sums are accumulated before they are moved to float64: few enough to keep the digits.
+constexpr int loads_per_sum = 16;
 
-template <class T, class Walk, int V>
-FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& scratch,
-                              ThreadSums<T, Walk::slots, true>& sums) {
+template <class T, class Access, int V>
+FASTBN_D void sum_differences(Access& access, const T* x, const Scratch<acc_t<T>>& scratch,
+                              ThreadSums<T, Access::slots, true>& sums) {
   using A = acc_t<T>;
-  A pivot[pivot_rows<T>][Walk::slots];
-  take(walk, scratch, pivot);
-  walk.start();
-  while (walk.more()) {
+  A pivot[pivot_rows<T>][Access::slots];
+  load_coefficients(access, scratch, pivot);
+  access.start();
+  while (access.more()) {
 #pragma unroll 1
-    for (int k = 0; k < loads_a_sum && walk.more(); k += at_once) {
+    for (int k = 0; k < loads_per_sum && access.more(); k += at_once) {
       Raw<T, V> raw[at_once];
-      take_pieces<at_once>(
-          walk, [&](int u, const Piece& p) { raw[u] = load_piece<T, V>(x, p); },
-          [&](int u, const Piece& p) {
+      for_each_span<at_once>(
+          access, [&](int u, const VectorSpan& p) { raw[u] = load_span<T, V>(x, p); },
+          [&](int u, const VectorSpan& p) {
             A value[V];
             widen<T, V>(raw[u], value);
-            each_element<V, Walk::slots>(p, [&](int j, int slot) {
+            each_element<V, Access::slots>(p, [&](int j, int slot) {
               const auto d = difference<T>(value[j], pivot, slot);
               sums.add(slot, d, d);
             });
@@ -38,46 +38,47 @@ FASTBN_D void sum_differences(Walk& walk, const T* x, const Scratch<acc_t<T>>& s
   }
 }
 
-template <class T, class Walk, int V>
-__global__ void __launch_bounds__(threads_a_block, 2)
+template <class T, class Access, int V>
+__global__ void __launch_bounds__(threads_per_block, 2)
     stats(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters) {
   using A = acc_t<T>;
   FASTBN_DYNAMIC_SHARED(shared);
-  const int64_t item = blockIdx.x / g.blocks_an_item;
-  const unsigned rank = blockIdx.x % g.blocks_an_item;
+  const int64_t channel_tile = blockIdx.x / g.batch_splits;
+  const unsigned split = blockIdx.x % g.batch_splits;
   const T* const x = static_cast<const T*>(args.input);
-  Walk walk(g, item, rank);
-  const Share share = walk.share();
+  Access access(g, channel_tile, split);
+  const Tile tile = access.tile();
   const Scratch<A> scratch{shared, g};
 
-  choose_pivots(walk, x, scratch, share.channels);
+  choose_pivots(access, x, scratch, tile.channels);
 #pragma unroll 1
   for (int attempt = 0; attempt < attempts<T>; ++attempt) {
-    ThreadSums<T, Walk::slots, true> sums;
-    sum_differences<T, Walk, V>(walk, x, scratch, sums);
-    block_sums(walk, sums.firsts(), sums.seconds(), scratch);
-    if (!moments_of_share<T>(share, scratch)) break;
+    ThreadSums<T, Access::slots, true> sums;
+    sum_differences<T, Access, V>(access, x, scratch, sums);
+    block_sums(access, sums.firsts(), sums.seconds(), scratch);
+    if (!tile_moments<T>(tile, scratch)) break;
   }
 
   const int c = int(threadIdx.x);
-  if (g.blocks_an_item > 1) {
-    Moments* const packets = static_cast<Moments*>(args.workspace) + item * g.blocks_an_item * g.channels_an_item;
-    if (c < share.channels) packets[rank * g.channels_an_item + c] = scratch.template packet<Moments>(c);
-    if (!is_last_block(counters + item, g.blocks_an_item)) return;
-    merge_packets<OfMoments>(packets, g, share.channels, scratch);
+  if (g.batch_splits > 1) {
+    Moments* const partials =
+        static_cast<Moments*>(args.workspace) + channel_tile * g.batch_splits * g.channels_per_tile;
+    if (c < tile.channels) partials[split * g.channels_per_tile + c] = scratch.template partial<Moments>(c);
+    if (!is_last_block(counters + channel_tile, g.batch_splits)) return;
+    merge_partials<OfMoments>(partials, g, tile.channels, scratch);
   }
-  if (c < share.channels) {
-    const Moments m = scratch.template packet<Moments>(c);
-    finish_moments(args, share.first_channel + c, m.mean, m.m2 * g.inverse_count);
+  if (c < tile.channels) {
+    const Moments m = scratch.template partial<Moments>(c);
+    write_moments(args, tile.first_channel + c, m.mean, m.m2 * g.inverse_count);
   }
 }
 
 }  // namespace
 
 void launch_stats(const Plan& plan, const Forward& args, const Stream& stream) {
-  dispatch(plan, args.problem.dtype, [&](auto type, auto walk, auto vector) {
+  dispatch(plan, args.problem.dtype, [&](auto type, auto access, auto vector) {
     using T = typename decltype(type)::type;
-    using W = typename decltype(walk)::type;
+    using W = typename decltype(access)::type;
     launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle}, stats<T, W, decltype(vector)::value>,
            geometry_of(plan), args, tickets(stream));
   });

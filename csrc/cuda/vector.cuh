@@ -1,4 +1,4 @@
-// In: 16 bytes of a tensor, or one element. Out: the values as float or double, and back.
+// Conversions between a 16-byte vector, or one element, and the accumulation type.
 #pragma once
 
 #include <type_traits>
@@ -11,7 +11,7 @@ namespace fastbn::cuda {
 template <class T>
 constexpr int full_vector = int(16 / sizeof(T));
 
-// What a thread holds of one access: V elements of T.
+// The register image of one access: V elements of T.
 template <class T, int V>
 using Raw = std::conditional_t<V == 1, T, Bytes16>;
 

@@ -10,14 +10,14 @@ namespace fastbn::runtime {
 
 namespace {
 
-// The number that a file begins with, if that is smaller; "max", or no file, changes nothing.
+// Lowers the limit to the number at the start of a file; "max", or no file, changes nothing.
 void lower(int64_t& limit, const std::string& path) {
   std::ifstream file(path);
   int64_t bytes = 0;
   if (file >> bytes && bytes > 0) limit = smaller(limit, bytes);
 }
 
-// True if `names`, separated by commas, has the name.
+// Whether the comma-separated list `names` contains the name.
 bool lists(const std::string& names, const char* name) {
   return ("," + names + ",").find("," + std::string(name) + ",") != std::string::npos;
 }
@@ -35,7 +35,7 @@ int64_t memory_limit(const std::string& root) {
     const bool v2 = controllers.empty();
     if (!v2 && !lists(controllers, "memory")) continue;
     const std::string mount = root + (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory");
-    // A container may see its path on the host and its own group where the root is mounted; the walk ends there.
+    // A container may see its path on the host while its own group is mounted as the root: the loop ends there.
     std::string path = line.substr(second + 1);
     while (true) {
       if (path == "/") path.clear();

@@ -1,5 +1,5 @@
-// A list of mapped blocks behind one lock. No system call and no allocation is made while the lock is held, so that
-// whoever waits for it, a process that forks above all, waits for less than a microsecond.
+// A list of mapped blocks under one lock. No system call and no allocation is made while the lock is held, so that
+// nobody, above all a process that forks, waits for it for more than a microsecond.
 #include "page_cache.h"
 
 #include <pthread.h>
@@ -24,31 +24,30 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t small_page = 4 << 10;
 constexpr int64_t huge_page = 2 << 20;
-// Kept at most, unless FASTBN_CPU_CACHE_MB says otherwise.
+// The default limit of what is kept.
 constexpr int64_t standard_limit = 256'000'000;
 constexpr int64_t part_of_memory = 32;
-// To touch fresh memory costs at most 0.45 ms a MB (see min_bytes): 0.12 s for all of standard_limit, 2 % of
-// this time.
+// Touching fresh memory costs at most 0.45 ms per MB (see min_bytes): 0.12 s for standard_limit, 2 % of this time.
 constexpr auto idle_time = std::chrono::seconds(5);
-constexpr auto between_rounds = std::chrono::seconds(1);  // of the thread that looks for idle blocks
+constexpr auto between_rounds = std::chrono::seconds(1);  // of return_idle_blocks
 
 struct Block {
   char* data;
   int64_t bytes;
-  Clock::time_point since;  // it was freed
+  Clock::time_point since;  // when it was released
 };
 
-// Has no destructor: tensors may be freed after the static objects of this library are gone.
+// No destructor: tensors may be freed after the static objects of this library are gone.
 struct Cache {
-  // More than a network has outputs and workspaces: ResNet-152 has 155 batch norms.
+  // More than the outputs and workspaces of a network: ResNet-152 has 155 batch norms.
   static constexpr int most_blocks = 1024;
 
   std::mutex mutex;
-  Block blocks[most_blocks];  // the one that has waited longest first
+  Block blocks[most_blocks];  // oldest first
   int count = 0;
   int64_t limit = 0;
-  int64_t kept = 0, used = 0;  // bytes of blocks, and of those that somebody has taken
-  int64_t peak = 0;            // of `used`, a sixteenth less with each round of the thread
+  int64_t kept = 0, used = 0;  // bytes in the list, and bytes that are acquired
+  int64_t peak = 0;            // of `used`; decays by a sixteenth in each round
   bool has_thread = false;
 
   Block remove(int i) {
@@ -59,14 +58,14 @@ struct Cache {
     return block;
   }
 
-  // Of a limit beyond the standard one only what a step of a training takes at once, and a quarter more, because its
-  // sizes do not all take turns: images of many sizes would otherwise leave blocks of each size behind.
+  // A larger limit is used only up to what a training step has in use at once, and a quarter more: images of many sizes
+  // would otherwise leave blocks of each size behind.
   int64_t bound() const { return smaller(limit, larger(standard_limit, peak + peak / 4)); }
 };
 Cache cache;
 using Lock = std::lock_guard<std::mutex>;
 
-// Takes the oldest block out of the list and unmaps it, if `is_due`, which is asked under the lock. False if not.
+// Unmaps the oldest block if `is_due`, which is evaluated under the lock; false if not.
 template <class IsDue>
 bool unmap_oldest_if(const IsDue& is_due) {
   Block oldest;
@@ -79,8 +78,8 @@ bool unmap_oldest_if(const IsDue& is_due) {
   return true;
 }
 
-// A thread that gives idle blocks back, also where no call of fastbn follows. It ends when nothing is kept any more;
-// the next block that is kept starts another one.
+// Unmaps idle blocks even if fastbn is not called again. The thread ends when nothing is kept; the next block that is
+// kept starts another one.
 void* return_idle_blocks(void*) {
   while (true) {
     std::this_thread::sleep_for(between_rounds);
@@ -94,13 +93,13 @@ void* return_idle_blocks(void*) {
   }
 }
 
-// Where the system has no thread to give, blocks wait until others need their place.
+// If no thread can be created, blocks stay until others need their place.
 void start_thread() {
   pthread_attr_t attributes;
   if (pthread_attr_init(&attributes) != 0) return;
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
   pthread_attr_setstacksize(&attributes, 256 << 10);
-  // Signals are for the program's own threads.
+  // Signals belong to the threads of the program.
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -113,8 +112,8 @@ void start_thread() {
   cache.has_thread = false;
 }
 
-// To the next eighth of a power of two: images of any height and width need few sizes then, and nearly always find
-// pages that are kept. Nobody touches what is beyond the tensor.
+// Rounds up to an eighth of a power of two, so that images of any height and width need few sizes. The excess is never
+// touched.
 int64_t size_of_block(int64_t bytes) {
   const int64_t power = int64_t(1) << (63 - __builtin_clzll(uint64_t(bytes)));
   return round_up(bytes, larger(power / 8, small_page));
@@ -125,7 +124,7 @@ char* map_anywhere(int64_t bytes) {
   return mapped == MAP_FAILED ? nullptr : static_cast<char*>(mapped);
 }
 
-// A block for a tensor of so many bytes; at a huge page's address, if it has one.
+// Maps a block for `bytes`, aligned to huge pages if it has any.
 char* map_block(int64_t block, int64_t bytes) {
   if (block < huge_page) return map_anywhere(block);
   char* const start = map_anywhere(block + huge_page);
@@ -134,13 +133,13 @@ char* map_block(int64_t block, int64_t bytes) {
   if (head > 0) munmap(start, size_t(head));
   munmap(start + head + block, size_t(huge_page - head));
 #if defined(MADV_HUGEPAGE)
-  // Whole huge pages only: the rest of a last one would be memory that nobody asked for.
+  // Whole huge pages only: a partial one would use memory that was not asked for.
   madvise(start + head, size_t(bytes / huge_page * huge_page), MADV_HUGEPAGE);
 #endif
   return start + head;
 }
 
-// The newest block of this size, which is the likeliest to be in a cache of the processor.
+// The newest block of this size, which is most likely in cache.
 char* take_kept(int64_t size) {
   const Lock lock(cache.mutex);
   for (int i = cache.count - 1; i >= 0; --i) {
@@ -149,7 +148,7 @@ char* take_kept(int64_t size) {
   return nullptr;
 }
 
-// False if there is no place for it now.
+// False if there is no room.
 bool keep(const Block& block, bool& starts_thread) {
   const Lock lock(cache.mutex);
   if (cache.kept + block.bytes > cache.bound() || cache.count == Cache::most_blocks) return false;
@@ -160,7 +159,7 @@ bool keep(const Block& block, bool& starts_thread) {
   return true;
 }
 
-// A child has only the thread that forked. It begins with an empty list, or it would keep what its parent gives back.
+// A child process has only the thread that forked, and starts with an empty list.
 [[maybe_unused]] const int registered = pthread_atfork([] { cache.mutex.lock(); }, [] { cache.mutex.unlock(); },
                                                        [] {
                                                          cache.has_thread = false;
@@ -204,7 +203,7 @@ void release(void* data, int64_t bytes) {
   }
   bool starts_thread = false;
   while (!keep(block, starts_thread)) {
-    // A block that would not fit into an empty list need not empty it.
+    // A block larger than the bound does not evict others.
     if (unmap_oldest_if([&](const Block&) { return block.bytes <= cache.bound(); })) continue;
     munmap(block.data, size_t(block.bytes));
     return;

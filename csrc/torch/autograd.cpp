@@ -1,6 +1,5 @@
-// In: calls of batch_norm in eager mode. Out: the output, running statistics and counter updated, and a node
-// that keeps what backward needs. In C++ because a small batch norm is all overhead: torch.autograd.Function
-// alone costs as much as torch's whole batch norm.
+// Eager batch norm: the forward pass and the autograd node of its backward pass. In C++ because a small batch norm is
+// all overhead: torch.autograd.Function alone costs as much as torch's whole batch norm.
 #include "autograd.h"
 
 #include <ATen/Functions.h>
@@ -31,7 +30,7 @@ DifferentiableGhostBackward& differentiable_ghost_backward() {
   return f;
 }
 
-constexpr c10::DispatchKeySet ordinary_keys{
+constexpr c10::DispatchKeySet fast_path_keys{
     c10::DispatchKey::CPU,
     c10::DispatchKey::AutogradCPU,
     c10::DispatchKey::AutocastCPU,
@@ -43,19 +42,19 @@ constexpr c10::DispatchKeySet ordinary_keys{
     c10::DispatchKey::ADInplaceOrView,
 };
 
-// True for a tensor of memory that kernels can read, and nothing else.
-bool is_dense(const Tensor& t) { return ordinary_keys.isSupersetOf(t.key_set()) && t.layout() == at::kStrided; }
+// Whether kernels can read the memory of the tensor, and no other dispatch key applies.
+bool is_dense(const Tensor& t) { return fast_path_keys.isSupersetOf(t.key_set()) && t.layout() == at::kStrided; }
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 OptionalTensor unpack(const torch::autograd::SavedVariable& variable) { return optional(variable.unpack()); }
 
-// True where a backward pass must be made of operators: it is to be differentiated again, mapped or looked at.
+// Whether the backward pass has to consist of operators: it is differentiated again, mapped or traced.
 bool in_operators(const Tensor& dy, const Tensor& x) {
-  return at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(x);
+  return at::GradMode::is_enabled() || is_watched() || !is_fast_path_tensor(dy) || !is_fast_path_tensor(x);
 }
 
-// torch counts references to nodes with shared_ptr up to some version, and inside the node after it.
+// torch holds nodes by shared_ptr, and newer versions by intrusive_ptr.
 template <class N>
 auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, torch::autograd::Node>) {
@@ -70,9 +69,9 @@ using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-// Writes a call of `function(gradients, tensors)` into the graph of torch._dynamo.compiled_autograd, in the place of
-// `node`. What the function holds beside its arguments must be in the node's compiled_args. Unless it is traceable, it
-// runs in eager mode between two graphs.
+// Adds a call of `function(gradients, tensors)` to the graph of torch._dynamo.compiled_autograd in place of `node`.
+// Everything that the function captures must be in the compiled_args of the node. If it is not traceable it runs in
+// eager mode between two graphs.
 variable_list capture(torch::autograd::Node& node, const SwapSavedVariables& swapped, const variable_list& inputs,
                       const variable_list& tensors, bool traceable,
                       std::function<variable_list(const variable_list&, const variable_list&)> function) {
@@ -94,9 +93,9 @@ variable_list capture(torch::autograd::Node& node, const SwapSavedVariables& swa
 #endif
 
 struct BatchNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, weight, bias, residual;  // the last two only where z is computed once more
+  torch::autograd::SavedVariable input, weight, bias, residual;  // the last two only if z is recomputed
   Saved saved;
-  Ending ending;  // its residual is in `residual`
+  EpilogueArgs epilogue;  // its residual is in `residual`
   double eps = 0;
   bool training = false;
 
@@ -106,7 +105,7 @@ struct BatchNormBackward : torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = input.unpack();
     const OptionalTensor w = unpack(weight), b = unpack(bias);
-    return gradients(dy, x, w, b, wanted(), {ending.activation, ending.param, unpack(residual)});
+    return gradients(dy, x, w, b, wanted(), {epilogue.activation, epilogue.param, unpack(residual)});
   }
 
   std::array<bool, 4> wanted() {
@@ -115,13 +114,14 @@ struct BatchNormBackward : torch::autograd::Node {
   }
 
   torch::autograd::variable_list gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
-                                           const OptionalTensor& b, std::array<bool, 4> wanted, const Ending& end) {
-    if (in_operators(dy, x)) return differentiable(dy, x, w, b, wanted, end);
-    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, end, is_ours_alone(dy));
+                                           const OptionalTensor& b, std::array<bool, 4> wanted,
+                                           const EpilogueArgs& epilogue) {
+    if (in_operators(dy, x)) return differentiable(dy, x, w, b, wanted, epilogue);
+    auto [dx, dw, db, dr] = backward(dy, x, w, b, saved, eps, training, wanted, epilogue, is_ours_alone(dy));
     return {dx, dw, db, dr};
   }
 
-  // True if the tensor and its memory end with this call: nobody holds them, or gave torch memory of their own.
+  // Whether nobody else holds the tensor or its memory, so that it can be overwritten.
   static bool is_ours_alone(const Tensor& t) {
     const auto& storage = t.storage();
     return t.use_count() == 1 && storage.use_count() == 1 && storage.unsafeGetStorageImpl()->resizable() &&
@@ -130,20 +130,20 @@ struct BatchNormBackward : torch::autograd::Node {
 
   torch::autograd::variable_list differentiable(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                                                 const OptionalTensor& b, std::array<bool, 4> wanted,
-                                                const Ending& end) {
+                                                const EpilogueArgs& epilogue) {
     const auto& f = differentiable_backward();
     if (!saved.mask.defined()) {
-      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, end);
+      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, epilogue);
       return {dx, dw, db, dr};
     }
     check_memory_of_any(dy, "grad_output");
-    // dz = dy * factor, and the factor, which is what the mask says, has no derivative.
+    // dz = dy * factor, where the factor, which the mask defines, is constant.
     Tensor factor;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      factor = backward(at::ones_like(x), x, w, b, saved, eps, false, {false, false, false, true}, end)[3];
+      factor = backward(at::ones_like(x), x, w, b, saved, eps, false, {false, false, false, true}, epilogue)[3];
     }
-    const Tensor dz = dy.masked_fill(factor.eq(0), 0).mul(factor);  // an infinite dy times zero would be a NaN
+    const Tensor dz = dy.masked_fill(factor.eq(0), 0).mul(factor);  // an infinite dy times zero would be NaN
     auto [dx, dw, db, _] = f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {});
     return {dx, dw, db, wanted[3] ? dz : Tensor()};
   }
@@ -159,8 +159,8 @@ struct BatchNormBackward : torch::autograd::Node {
     for (const auto* variable : {&input, &weight, &bias, &residual}) args.collect(*variable, /*is_output=*/false);
     args.collect(saved.moments);
     args.collect(saved.mask);
-    args.collect(int64_t(ending.activation));
-    args.collect(ending.param);
+    args.collect(int64_t(epilogue.activation));
+    args.collect(epilogue.param);
     args.collect(eps);
     args.collect(training);
   }
@@ -171,7 +171,7 @@ struct BatchNormBackward : torch::autograd::Node {
     for (Tensor* t : {&saved.moments, &saved.mask}) swapped.before(*t);
     const variable_list tensors = {input.unpack(),    weight.unpack(), bias.unpack(),
                                    residual.unpack(), saved.moments,   saved.mask};
-    const auto call = [wanted = wanted(), activation = ending.activation, param = ending.param, eps = eps,
+    const auto call = [wanted = wanted(), activation = epilogue.activation, param = epilogue.param, eps = eps,
                        training = training](const variable_list& grads, const variable_list& t) {
       if (!grads[0].defined()) return variable_list(4);
       const auto node = make_node<BatchNormBackward>();
@@ -195,7 +195,7 @@ struct BatchNormBackward : torch::autograd::Node {
 struct GhostBatchNormBackward : torch::autograd::Node {
   torch::autograd::SavedVariable input, weight;
   Tensor moments;
-  int64_t samples = 0;
+  int64_t chunk_size = 0;
   double eps = 0;
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
@@ -204,7 +204,7 @@ struct GhostBatchNormBackward : torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = input.unpack();
     const OptionalTensor w = unpack(weight);
-    return gradients(dy, x, w, moments, samples, eps, wanted());
+    return gradients(dy, x, w, moments, chunk_size, eps, wanted());
   }
 
   std::array<bool, 3> wanted() {
@@ -212,10 +212,11 @@ struct GhostBatchNormBackward : torch::autograd::Node {
   }
 
   static torch::autograd::variable_list gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
-                                                  const Tensor& moments, int64_t samples, double eps,
+                                                  const Tensor& moments, int64_t chunk_size, double eps,
                                                   std::array<bool, 3> wanted) {
-    auto [dx, dw, db] = in_operators(dy, x) ? differentiable_ghost_backward()(dy, x, w, moments, samples, eps, wanted)
-                                            : ghost_backward(dy, x, w, moments, samples, eps, wanted);
+    auto [dx, dw, db] = in_operators(dy, x)
+                            ? differentiable_ghost_backward()(dy, x, w, moments, chunk_size, eps, wanted)
+                            : ghost_backward(dy, x, w, moments, chunk_size, eps, wanted);
     return {dx, dw, db};
   }
 
@@ -223,7 +224,7 @@ struct GhostBatchNormBackward : torch::autograd::Node {
   void compiled_args(CompiledNodeArgs& args) const override {
     for (const auto* variable : {&input, &weight}) args.collect(*variable, /*is_output=*/false);
     args.collect(moments);
-    args.collect(samples);
+    args.collect(chunk_size);
     args.collect(eps);
   }
 
@@ -231,10 +232,10 @@ struct GhostBatchNormBackward : torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto* variable : {&input, &weight}) swapped.before(*variable);
     swapped.before(moments);
-    const auto call = [wanted = wanted(), samples = samples, eps = eps](const variable_list& grads,
-                                                                        const variable_list& t) {
+    const auto call = [wanted = wanted(), chunk_size = chunk_size, eps = eps](const variable_list& grads,
+                                                                              const variable_list& t) {
       if (!grads[0].defined()) return variable_list(3);
-      return gradients(grads[0], t[0], optional(t[1]), t[2], samples, eps, wanted);
+      return gradients(grads[0], t[0], optional(t[1]), t[2], chunk_size, eps, wanted);
     };
     variable_list results =
         capture(*this, swapped, inputs, {input.unpack(), weight.unpack(), moments}, /*traceable=*/true, call);
@@ -261,7 +262,7 @@ void set_differentiable_ghost_backward(DifferentiableGhostBackward f) {
   differentiable_ghost_backward() = std::move(f);
 }
 
-bool is_plain(const Tensor& t) { return is_dense(t) && !t._fw_grad(0).defined(); }
+bool is_fast_path_tensor(const Tensor& t) { return is_dense(t) && !t._fw_grad(0).defined(); }
 
 void check_memory_of_any(const Tensor& t, const char* name) {
   if (is_dense(t)) check_memory(t, name);
@@ -273,9 +274,10 @@ bool is_watched() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                 const OptionalTensor& num_batches_tracked, bool training, double eps, const OptionalTensor& residual) {
+bool fast_path_eligible(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                        const OptionalTensor& num_batches_tracked, bool training, double eps,
+                        const OptionalTensor& residual) {
   check_memory(input, "input");
   for (const auto& [t, name] : {std::pair(&weight, "weight"),
                                 {&bias, "bias"},
@@ -308,8 +310,8 @@ bool is_ordinary(const Tensor& input, const OptionalTensor& weight, const Option
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const Ending& ending) {
-  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor()), r = ending.residual.value_or(Tensor());
+                  const EpilogueArgs& epilogue) {
+  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor()), r = epilogue.residual.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b, r);
 
   Tensor output;
@@ -317,10 +319,10 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
-    std::tie(output, saved) = forward(input, weight, bias, statistics, training, eps, ending, wants_grad);
+    std::tie(output, saved) = forward(input, weight, bias, statistics, training, eps, epilogue, wants_grad);
   }
   if (wants_grad) {
-    const bool needs_z = ending.activation != Activation::identity && !saved.mask.defined();
+    const bool needs_z = epilogue.activation != Activation::identity && !saved.mask.defined();
     const auto node = make_node<BatchNormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(input, w, b, r));
     node->input = torch::autograd::SavedVariable(input, false);
@@ -330,7 +332,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
       node->residual = torch::autograd::SavedVariable(r, false);
     }
     node->saved = std::move(saved);
-    node->ending = {ending.activation, ending.param, std::nullopt};
+    node->epilogue = {epilogue.activation, epilogue.param, std::nullopt};
     node->eps = eps;
     node->training = training;
     torch::autograd::set_history(output, node);
@@ -339,16 +341,16 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
 }
 
 Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const Statistics& statistics, int64_t samples, double eps) {
+                        const Statistics& statistics, int64_t chunk_size, double eps) {
   const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b);
   Tensor output, moments;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(output, moments) = ghost_forward(input, weight, bias, samples, eps);
+    std::tie(output, moments) = ghost_forward(input, weight, bias, chunk_size, eps);
     const int64_t positions = input.numel() / (input.size(0) * input.size(1));
-    const ChunkSizes chunks = ghost_chunks(input.sizes(), samples);
-    ghost_update(moments, chunks.samples * positions, chunks.last * positions, statistics);
+    const ChunkSizes chunks = ghost_chunks(input.sizes(), chunk_size);
+    ghost_update(moments, chunks.size * positions, chunks.last * positions, statistics);
   }
   if (wants_grad) {
     const auto node = make_node<GhostBatchNormBackward>();
@@ -356,7 +358,7 @@ Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const
     node->input = torch::autograd::SavedVariable(input, false);
     node->weight = torch::autograd::SavedVariable(w, false);
     node->moments = std::move(moments);
-    node->samples = samples;
+    node->chunk_size = chunk_size;
     node->eps = eps;
     torch::autograd::set_history(output, node);
   }

@@ -1,4 +1,4 @@
-// In: Python objects. Out: calls of ops.cpp and autograd.cpp; the module fastbn._C.
+// The module fastbn._C.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -23,28 +23,28 @@ namespace {
 
 using namespace fastbn;
 
-// torch.nn.Parameter and "identity": set by the import, never given back.
+// torch.nn.Parameter and "identity"; set at import and never released.
 PyObject* parameter = nullptr;
 PyObject* identity = nullptr;
 
-// Subclasses of Tensor may want to see the call; Parameter is the one that never does.
+// Subclasses of Tensor may override operators; Parameter does not.
 bool is_tensor_or_parameter(py::handle object) {
   return THPVariable_CheckExact(object.ptr()) || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == parameter;
 }
 
-// A tensor argument of the short way; `ok` turns false where the long way must be taken.
-OptionalTensor plain(py::handle object, bool& ok) {
+// A tensor argument of the fast path; sets `ok` to false if the slow path has to be taken.
+OptionalTensor fast_path_tensor(py::handle object, bool& ok) {
   if (object.is_none()) return std::nullopt;
   if (!is_tensor_or_parameter(object)) {
     ok = false;
     return std::nullopt;
   }
   const Tensor& t = THPVariable_Unpack(object.ptr());
-  ok = ok && is_plain(t);
+  ok = ok && is_fast_path_tensor(t);
   return t;
 }
 
-// Numbers that need no closer look: what else torch takes for one, Python converts.
+// A Python float or int; other numbers that torch accepts take the slow path.
 double number(py::handle object, bool& ok) {
   ok = ok && (PyFloat_Check(object.ptr()) || PyLong_Check(object.ptr()));
   if (!ok) return 0;
@@ -60,11 +60,11 @@ std::string_view text(py::handle object) {
   return {data, size_t(size)};
 }
 
-// A call as modules make it, if nothing but tensors and numbers is in it, and nobody watches.
+// The arguments of a fast-path call.
 struct Call {
   bool ok, train;
   OptionalTensor x, w, b, mean, var, counter, residual;
-  std::optional<Ending> end;
+  std::optional<EpilogueArgs> epilogue;
   std::optional<double> momentum;
   double eps;
 
@@ -72,16 +72,17 @@ struct Call {
        py::handle num_batches_tracked, py::handle training, py::handle factor, py::handle epsilon,
        py::handle activation, py::handle activation_param, py::handle added) {
     ok = !input.is_none() && PyBool_Check(training.ptr()) && !is_watched() && !at::impl::torch_function_mode_enabled();
-    x = plain(input, ok), w = plain(weight, ok), b = plain(bias, ok);
-    mean = plain(running_mean, ok), var = plain(running_var, ok), counter = plain(num_batches_tracked, ok);
-    residual = plain(added, ok);
+    x = fast_path_tensor(input, ok), w = fast_path_tensor(weight, ok), b = fast_path_tensor(bias, ok);
+    mean = fast_path_tensor(running_mean, ok), var = fast_path_tensor(running_var, ok),
+    counter = fast_path_tensor(num_batches_tracked, ok);
+    residual = fast_path_tensor(added, ok);
     const std::optional<double> param =
         activation_param.is_none() ? std::nullopt : std::optional(number(activation_param, ok));
-    if (ok && PyUnicode_Check(activation.ptr())) end = ending(text(activation), param, residual);
+    if (ok && PyUnicode_Check(activation.ptr())) epilogue = find_epilogue(text(activation), param, residual);
     momentum = factor.is_none() ? std::nullopt : std::optional(number(factor, ok));
     eps = number(epsilon, ok);
     train = training.ptr() == Py_True;
-    ok = ok && end && is_ordinary(*x, w, b, mean, var, counter, train, eps, residual);
+    ok = ok && epilogue && fast_path_eligible(*x, w, b, mean, var, counter, train, eps, residual);
   }
 
   template <class Body>
@@ -94,7 +95,7 @@ struct Call {
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
   }
   py::object run() const {
-    return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *end); });
+    return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *epilogue); });
   }
 
   static py::object refused() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
@@ -122,11 +123,11 @@ py::object eager_ghost_batch_norm(py::handle input, py::handle weight, py::handl
   });
 }
 
-std::string_view name_of(const Ending& end) { return activations()[size_t(end.activation)].first; }
-// The parameter as a caller may give it: None for activations that have none.
-std::optional<double> param_of(const Ending& end) {
-  const double standard = activations()[size_t(end.activation)].second;
-  return standard == standard ? std::optional(end.param) : std::nullopt;
+std::string_view name_of(const EpilogueArgs& epilogue) { return activations()[size_t(epilogue.activation)].first; }
+// The parameter in Python: None for activations without one.
+std::optional<double> param_of(const EpilogueArgs& epilogue) {
+  const double standard = activations()[size_t(epilogue.activation)].second;
+  return standard == standard ? std::optional(epilogue.param) : std::nullopt;
 }
 
 std::array<OptionalTensor, 4> optional(const Gradients& grads) {
@@ -137,7 +138,7 @@ std::array<OptionalTensor, 4> optional(const Gradients& grads) {
   return result;
 }
 
-// Gradients as Python gives them.
+// Gradients returned by Python.
 template <size_t N>
 std::array<Tensor, N> gradients_of(const py::object& given) {
   const auto found = given.cast<std::array<OptionalTensor, N>>();
@@ -146,15 +147,15 @@ std::array<Tensor, N> gradients_of(const py::object& given) {
   return grads;
 }
 
-// What a backward pass calls that is itself differentiated, mapped or traced.
+// Called when a backward pass is itself differentiated, mapped or traced.
 void set_python_backward(py::function function) {
-  auto* kept = new py::function(std::move(function));  // never destroyed: at exit the interpreter may be gone first
+  auto* kept = new py::function(std::move(function));  // not destroyed: the interpreter may end first
   set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                                      const OptionalTensor& b, const Tensor& moments, double eps, bool training,
-                                     std::array<bool, 4> wanted, const Ending& end) {
+                                     std::array<bool, 4> wanted, const EpilogueArgs& epilogue) {
     py::gil_scoped_acquire gil;
     return gradients_of<4>(
-        (*kept)(dy, x, w, moments, eps, training, wanted, name_of(end), param_of(end), b, end.residual));
+        (*kept)(dy, x, w, moments, eps, training, wanted, name_of(epilogue), param_of(epilogue), b, epilogue.residual));
   });
 }
 
@@ -180,21 +181,21 @@ py::dict build_info() {
   return d;
 }
 
-// As set_python_backward, for ghost batch norm.
+// set_python_backward for ghost batch norm.
 void set_python_ghost_backward(py::function function) {
-  auto* kept = new py::function(std::move(function));  // never destroyed, either
+  auto* kept = new py::function(std::move(function));  // not destroyed
   set_differentiable_ghost_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
-                                           const Tensor& moments, int64_t samples, double eps,
+                                           const Tensor& moments, int64_t chunk_size, double eps,
                                            std::array<bool, 3> wanted) {
     py::gil_scoped_acquire gil;
-    return gradients_of<3>((*kept)(dy, x, w, moments, samples, eps, wanted));
+    return gradients_of<3>((*kept)(dy, x, w, moments, chunk_size, eps, wanted));
   });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  cpu::capability();  // a bad FASTBN_CPU_CAPABILITY is reported by the import
+  cpu::capability();  // reports a wrong FASTBN_CPU_CAPABILITY at import
   page_cache::open();
   parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
   identity = py::str("identity").release().ptr();
@@ -211,9 +212,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "forward",
       [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& moments,
          double eps, std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
-        const Ending end = checked_ending(activation, param, residual);
+        const EpilogueArgs epilogue = parse_epilogue(activation, param, residual);
         py::gil_scoped_release release;
-        return forward(input, weight, bias, moments, eps, end);
+        return forward(input, weight, bias, moments, eps, epilogue);
       },
       py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
       py::arg("activation") = "identity", py::arg("activation_param") = py::none(), py::arg("residual") = py::none());
@@ -222,10 +223,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& moments,
          double eps, bool training, std::array<bool, 4> output_mask, std::string_view activation,
          std::optional<double> param, const OptionalTensor& bias, const OptionalTensor& residual) {
-        const Ending end = checked_ending(activation, param, residual);
+        const EpilogueArgs epilogue = parse_epilogue(activation, param, residual);
         py::gil_scoped_release release;
         return optional(
-            backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask, end));
+            backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask, epilogue));
       },
       py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("moments"), py::arg("eps"),
       py::arg("training"), py::arg("output_mask"), py::arg("activation") = "identity",
@@ -247,15 +248,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("num_batches_tracked"), py::call_guard<py::gil_scoped_release>());
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   m.def("stats", &stats, py::arg("input"), without_gil);
-  m.def("finish", &finish_op, py::arg("packets"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
-        py::arg("num_batches_tracked"), without_gil);
-  m.def("grad_stats", &grad_stats_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("packet"),
-        py::arg("eps"), py::arg("activation") = "identity", py::arg("activation_param") = py::none(),
-        py::arg("bias") = py::none(), py::arg("residual") = py::none(), without_gil);
-  m.def("grad_apply", &grad_apply_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("packet"),
-        py::arg("total"), py::arg("eps"), py::arg("wants_residual"), py::arg("activation") = "identity",
+  m.def("gather_stats", &gather_stats_op, py::arg("all_stats"), py::arg("momentum"), py::arg("running_mean"),
+        py::arg("running_var"), py::arg("num_batches_tracked"), without_gil);
+  m.def("backward_reduce", &backward_reduce_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
+        py::arg("batch_stats"), py::arg("eps"), py::arg("activation") = "identity",
         py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none(),
         without_gil);
+  m.def("backward_elemt", &backward_elemt_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
+        py::arg("batch_stats"), py::arg("total"), py::arg("eps"), py::arg("wants_residual"),
+        py::arg("activation") = "identity", py::arg("activation_param") = py::none(), py::arg("bias") = py::none(),
+        py::arg("residual") = py::none(), without_gil);
   m.def("is_watched", &is_watched);
   m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
   m.def("set_differentiable_ghost_backward", &set_python_ghost_backward, py::arg("function"));

@@ -1,4 +1,4 @@
-// In: tensors of any layout. Out: checked and folded ones, and launches on the backend of their device.
+// Validation, canonical layouts and launches.
 #include "call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -48,7 +48,7 @@ void check_input(const Tensor& input) {
   check_memory(input, "input");
 }
 
-void check_beside(const Tensor& t, const char* name, const Tensor& input) {
+void check_same_device(const Tensor& t, const char* name, const Tensor& input) {
   check_dense(t, name);
   TORCH_CHECK(t.device() == input.device(), "fastbn: ", name, " is on device ", t.device(), ", but input is on device ",
               input.device());
@@ -57,7 +57,7 @@ void check_beside(const Tensor& t, const char* name, const Tensor& input) {
 
 void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input) {
   if (!present(t)) return;
-  check_beside(*t, name, input);
+  check_same_device(*t, name, input);
   TORCH_CHECK(t->numel() == channels, name, " should contain ", channels, " elements not ", t->numel());
 }
 
@@ -81,8 +81,8 @@ Tensor contiguous_in(const Tensor& t, at::MemoryFormat format) {
   return with_kept_memory([&] { return t.contiguous(format); });
 }
 
-Folded fold(const Tensor& input) {
-  Folded f;
+Canonical canonicalize(const Tensor& input) {
+  Canonical f;
   f.format = output_format(input);
   f.tensor = contiguous_in(input, f.format);
   const int64_t channels = input.size(1);
@@ -93,11 +93,11 @@ Folded fold(const Tensor& input) {
   return f;
 }
 
-at::MemoryFormat gradient_format(const Folded& x, const Tensor& input) {
+at::MemoryFormat gradient_format(const Canonical& x, const Tensor& input) {
   return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
 }
 
-const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep) {
+const void* data_of(const OptionalTensor& residual, const Canonical& x, Tensor& keep) {
   if (!present(residual)) return nullptr;
   keep = contiguous_in(*residual, x.format);
   return keep.const_data_ptr();
@@ -180,18 +180,18 @@ void check_counter(const Statistics& statistics) {
 
 void check_residual(const OptionalTensor& residual, const Tensor& input) {
   if (!present(residual)) return;
-  check_beside(*residual, "residual", input);
+  check_same_device(*residual, "residual", input);
   TORCH_CHECK(residual->sizes() == input.sizes(), "residual should have the sizes of input, ", input.sizes(), ", not ",
               residual->sizes());
   TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual should have the dtype of input, ",
               input.scalar_type(), ", not ", residual->scalar_type());
 }
 
-void check_running(const Statistics& statistics, int64_t channels, const Tensor& beside, const char* beside_name) {
+void check_running(const Statistics& statistics, int64_t channels, const Tensor& other, const char* other_name) {
   for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
     check_dense(**t, name);
-    TORCH_CHECK((*t)->device() == beside.device(), "fastbn: ", name, " is on device ", (*t)->device(), ", but ",
-                beside_name, " is on device ", beside.device());
+    TORCH_CHECK((*t)->device() == other.device(), "fastbn: ", name, " is on device ", (*t)->device(), ", but ",
+                other_name, " is on device ", other.device());
     TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
     check_memory(**t, name);
   }

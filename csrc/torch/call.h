@@ -1,5 +1,5 @@
-// In: tensors of any layout. Out: what a call of the backend is made of: a Problem, plain arguments, memory, the
-// launch. Shared by ops.cpp, ghost.cpp and ranks.cpp; nothing here is for those above.
+// The parts of a call: validation, canonical layout, arguments, workspace and launch. Internal to ops.cpp, ghost.cpp
+// and sync.cpp.
 #pragma once
 
 #include <ATen/SequenceNumber.h>
@@ -13,9 +13,9 @@
 
 namespace fastbn {
 
-// An event of torch.profiler as long as it lives; make_inputs() is called where somebody listens. in_graph: autograd
-// makes a node next, which the profiler connects with this event. Not RECORD_FUNCTION, which makes a RecordFunction
-// whether anybody listens or not, and is seen in the time of the smallest calls.
+// A torch.profiler event with the lifetime of this object; make_inputs() is called only if a profiler listens.
+// in_graph: autograd creates a node next, which the profiler connects with this event. Not RECORD_FUNCTION, which
+// always constructs a RecordFunction and is noticeable in the smallest calls.
 class ProfilerEvent {
  public:
   template <class MakeInputs>
@@ -38,12 +38,12 @@ bool is_half(at::ScalarType t);
 
 bool present(const OptionalTensor& t);
 
-// A dense tensor; whether it is of a device that has kernels is not asked, and so nothing of its memory.
+// Checks that the tensor is strided; says nothing about its device or memory.
 void check_dense(const Tensor& t, const char* name);
 
 void check_input(const Tensor& input);
 
-void check_beside(const Tensor& t, const char* name, const Tensor& input);
+void check_same_device(const Tensor& t, const char* name, const Tensor& input);
 
 void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input);
 
@@ -53,30 +53,29 @@ void check_moments(const Tensor& moments, at::IntArrayRef sizes);
 
 int64_t channels_of(const Tensor& input);
 
-// The tensor in one of the two layouts that kernels know, copied if it is in neither.
-struct Folded {
+// The tensor in one of the two layouts that kernels support; copied if it is in neither.
+struct Canonical {
   Tensor tensor;
   at::MemoryFormat format;
   Problem problem;
 };
 
-// t.contiguous(format).
+// t.contiguous(format), with with_kept_memory.
 Tensor contiguous_in(const Tensor& t, at::MemoryFormat format);
 
-Folded fold(const Tensor& input);
+Canonical canonicalize(const Tensor& input);
 
-// Where both formats mean the same order in memory (one channel, say), torch's gradient has the strides of
-// the one that it suggests, and its output does not.
-at::MemoryFormat gradient_format(const Folded& x, const Tensor& input);
+// If both formats describe the same memory order (one channel, for example), torch's gradient has the strides of the
+// suggested format while its output does not.
+at::MemoryFormat gradient_format(const Canonical& x, const Tensor& input);
 
-// The residual as kernels read it, in the order of x.
-const void* data_of(const OptionalTensor& residual, const Folded& x, Tensor& keep);
+// The residual in the memory order of x.
+const void* data_of(const OptionalTensor& residual, const Canonical& x, Tensor& keep);
 
 Param param(const OptionalTensor& t, Tensor& keep);
 
-// Memory for one call: on the CPU's stack while it is small, else from torch's allocator, or kept pages where it is so
-// large that the C library, when it is freed, would look whether the heap can shrink: what others have freed, 25 MB,
-// cost a call of 1024 channels 4 ms so.
+// The workspace of a call: on the stack if small, else from torch's allocator, or from the page cache from 64 KB on,
+// because freeing such a block makes the C library trim its heap (NOTES.md#heap-trimming).
 class Scratch {
  public:
   Scratch(const Context& context, int64_t bytes) {
@@ -101,7 +100,7 @@ class Scratch {
 
 int64_t workspace_bytes(const Context& context, const Problem& problem, cuda::Pass pass, bool training);
 
-// Kernels take a mask only with tensors that begin at whole vectors: another one is copied to where it does.
+// Whether data is aligned for masks; other tensors are copied.
 bool on_vector(const void* data);
 
 int64_t mask_bytes(const Context& context, const Problem& problem);
@@ -112,10 +111,10 @@ void launch(Context& context, const Backward& args);
 
 void bump_version(const Tensor& t);
 
-// On the CPU exact under any number of threads; torch's += is a kernel of its own on every forward pass.
+// Adds to a counter, atomically on the CPU; torch's += would be a kernel of its own in every forward pass.
 void count_batches(const Tensor& counter, int64_t number);
 
-// Running statistics as a kernel brings them up to date, C of them in a row; others by way of a copy.
+// Running statistics as kernels update them: C contiguous values; others are copied and written back.
 class RunningArgument {
  public:
   RunningArgument(const Statistics& statistics, const Context& context) {
@@ -131,7 +130,7 @@ class RunningArgument {
 
   const Running& get() const { return running_; }
 
-  // After the launch.
+  // Call after the launch.
   void store() {
     for (int i = 0; i < 2; ++i) {
       if (target_[i] == nullptr) continue;
@@ -150,7 +149,7 @@ class RunningArgument {
     return {(copy_[i].defined() ? copy_[i] : t).data_ptr(), dtype_of(t)};
   }
 
-  // A counter on the GPU is read there: to read it here would wait for all the work that was queued.
+  // A counter on the GPU is read by the kernel: reading it here would synchronize with the device.
   void set_cumulative(const Tensor& batches, const Context& context) {
     TORCH_CHECK(batches.numel() == 1, "num_batches_tracked should contain 1 element not ", batches.numel());
     if (context.on_gpu() && batches.device() == target_[0]->device()) {
@@ -166,12 +165,12 @@ class RunningArgument {
   Tensor copy_[2], batches_;
 };
 
-// The memory of a counter of batches, where it is one that can be looked at.
+// Checks the memory of a batch counter, if it is one that can be checked.
 void check_counter(const Statistics& statistics);
 
 void check_residual(const OptionalTensor& residual, const Tensor& input);
 
-// Both are there, beside moments or packets of C channels.
-void check_running(const Statistics& statistics, int64_t channels, const Tensor& beside, const char* beside_name);
+// Checks running_mean and running_var, both present, against C channels on the device of `other`.
+void check_running(const Statistics& statistics, int64_t channels, const Tensor& other, const char* other_name);
 
 }  // namespace fastbn

@@ -1,4 +1,4 @@
-// In: the input of a call. Out: its device, stream, barrier counters and memory.
+// The device, stream, barrier counters and memory of a call.
 #include "context.h"
 
 #include <c10/core/CPUAllocator.h>
@@ -21,7 +21,7 @@ namespace fastbn {
 
 namespace {
 
-// For outputs of page_cache::min_bytes and more.
+// The allocator of outputs of page_cache::min_bytes and more.
 struct CachedAllocator final : c10::Allocator {
   struct Block {
     void* data;
@@ -34,7 +34,7 @@ struct CachedAllocator final : c10::Allocator {
   }
   c10::DataPtr allocate(size_t bytes) override {
     auto block = std::make_unique<Block>(Block{page_cache::acquire(int64_t(bytes)), int64_t(bytes)});
-    // Torch's own allocator has a last try, and raises what programs look for where memory is short.
+    // torch's own allocator tries again and raises the error that programs expect.
     if (block->data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(block->data, bytes);
     void* const data = block->data;
@@ -47,7 +47,7 @@ CachedAllocator* const cached_allocator = new CachedAllocator;  // outlives ever
 
 #if defined(FASTBN_CUDA)
 
-// Once a device: the oldest with the barriers that the kernels count on.
+// Checks once per device that it has the memory model that barriers need.
 void check_capability(int device) {
   static std::atomic<uint64_t> checked{0};
   const uint64_t bit = uint64_t(1) << (device & 63);
@@ -66,19 +66,19 @@ Tensor zeroed_counters(const c10::cuda::CUDAStream& stream) {
   return t;
 }
 
-// A captured graph may be replayed beside anything, on any stream. A stream that torch did not make (torch gives it its
-// handle for an id) may be destroyed, and another one get its handle while the last kernel runs; or be
-// cudaStreamPerThread, one handle for many streams.
+// A captured graph may be replayed concurrently with anything. A stream that torch did not create may be destroyed, and
+// another one may get its handle while the last kernel still runs; or it is cudaStreamPerThread, one handle for many
+// streams.
 bool needs_own_counters(const c10::cuda::CUDAStream& stream) {
   const cudaStream_t handle = stream.stream();
-  if (handle == nullptr) return false;  // the default stream cannot be captured, nor asked while another one is
+  if (handle == nullptr) return false;  // the default stream cannot be captured
   if (stream.id() == c10::StreamId(reinterpret_cast<intptr_t>(handle))) return true;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(handle, &status));
   return status != cudaStreamCaptureStatusNone;
 }
 
-// The counters of a stream: made once, as zeroing them is a launch.
+// The counters of a stream, allocated once because zeroing them is a launch.
 Tensor kept_counters(const c10::cuda::CUDAStream& stream) {
   static std::mutex mutex;
   static auto* const kept = new std::map<std::pair<int, c10::StreamId>, Tensor>;  // outlives every stream
@@ -122,7 +122,7 @@ Context::Context(const Tensor&) : gpu_(false) {}
 
 #endif
 
-// Not at::empty: for tensors of one known device the dispatcher costs more than the allocation.
+// Not at::empty: for a known device the dispatcher costs more than the allocation.
 Tensor Context::empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
 #if defined(FASTBN_CUDA)
   if (gpu_) return at::detail::empty_cuda(sizes, dtype, device_, std::nullopt);

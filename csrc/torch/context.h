@@ -1,5 +1,5 @@
-// In: the input of a call. Out: where its kernels run: the device made current, its stream, memory on it. Three builds:
-// for the CPU alone, with CUDA (FASTBN_CUDA), and one that runs the CUDA kernels on the CPU, for tests (FASTBN_SIMT).
+// Where a call runs: device guard, stream and memory. Three builds: CPU only, with CUDA (FASTBN_CUDA), and the
+// emulator, which runs the CUDA kernels on the CPU for tests (FASTBN_SIMT).
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -12,14 +12,14 @@
 #include <c10/cuda/CUDAGuard.h>
 #endif
 #if defined(FASTBN_CUDA) || defined(FASTBN_SIMT)
-#define FASTBN_GPU  // the primitives of namespace cuda are there
+#define FASTBN_GPU  // namespace cuda is available
 #endif
 
 namespace fastbn {
 
 using at::Tensor;
 
-// True if this build has kernels for tensors of that device.
+// Whether this build has kernels for the device.
 inline bool has_kernels(const at::Device& device) {
 #if defined(FASTBN_CUDA)
   if (device.is_cuda()) return true;
@@ -27,17 +27,17 @@ inline bool has_kernels(const at::Device& device) {
   return device.is_cpu();
 }
 
-// For the time of a call. All memory comes from the current stream of the input's device and all kernels run on it, so
-// that torch's allocator may give the memory to the next in that stream as soon as the call returns. That goes for the
-// backward pass too: autograd runs a node on the stream that its forward pass ran on.
+// The context of a call. All memory is allocated on the current stream of the input's device, where all kernels run, so
+// torch's allocator may reuse it as soon as the call returns. The same holds for the backward pass: autograd runs a
+// node on the stream of its forward pass.
 class Context {
  public:
   explicit Context(const Tensor& input);
 
-  // True if the CUDA kernels are to be used.
+  // Whether the CUDA kernels are used.
   bool on_gpu() const { return gpu_; }
 #if defined(FASTBN_GPU)
-  // For launches in which blocks wait for each other, and for those in which they do not.
+  // The first one for launches with barriers between blocks.
   cuda::Stream stream_with_counters();
   cuda::Stream stream() const { return {handle_, nullptr}; }
 #endif
@@ -51,11 +51,11 @@ class Context {
 #if defined(FASTBN_CUDA)
   const at::Device device_;
   c10::cuda::OptionalCUDAGuard guard_;
-  Tensor counters_;  // where they are of this call alone
+  Tensor counters_;  // if they belong to this call alone
 #endif
 };
 
-// allocate(), and once more with the memory of the page cache where torch's allocator has none left.
+// Calls allocate(), and once more after trimming the page cache if memory is out.
 template <class Allocate>
 Tensor with_kept_memory(const Allocate& allocate) {
   try {

@@ -1,4 +1,4 @@
-// In: a batch, and how many samples a chunk has. Out: ghost batch norm: each chunk normalized by itself.
+// Ghost batch norm: each chunk of the batch is normalized by its own statistics.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -10,26 +10,26 @@ namespace fastbn {
 
 namespace {
 
-// The chunks of ghost batch norm, cut along the samples: each is contiguous in both layouts.
+// The chunks, cut along the samples: each is contiguous in both layouts.
 struct Chunks : ChunkSizes {
   Problem whole;
 
   Problem problem(int64_t i) const {
     Problem p = whole;
-    p.shape.N = i + 1 < count ? samples : last;
+    p.shape.N = i + 1 < count ? size : last;
     p.parts = count;
     return p;
   }
-  int64_t bytes() const { return samples * whole.shape.C * whole.shape.S * size_of(whole.dtype); }
-  // The last one may be larger than the others, by a sample.
+  int64_t bytes() const { return size * whole.shape.C * whole.shape.S * size_of(whole.dtype); }
+  // The last chunk may be larger than the others by one sample.
   int64_t workspace(const Context& context, cuda::Pass pass) const {
     const int64_t most = larger(workspace_bytes(context, problem(0), pass, true),
                                 workspace_bytes(context, problem(count - 1), pass, true));
     return round_up(most, 256);
   }
 
-  // call(i, workspace) for every chunk: one after the other on a GPU; on the CPU each in a thread of its own, where
-  // there are enough of them, because what a thread needs of a chunk of usual size stays in its cache.
+  // Calls call(i, workspace) for every chunk: one after the other on a GPU, or on the CPU with few chunks; else one
+  // chunk per thread, because a chunk usually fits in its cache.
   template <class Call>
   void each(const Context& context, cuda::Pass pass, const Call& call) const {
     const bool side_by_side = !context.on_gpu() && count >= at::get_num_threads();
@@ -50,16 +50,16 @@ T* behind(T* data, int64_t bytes) {
   return data == nullptr ? nullptr : static_cast<Byte*>(data) + bytes;
 }
 
-// out = kept * out + the rows, each times its weight; rows are C float64 values, `apart` from one to the next.
+// out = kept * out + sum of weights[k] * row k; rows are C float64 values, `apart` elements apart.
 void add_rows(const Output& out, double kept, const double* rows, int64_t apart, const std::vector<double>& weights,
               int64_t channels) {
-  constexpr int64_t some = 256;  // that stay in the first-level cache while all rows go by
+  constexpr int64_t kChannelBlock = 256;  // stays in L1 while all rows are added
   dispatch_dtype(out.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    for (int64_t first = 0; first < channels; first += some) {
+    for (int64_t first = 0; first < channels; first += kChannelBlock) {
       T* const data = static_cast<T*>(out.data) + first;
-      const int64_t number = smaller(some, channels - first);
-      double sums[some];
+      const int64_t number = smaller(kChannelBlock, channels - first);
+      double sums[kChannelBlock];
       for (int64_t i = 0; i < number; ++i) sums[i] = kept * double(to_acc(data[i]));
       for (size_t k = 0; k < weights.size(); ++k) {
         const double weight = weights[k];
@@ -71,7 +71,7 @@ void add_rows(const Output& out, double kept, const double* rows, int64_t apart,
   });
 }
 
-// The sum over chunks of a gradient of parameters, [chunks, C], rounded once.
+// The sum over chunks of the gradient of a parameter, [chunks, C], rounded once.
 Tensor sum_over_chunks(const Context& context, const Tensor& of_chunks, at::ScalarType dtype) {
   if (context.on_gpu()) return of_chunks.sum(0).to(dtype);
   const Tensor sum = context.empty({of_chunks.size(1)}, dtype).zero_();
@@ -82,29 +82,29 @@ Tensor sum_over_chunks(const Context& context, const Tensor& of_chunks, at::Scal
 
 }  // namespace
 
-ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t samples) {
-  TORCH_CHECK_VALUE(samples > 0, "virtual_batch_size should be positive, not ", samples);
+ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t chunk_size) {
+  TORCH_CHECK_VALUE(chunk_size > 0, "virtual_batch_size should be positive, not ", chunk_size);
   const int64_t batch = sizes[0], positions = c10::multiply_integers(sizes.slice(2));
-  int64_t count = batch == 0 ? 0 : (batch - 1) / samples + 1;  // samples may be as large as an integer can be
-  if (count > 1 && (batch - (count - 1) * samples) * positions == 1) --count;
+  int64_t count = batch == 0 ? 0 : (batch - 1) / chunk_size + 1;  // no overflow for the largest chunk_size
+  if (count > 1 && (batch - (count - 1) * chunk_size) * positions == 1) --count;
   if (count < 2) return {count, batch, batch};
-  return {count, samples, batch - (count - 1) * samples};
+  return {count, chunk_size, batch - (count - 1) * chunk_size};
 }
 
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                         int64_t samples, double eps) {
+                                         int64_t chunk_size, double eps) {
   const ProfilerEvent event("fastbn::batch_norm", [&] { return std::vector<c10::IValue>{input, weight, bias}; });
   check_input(input);
   const int64_t channels = channels_of(input);
   check_channels(weight, "weight", channels, input);
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
-  const ChunkSizes sizes = ghost_chunks(input.sizes(), samples);
+  const ChunkSizes sizes = ghost_chunks(input.sizes(), chunk_size);
 
   Context context(input);
   Tensor moments = context.empty({sizes.count, 2, channels}, at::kDouble);
   if (input.numel() == 0) return {context.empty_like(input, at::MemoryFormat::Contiguous), moments.zero_()};
-  const Folded x = fold(input);
+  const Canonical x = canonicalize(input);
   Tensor output = context.empty_like(input, x.format);
   Tensor kept_weight, kept_bias;
   Forward whole{};
@@ -129,14 +129,15 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
 }
 
 std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                                     const Tensor& moments, int64_t samples, double eps, std::array<bool, 3> wanted) {
+                                     const Tensor& moments, int64_t chunk_size, double eps,
+                                     std::array<bool, 3> wanted) {
   const ProfilerEvent event("fastbn::batch_norm_backward",
                             [&] { return std::vector<c10::IValue>{grad_output, input, weight}; });
   check_input(input);
-  check_beside(grad_output, "grad_output", input);
-  check_beside(moments, "moments", input);
+  check_same_device(grad_output, "grad_output", input);
+  check_same_device(moments, "moments", input);
   const int64_t channels = channels_of(input);
-  const ChunkSizes sizes = ghost_chunks(input.sizes(), samples);
+  const ChunkSizes sizes = ghost_chunks(input.sizes(), chunk_size);
   const int64_t count = sizes.count;
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
               ", not ", grad_output.sizes());
@@ -147,13 +148,13 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
   check_moments(moments, {count, 2, channels});
 
   Context context(input);
-  Tensor dx, dw, db;  // of weight and bias for each chunk, so that one rounding ends the sum over chunks
+  Tensor dx, dw, db;  // dw and db for each chunk, so that their sum is rounded once
   if (wanted[1]) dw = context.empty({count, channels}, at::kDouble);
   if (wanted[2]) db = context.empty({count, channels}, at::kDouble);
   if (input.numel() == 0) {
     if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
   } else if (wanted[0] || wanted[1] || wanted[2]) {
-    const Folded x = fold(input);
+    const Canonical x = canonicalize(input);
     const Tensor dy = contiguous_in(grad_output, x.format), given = moments.contiguous();
     if (wanted[0]) dx = context.empty_like(input, gradient_format(x, input));
     Tensor kept_weight;
@@ -207,7 +208,7 @@ void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Sta
 
   const Context context(moments);
   if (context.on_gpu()) {
-    // A cumulative average reads the count for each chunk.
+    // A cumulative average reads the counter for each chunk.
     const bool one_by_one = present(statistics.batches) && !statistics.momentum;
     if (present(statistics.batches) && !one_by_one) count_batches(*statistics.batches, count);
     for (int64_t i = 0; i < count; ++i) {
@@ -220,8 +221,8 @@ void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Sta
   if (!present(statistics.mean) || count == 0) return;
   RunningArgument argument(statistics, context);
   const Running& running = argument.get();
-  // r <- (1 - m) r + m b, for b = b_1 ... b_G, makes (1 - m)^G r + sum of m (1 - m)^(G - i) b_i; where m is 1 /
-  // batches, all of them weigh the same in the end.
+  // r <- (1 - m) r + m b for b_1 ... b_G results in (1 - m)^G r + sum of m (1 - m)^(G - i) b_i; with m = 1 / batches
+  // all chunks have the same weight.
   std::vector<double> weights(size_t(count), running.momentum);
   double kept = 1 - running.momentum * double(count);
   if (statistics.momentum) {
@@ -231,7 +232,7 @@ void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Sta
   const Tensor given = moments.contiguous();
   const double* const rows = given.const_data_ptr<double>();
   add_rows(running.mean, kept, rows, 2 * channels, weights, channels);
-  for (int64_t i = 0; i < count; ++i) {  // the variance unbiased
+  for (int64_t i = 0; i < count; ++i) {  // unbiased variance
     const double n = double(i + 1 < count ? values : last);
     weights[size_t(i)] *= n / (n - 1);
   }

@@ -1,5 +1,5 @@
-// In: calls of torch's dispatcher. Out: calls of ops.cpp; the operators fastbn::*, which compiled and exported programs
-// have instead of the functions of fastbn._C.
+// The operators fastbn::* of torch's dispatcher, which compiled and exported programs contain: schemas and
+// implementations.
 #include "operators.h"
 
 #include <torch/library.h>
@@ -8,8 +8,7 @@ namespace fastbn {
 
 namespace {
 
-// What an operator returns for a gradient: it must return a tensor where the function returns none, and never its
-// argument.
+// An operator has to return a tensor where the function returns none, and never an argument.
 Tensor own(const Tensor& gradient, const Tensor& input, const Tensor& argument = Tensor()) {
   if (!gradient.defined()) return input.new_empty({0});
   return gradient.is_same(argument) ? gradient.clone(output_format(input)) : gradient;
@@ -17,23 +16,25 @@ Tensor own(const Tensor& gradient, const Tensor& input, const Tensor& argument =
 
 }  // namespace
 
-Tensor finish_op(const Tensor& packets, std::optional<double> momentum, const OptionalTensor& running_mean,
-                 const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
-  return finish(packets, {running_mean, running_var, num_batches_tracked, momentum});
+Tensor gather_stats_op(const Tensor& all_stats, std::optional<double> momentum, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
+  return gather_stats(all_stats, {running_mean, running_var, num_batches_tracked, momentum});
 }
 
-Tensor grad_stats_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& packet,
-                     double eps, std::string activation, std::optional<double> param, const OptionalTensor& bias,
-                     const OptionalTensor& residual) {
-  return grad_stats(grad_output, input, weight, bias, packet, eps, checked_ending(activation, param, residual));
+Tensor backward_reduce_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                          const Tensor& batch_stats, double eps, std::string activation, std::optional<double> param,
+                          const OptionalTensor& bias, const OptionalTensor& residual) {
+  return backward_reduce(grad_output, input, weight, bias, batch_stats, eps,
+                         parse_epilogue(activation, param, residual));
 }
 
-std::tuple<Tensor, Tensor> grad_apply_op(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                                         const Tensor& packet, const Tensor& total, double eps, bool wants_residual,
-                                         std::string activation, std::optional<double> param,
-                                         const OptionalTensor& bias, const OptionalTensor& residual) {
-  auto [dx, dr] = grad_apply(grad_output, input, weight, bias, packet, total, eps, wants_residual,
-                             checked_ending(activation, param, residual));
+std::tuple<Tensor, Tensor> backward_elemt_op(const Tensor& grad_output, const Tensor& input,
+                                             const OptionalTensor& weight, const Tensor& batch_stats,
+                                             const Tensor& total, double eps, bool wants_residual,
+                                             std::string activation, std::optional<double> param,
+                                             const OptionalTensor& bias, const OptionalTensor& residual) {
+  auto [dx, dr] = backward_elemt(grad_output, input, weight, bias, batch_stats, total, eps, wants_residual,
+                                 parse_epilogue(activation, param, residual));
   return {dx, own(dr, input, grad_output)};
 }
 
@@ -42,8 +43,8 @@ namespace {
 std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                       const OptionalTensor& moments, double eps, std::string activation,
                                       std::optional<double> param, const OptionalTensor& residual) {
-  auto [output, kept] = forward(input, weight, bias, moments, eps, checked_ending(activation, param, residual));
-  // As with gradients, never an argument.
+  auto [output, kept] = forward(input, weight, bias, moments, eps, parse_epilogue(activation, param, residual));
+  // Never an argument.
   return {output, moments && kept.is_same(*moments) ? kept.clone() : kept};
 }
 
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad_output
                                                        std::string activation, std::optional<double> param,
                                                        const OptionalTensor& bias, const OptionalTensor& residual) {
   auto [dx, dw, db, dr] = backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask,
-                                   checked_ending(activation, param, residual));
+                                   parse_epilogue(activation, param, residual));
   return {own(dx, input), own(dw, input), own(db, input), own(dr, input, grad_output)};
 }
 
@@ -85,15 +86,15 @@ void implement(torch::Library& m) {
   m.impl("backward", &backward_op);
   m.impl("update_running_stats", &update_running_stats_op);
   m.impl("stats", &stats);
-  m.impl("finish", &finish_op);
-  m.impl("grad_stats", &grad_stats_op);
-  m.impl("grad_apply", &grad_apply_op);
+  m.impl("gather_stats", &gather_stats_op);
+  m.impl("backward_reduce", &backward_reduce_op);
+  m.impl("backward_elemt", &backward_elemt_op);
 }
 
 }  // namespace
 
-// The kernels take tensors of any strides, and outputs follow the input's. Without the tag, Inductor copies arguments
-// into the layout that they had when the graph was captured, at both ends of each convolution that has another.
+// Kernels accept any strides, and outputs follow the input. Without the tag Inductor copies arguments into the layout
+// of the time of capture, at every convolution with another layout.
 const std::vector<at::Tag> any_strides = {at::Tag::flexible_layout};
 
 TORCH_LIBRARY(fastbn, m) {
@@ -122,14 +123,14 @@ TORCH_LIBRARY(fastbn, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked) -> ()");
   m.def("stats(Tensor input) -> Tensor", any_strides);
   m.def(
-      "finish(Tensor packets, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "gather_stats(Tensor all_stats, float? momentum, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor? num_batches_tracked) -> Tensor");
   m.def(
-      "grad_stats(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, float eps, "
+      "backward_reduce(Tensor grad_output, Tensor input, Tensor? weight, Tensor batch_stats, float eps, "
       "str activation='identity', float? activation_param=None, Tensor? bias=None, Tensor? residual=None) -> Tensor",
       any_strides);
   m.def(
-      "grad_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor packet, Tensor total, float eps, "
+      "backward_elemt(Tensor grad_output, Tensor input, Tensor? weight, Tensor batch_stats, Tensor total, float eps, "
       "bool wants_residual, str activation='identity', float? activation_param=None, Tensor? bias=None, "
       "Tensor? residual=None) -> (Tensor, Tensor)",
       any_strides);

@@ -1,4 +1,4 @@
-// In: tensors, as callers have them. Out: batch norm of them and its gradients, by the backend of their device.
+// Batch norm and its gradients on tensors, by the backend of their device.
 #include "ops.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -9,11 +9,11 @@ namespace fastbn {
 
 namespace {
 
-// What every forward pass does once its arguments are known to be right. Fills mask if the activation has one that
-// backward can use instead of the residual.
+// The common part of all forward passes, with valid arguments. Fills mask if the activation has one that backward can
+// use instead of the residual.
 Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const Ending& ending, Forward& args, Tensor* mask) {
-  const Folded x = fold(input);
+                   const EpilogueArgs& epilogue, Forward& args, Tensor* mask) {
+  const Canonical x = canonicalize(input);
   Tensor output = context.empty_like(input, x.format);
   Tensor kept_weight, kept_bias, kept_residual;
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
@@ -22,10 +22,10 @@ Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& 
   args.output = output.data_ptr();
   args.weight = param(weight, kept_weight);
   args.bias = param(bias, kept_bias);
-  args.epilogue = {ending.activation, ending.param, data_of(ending.residual, x, kept_residual)};
+  args.epilogue = {epilogue.activation, epilogue.param, data_of(epilogue.residual, x, kept_residual)};
   args.workspace = scratch.data();
-  // Without a residual z is made from x again, which the backward pass reads anyway.
-  if (mask != nullptr && has_mask(ending.activation) && args.epilogue.residual != nullptr && on_vector(args.input) &&
+  // Without a residual z is recomputed from x, which the backward pass reads anyway.
+  if (mask != nullptr && has_mask(epilogue.activation) && args.epilogue.residual != nullptr && on_vector(args.input) &&
       on_vector(args.epilogue.residual)) {
     if (const int64_t bytes = mask_bytes(context, x.problem); bytes > 0) {
       *mask = context.empty({bytes}, at::kByte);
@@ -39,7 +39,7 @@ Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& 
 struct NamedActivation {
   std::string_view name;
   Activation activation;
-  double param;  // default; NaN: it has none
+  double param;  // default; NaN: none
 };
 constexpr double none = std::numeric_limits<double>::quiet_NaN();
 constexpr NamedActivation named_activations[] = {
@@ -57,20 +57,21 @@ constexpr NamedActivation named_activations[] = {
 
 }  // namespace
 
-std::optional<Ending> ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
+std::optional<EpilogueArgs> find_epilogue(std::string_view activation, std::optional<double> param,
+                                          const OptionalTensor& residual) {
   for (const auto& a : named_activations) {
     if (a.name != activation) continue;
     const bool has_param = a.param == a.param;
     if (param && !has_param) return std::nullopt;
-    return Ending{a.activation, param.value_or(has_param ? a.param : 0), residual};
+    return EpilogueArgs{a.activation, param.value_or(has_param ? a.param : 0), residual};
   }
   return std::nullopt;
 }
 
-Ending checked_ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
-  if (const auto end = ending(activation, param, residual)) return *end;
-  TORCH_CHECK_VALUE(!ending(activation, std::nullopt, residual), "activation_param should be None for ", activation,
-                    ", which has none, not ", param.value_or(0));
+EpilogueArgs parse_epilogue(std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
+  if (const auto epilogue = find_epilogue(activation, param, residual)) return *epilogue;
+  TORCH_CHECK_VALUE(!find_epilogue(activation, std::nullopt, residual), "activation_param should be None for ",
+                    activation, ", which has none, not ", param.value_or(0));
   std::string names;
   for (const auto& [name, _] : activations()) names += (names.empty() ? "" : ", ") + std::string(name);
   TORCH_CHECK_VALUE(false, "activation should be one of ", names, ", not '", activation, "'");
@@ -83,19 +84,19 @@ std::vector<std::pair<std::string_view, double>> activations() {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const OptionalTensor& moments, double eps, const Ending& ending) {
+                                   const OptionalTensor& moments, double eps, const EpilogueArgs& epilogue) {
   const ProfilerEvent event("fastbn::batch_norm",
-                            [&] { return std::vector<c10::IValue>{input, weight, bias, moments, ending.residual}; });
+                            [&] { return std::vector<c10::IValue>{input, weight, bias, moments, epilogue.residual}; });
   check_input(input);
   const int64_t channels = channels_of(input);
   const bool training = !present(moments);
   check_channels(weight, "weight", channels, input);
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
-  check_residual(ending.residual, input);
-  if (!training) check_beside(*moments, "moments", input);
-  const bool spread = !training && moments->dim() == 2 && moments->size(0) == 3;  // a packet, with counts
-  const Tensor given = training ? Tensor() : spread ? moments->narrow(0, 0, 2).clone() : *moments;
+  check_residual(epilogue.residual, input);
+  if (!training) check_same_device(*moments, "moments", input);
+  const bool with_counts = !training && moments->dim() == 2 && moments->size(0) == 3;  // BatchStats, with counts
+  const Tensor given = training ? Tensor() : with_counts ? moments->narrow(0, 0, 2).clone() : *moments;
   if (!training) check_moments(given, {2, channels});
 
   Context context(input);
@@ -112,22 +113,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
     const double* const mean = kept.const_data_ptr<double>();
     args.mean = {mean, DType::f64};
     args.var = {mean + channels, DType::f64};
-    args.spread = spread;
+    args.precomputed_stats = with_counts;
   }
-  Tensor output = run_forward(context, input, weight, bias, ending, args, nullptr);
+  Tensor output = run_forward(context, input, weight, bias, epilogue, args, nullptr);
   return {output, kept};
 }
 
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                  const Statistics& statistics, bool training, double eps, const Ending& ending,
+                                  const Statistics& statistics, bool training, double eps, const EpilogueArgs& epilogue,
                                   bool wants_backward) {
   const ProfilerEvent event(
       "fastbn::batch_norm",
-      [&] { return std::vector<c10::IValue>{input, weight, bias, statistics.mean, statistics.var, ending.residual}; },
+      [&] { return std::vector<c10::IValue>{input, weight, bias, statistics.mean, statistics.var, epilogue.residual}; },
       wants_backward);
   const int64_t channels = input.size(1);
   Context context(input);
-  // Where it can, the kernel counts the batch: a launch less. Not where the momentum is made from the count.
+  // The kernel increments the counter, which saves a launch, unless the momentum depends on it.
   const bool kernel_counts = training && context.on_gpu() && statistics.batches && statistics.mean &&
                              statistics.momentum && statistics.batches->device() == input.device();
   if (statistics.batches && !kernel_counts) count_batches(*statistics.batches, 1);
@@ -142,13 +143,13 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
     Tensor kept_mean, kept_var;
     args.mean = param(statistics.mean, kept_mean);
     args.var = param(statistics.var, kept_var);
-    Tensor output = run_forward(context, input, weight, bias, ending, args, mask);
+    Tensor output = run_forward(context, input, weight, bias, epilogue, args, mask);
     return {output, saved};
   }
   RunningArgument running(statistics, context);
   args.running = running.get();
   if (kernel_counts) args.running.counter = statistics.batches->data_ptr<int64_t>();
-  Tensor output = run_forward(context, input, weight, bias, ending, args, mask);
+  Tensor output = run_forward(context, input, weight, bias, epilogue, args, mask);
   running.store();
   if (kernel_counts) bump_version(*statistics.batches);
   return {output, saved};
@@ -156,13 +157,13 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
 
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite, const Spread& spread,
-                   std::optional<at::ScalarType> param_dtype) {
+                   std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite,
+                   const GlobalSums& global, std::optional<at::ScalarType> param_dtype) {
   const ProfilerEvent event("fastbn::batch_norm_backward", [&] {
-    return std::vector<c10::IValue>{grad_output, input, weight, bias, ending.residual};
+    return std::vector<c10::IValue>{grad_output, input, weight, bias, epilogue.residual};
   });
   check_input(input);
-  check_beside(grad_output, "grad_output", input);
+  check_same_device(grad_output, "grad_output", input);
   const int64_t channels = channels_of(input);
   TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
               ", not ", grad_output.sizes());
@@ -171,8 +172,8 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   check_channels(weight, "weight", channels, input);
   check_channels(bias, "bias", channels, input);
   check_dtypes(input, {&weight, &bias});
-  check_residual(ending.residual, input);
-  check_beside(saved.moments, "moments", input);
+  check_residual(epilogue.residual, input);
+  check_same_device(saved.moments, "moments", input);
   check_moments(saved.moments, {2, channels});
 
   const auto own_dtype = present(weight)                ? weight->scalar_type()
@@ -190,11 +191,11 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
     if (wanted[3]) dz = grad_output;
     return grads;
   }
-  const bool plain = ending.activation == Activation::identity;
+  const bool plain = epilogue.activation == Activation::identity;
   if (wanted[3] && plain) dz = grad_output;
   if (!wanted[0] && !wanted[1] && !wanted[2] && (plain || !wanted[3])) return grads;
 
-  const Folded x = fold(input);
+  const Canonical x = canonicalize(input);
   Tensor dy = contiguous_in(grad_output, x.format);
   if (saved.mask.defined()) {
     const int64_t bytes = mask_bytes(context, x.problem);
@@ -205,30 +206,31 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   }
   const Tensor moments = saved.moments.contiguous();
   Tensor kept_weight, kept_bias, kept_residual;
-  // Kernels make the residual's gradient on the way to the input's.
+  // Kernels compute the gradient of the residual on the way to that of the input.
   const bool makes_dz = wanted[3] && !plain, makes_dx = wanted[0] || makes_dz;
   if (makes_dx) dx = context.empty_like(input, gradient_format(x, input));
-  // Blocking dy once more changes nothing, unless it is scaled: packs may overlap, and a pass may read dy again.
-  const bool in_place = saved.mask.defined() && ending.param == 0 && (may_overwrite || !dy.is_same(grad_output));
+  // dz may overwrite dy unless it is scaled: packs may overlap and a pass may read dy twice, but masking twice is the
+  // same as once.
+  const bool in_place = saved.mask.defined() && epilogue.param == 0 && (may_overwrite || !dy.is_same(grad_output));
   if (makes_dz) dz = in_place ? dy : context.empty_like(input, x.format);
   const auto output = [](const Tensor& t) {
     return t.defined() ? Output{t.data_ptr(), dtype_of(t)} : Output{nullptr, DType::f32};
   };
-  // Without a gradient of the input there are only sums to make, as in eval; with sums from elsewhere, only that.
-  const bool both = makes_dx && spread.total == nullptr;
+  // Without a gradient of the input, or with global sums, the pass is one of eval: it only reduces, or only writes.
+  const bool both = makes_dx && global.sums == nullptr;
   Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && both));
   Backward args{};
   args.problem = x.problem;
-  args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before dy is looked at, which may be the same
+  args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before const_data_ptr of dy, which may be the same tensor
   args.grad_output = dy.const_data_ptr();
   args.input = x.tensor.const_data_ptr();
   args.grad_input = output(dx).data;
   args.weight = param(weight, kept_weight);
   args.bias = param(bias, kept_bias);
-  args.epilogue = {ending.activation, ending.param, plain ? nullptr : data_of(ending.residual, x, kept_residual)};
+  args.epilogue = {epilogue.activation, epilogue.param, plain ? nullptr : data_of(epilogue.residual, x, kept_residual)};
   args.mask = saved.mask.defined() ? saved.mask.const_data_ptr() : nullptr;
   args.moments = moments.const_data_ptr<double>();
-  args.total = spread.total, args.counts = spread.counts;
+  args.global_sums = global.sums, args.global_counts = global.counts;
   args.grad_weight = output(dw);
   args.grad_bias = output(db);
   args.training = training;

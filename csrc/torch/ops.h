@@ -1,5 +1,4 @@
-// In: tensors. Out: tensors, computed by the backend of their device; checks, allocation and layout live
-// here.
+// Batch norm on tensors: validation, allocation and layouts around the backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,8 +17,8 @@ namespace fastbn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// What a batch norm keeps from batch to batch. The part of the batch in the new mean and var is the momentum; without
-// one it is 1 / batches, the cumulative average, or 0 without that.
+// The running statistics of a batch norm. Without a momentum it is 1 / batches, the cumulative average, or 0 without
+// batches.
 struct Statistics {
   const OptionalTensor& mean;
   const OptionalTensor& var;
@@ -27,24 +26,25 @@ struct Statistics {
   std::optional<double> momentum;
 };
 
-// What batch norm ends with, act(z + residual), as callers give it.
-struct Ending {
+// The epilogue act(z + residual) as callers give it.
+struct EpilogueArgs {
   Activation activation = Activation::identity;
   double param = 0;
   OptionalTensor residual;
 };
 
-// An activation by its name and the parameter of a caller; nullopt if there is no such activation, or it has no such
+// The epilogue for the name of an activation and its parameter; nullopt if there is no such activation, or it has no
 // parameter.
-std::optional<Ending> ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
+std::optional<EpilogueArgs> find_epilogue(std::string_view activation, std::optional<double> param,
+                                          const OptionalTensor& residual);
 
-// The same; raises for what is none, and names those that there are.
-Ending checked_ending(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
+// The same, but raises an error that names the activations.
+EpilogueArgs parse_epilogue(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
 
-// Name and default parameter of every activation, NaN for those that have none.
+// Name and default parameter of every activation; NaN if it has none.
 std::vector<std::pair<std::string_view, double>> activations();
 
-// Raises for a tensor of a device that this build has no kernels for, and says what to do.
+// Raises for a tensor on a device without kernels in this build.
 void check_device(const Tensor& input);
 
 // The bytes of storage that the sizes and strides of a tensor need.
@@ -52,8 +52,8 @@ size_t storage_bytes(const Tensor& t);
 
 [[noreturn]] void refuse_memory(const Tensor& t, const char* name);
 
-// Raises, and names the argument, if the storage of a dense tensor does not hold all of its elements. It does not after
-// untyped_storage().resize_(0), with which FSDP and offloading free the memory of tensors that live on.
+// Raises, and names the argument, if the storage of a dense tensor is too small for it, as after
+// untyped_storage().resize_(0), with which FSDP and offloading free the memory of live tensors.
 inline void check_memory(const Tensor& t, const char* name) {
   const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
   if (impl.numel() == 0) return;
@@ -63,86 +63,84 @@ inline void check_memory(const Tensor& t, const char* name) {
   if (storage == nullptr || storage->data() == nullptr || storage->nbytes() < needed) refuse_memory(t, name);
 }
 
-// The memory format of torch's output: the input's own, or what torch suggests for one that has none.
+// The memory format of torch's output: that of the input, or what torch suggests if it has none.
 at::MemoryFormat output_format(const Tensor& input);
 
-// True if params have the dtype of input, or are all float32 beside a half input.
+// Whether params have the dtype of input, or are all float32 for a half input.
 bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
 
-// Passes forward and backward, of every kind, show in torch.profiler as fastbn::batch_norm and
-// fastbn::batch_norm_backward, with the sizes of their arguments.
+// All forward and backward passes appear in torch.profiler as fastbn::batch_norm and fastbn::batch_norm_backward, with
+// the sizes of their arguments.
 
 // moments: float64 [2, C], mean and biased variance; absent: those of the batch. Returns output and moments.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const OptionalTensor& moments, double eps, const Ending& ending);
+                                   const OptionalTensor& moments, double eps, const EpilogueArgs& epilogue);
 
-// What a forward pass leaves for its backward pass. mask: the backend's own, instead of the residual; undefined where z
-// is to be computed once more.
+// What a forward pass saves for its backward pass. mask: used instead of the residual; undefined if z is recomputed.
 struct Saved {
   Tensor moments, mask;
 };
 
-// A batch counted and normalized: in training by its own moments, with which mean and var are brought up to date; in
-// eval by mean and var. Returns output and what backward needs; that is undefined in eval if nobody wants it. Checks
-// nothing but the dtype of input: for calls that is_ordinary (autograd.h) was true of.
+// Counts and normalizes a batch: in training by its own moments, which also update mean and var, in eval by mean and
+// var. Returns the output and what backward needs, which is undefined in eval without wants_backward. For eligible
+// calls (autograd.h): validates the dtype of input alone.
 std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                  const Statistics& statistics, bool training, double eps, const Ending& ending,
+                                  const Statistics& statistics, bool training, double eps, const EpilogueArgs& epilogue,
                                   bool wants_backward);
 
-// In this order everywhere: of input, weight, bias and residual; undefined where nobody wanted one.
+// Of input, weight, bias and residual; undefined if not wanted.
 using Gradients = std::array<Tensor, 4>;
 
-// A batch that is spread over ranks: how many values a channel has, and gradients of weight and bias in all of them.
-struct Spread {
-  const double *total = nullptr, *counts = nullptr;
+// Gradients of weight and bias, [2, C], and counts, [C], of a batch of which the input is a part.
+struct GlobalSums {
+  const double *sums = nullptr, *counts = nullptr;
 };
 
-// ending without its residual where there is a mask for it in `saved`. may_overwrite: nobody else will look at
-// grad_output, so that the residual's gradient can take its memory.
-// param_dtype: of the gradients of weight and bias; absent: that of weight, or the one that it would have.
+// epilogue: without its residual if `saved` has a mask. may_overwrite: nobody else reads grad_output, so its memory can
+// hold the gradient of the residual. param_dtype: of the gradients of weight and bias; default: that of weight.
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const Ending& ending, bool may_overwrite = false,
-                   const Spread& spread = {}, std::optional<at::ScalarType> param_dtype = std::nullopt);
+                   std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite = false,
+                   const GlobalSums& global = {}, std::optional<at::ScalarType> param_dtype = std::nullopt);
 
-// Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of `samples` samples, each normalized by its own moments; the
-// last one has what is left, and one that would have a single value a channel joins the one before it.
+// Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of chunk_size samples, each normalized by its own moments; the
+// last one has the rest, and joins the one before it if it has a single value per channel.
 struct ChunkSizes {
-  int64_t count, samples, last;  // samples in every chunk but the last, and in that one
+  int64_t count, size, last;  // chunks, samples in each of them, and in the last one
 };
-ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t samples);
+ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t chunk_size);
 
 // Output, and moments, float64 [chunks, 2, C].
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                         int64_t samples, double eps);
+                                         int64_t chunk_size, double eps);
 
 // Gradients of input, weight and bias.
 std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                                     const Tensor& moments, int64_t samples, double eps, std::array<bool, 3> wanted);
+                                     const Tensor& moments, int64_t chunk_size, double eps, std::array<bool, 3> wanted);
 
-// Batches counted, and mean and var, if they are there, brought up to date as by one chunk after the other, which had
-// these moments; of `values` values a channel, the last chunk of `last`.
+// Counts the batches and updates mean and var, if present, as by one chunk after the other with these moments, of
+// `values` values per channel, `last` in the last chunk.
 void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics);
 
-// mean and var brought up to date with moments of count values a channel; the variance unbiased.
+// Updates mean and var with moments of count values per channel.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);
 
-// ---- a batch that is spread over ranks: what each does between the two collectives of a pass -----------------------
+// ---- synchronized batch norm: what each rank does between the collectives ------------------------------------------
 
-// float64 [3, C]: mean, biased variance and count of the values of each channel; zeros for an input without elements.
+// BatchStats, float64 [3, C]: mean, biased variance and count of each channel; zeros for an empty input.
 Tensor stats(const Tensor& input);
 
-// The same of all packets [K, 3, C] together, merged in their order; mean and var brought up to date with it.
-Tensor finish(const Tensor& packets, const Statistics& statistics);
+// Merges the BatchStats of K ranks, [K, 3, C], in their order; updates mean and var with them.
+Tensor gather_stats(const Tensor& all_stats, const Statistics& statistics);
 
-// float64 [2, C]: the gradients of weight and bias, of which the packet of all ranks makes those of the input.
-Tensor grad_stats(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                  const OptionalTensor& bias, const Tensor& packet, double eps, const Ending& ending);
+// float64 [2, C]: the gradients of weight and bias of this part, given the BatchStats of all ranks.
+Tensor backward_reduce(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& batch_stats, double eps, const EpilogueArgs& epilogue);
 
-// Gradients of input and residual (undefined if not wanted) from the packet that `finish` made, and from what
-// `grad_stats` made, summed over all ranks.
-std::tuple<Tensor, Tensor> grad_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-                                      const OptionalTensor& bias, const Tensor& packet, const Tensor& total, double eps,
-                                      bool wants_residual, const Ending& ending);
+// Gradients of input and residual (undefined if not wanted) from the BatchStats of all ranks and the sum over ranks of
+// backward_reduce.
+std::tuple<Tensor, Tensor> backward_elemt(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                          const OptionalTensor& bias, const Tensor& batch_stats, const Tensor& total,
+                                          double eps, bool wants_residual, const EpilogueArgs& epilogue);
 
 }  // namespace fastbn

@@ -19,9 +19,9 @@ void run_parallel(int64_t items, bool worth_it, Order order, Run run, const void
     for (int64_t i = 0; i < items; ++i) run(body, nth(0, items, i));
     return;
   }
-  // What a thread has read or written is in its cache, and what another one has may be four times as far: on processors
-  // of several third-level caches 45 GB/s instead of 190. And a prefetcher that runs past the end of an item would take
-  // lines away from the thread that writes the next (7x7 and 14x14 maps on two threads: 0.6 to 0.85 of the time).
+  // Each thread starts with its own share: what it read or wrote is in its cache, while the cache of another die is
+  // four times slower (45 instead of 190 GB/s), and a hardware prefetcher that runs past an item would take lines from
+  // the thread that writes the next one (7x7 and 14x14 maps: 15-40 % faster, NOTES.md#threads).
   struct alignas(64) Share {
     std::atomic<int64_t> taken{0};
   };

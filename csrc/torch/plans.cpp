@@ -1,4 +1,4 @@
-// In: sizes of tensors and numbers of a GPU, from Python. Out: what the planners make of them, as dicts.
+// Descriptions of plans for Python.
 #include "plans.h"
 
 #include <pybind11/stl.h>
@@ -39,15 +39,15 @@ py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t ele
   const Problem problem = problem_of(sizes, channels_last, element_bytes);
   const cpu::Plan p = cpu::make_plan(problem);
   py::dict d;
-  d["walk"] = p.walk == cpu::Walk::runs ? "runs" : "columns";
-  d["items"] = p.items;
-  d["channels_an_item"] = p.channels_an_item;
-  d["segments"] = p.segments;
+  d["walk"] = p.pattern == cpu::AccessPattern::rows ? "runs" : "columns";
+  d["items"] = p.channel_tiles;
+  d["channels_an_item"] = p.channels_per_tile;
+  d["segments"] = p.batch_splits;
   d["workspace_bytes"] = cpu::workspace_bytes(problem);
   return d;
 }
 
-// The numbers of a GPU and of a plan for one, by their names in C++.
+// The fields of a device and of a plan, by their names in Python.
 #define FASTBN_FIELD(type, name) {#name, &cuda::type::name}
 constexpr std::pair<const char*, int64_t cuda::Device::*> device_fields[] = {
     FASTBN_FIELD(Device, multiprocessors),
@@ -58,17 +58,18 @@ constexpr std::pair<const char*, int64_t cuda::Device::*> device_fields[] = {
     FASTBN_FIELD(Device, threads_per_multiprocessor),
     FASTBN_FIELD(Device, bytes_per_microsecond),
 };
+// The names of fastbn.CudaPlan are public and kept where C++ has others.
 constexpr std::pair<const char*, int64_t cuda::Plan::*> plan_fields[] = {
     FASTBN_FIELD(Plan, vector),
     FASTBN_FIELD(Plan, threads),
     FASTBN_FIELD(Plan, rows),
     FASTBN_FIELD(Plan, columns),
-    FASTBN_FIELD(Plan, columns_a_channel),
-    FASTBN_FIELD(Plan, items),
-    FASTBN_FIELD(Plan, channels_an_item),
-    FASTBN_FIELD(Plan, vectors_a_row),
-    FASTBN_FIELD(Plan, lanes_a_row),
-    FASTBN_FIELD(Plan, blocks_an_item),
+    {"columns_a_channel", &cuda::Plan::columns_per_channel},
+    {"items", &cuda::Plan::channel_tiles},
+    {"channels_an_item", &cuda::Plan::channels_per_tile},
+    {"vectors_a_row", &cuda::Plan::vectors_per_row},
+    {"lanes_a_row", &cuda::Plan::lanes_per_row},
+    {"blocks_an_item", &cuda::Plan::batch_splits},
     FASTBN_FIELD(Plan, groups),
     FASTBN_FIELD(Plan, waves),
     FASTBN_FIELD(Plan, blocks),
@@ -104,7 +105,7 @@ py::dict cuda_plan(const std::vector<int64_t>& sizes, bool channels_last, int64_
                                        aligned, device_of(device));
   py::dict d;
   d["strategy"] = p.strategy == cuda::Strategy::resident ? "resident" : "streaming";
-  d["walk"] = p.walk == cuda::Walk::rows ? "rows" : "columns";
+  d["walk"] = p.pattern == cuda::AccessPattern::rows ? "rows" : "columns";
   d["cooperative"] = p.cooperative;
   for (const auto& [name, member] : plan_fields) d[name] = p.*member;
   return d;

@@ -1,4 +1,4 @@
-// In: fastbn._C. Out: its functions that tell how the kernels would walk a tensor.
+// Adds the functions that describe plans to fastbn._C.
 #pragma once
 
 #include <pybind11/pybind11.h>

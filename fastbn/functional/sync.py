@@ -125,8 +125,8 @@ def _gradients(
         # Without an activation the gradient of residual is grad_output itself.
         makes_residual = wanted[3] and activation != "identity"
         if wanted[0]:
-            own = ops.grad_stats(grad_output, input, weight, batch_stats, eps, *epilogue)
-            grad_input, grad_residual = ops.grad_apply(
+            own = ops.backward_reduce(grad_output, input, weight, batch_stats, eps, *epilogue)
+            grad_input, grad_residual = ops.backward_elemt(
                 grad_output, input, weight, batch_stats, all_reduce_sum(own, group), eps, makes_residual, *epilogue
             )
             grads = grad_input, *own.to(ops.param_dtype(input, weight)).unbind(), grad_residual
@@ -166,7 +166,7 @@ def sync_batch_norm(
     if running_mean is None and is_compiling():  # Inductor cannot compile a mutated argument that is None
         channels = all_stats.size(2)
         running_mean, running_var = all_stats.new_zeros(channels), all_stats.new_zeros(channels)
-    batch_stats = ops.finish(all_stats, momentum, running_mean, running_var, num_batches_tracked)
+    batch_stats = ops.gather_stats(all_stats, momentum, running_mean, running_var, num_batches_tracked)
     return SyncBatchNormFunction.apply(
         input, weight, bias, batch_stats, eps, activation, activation_param, residual, group
     )

@@ -10,13 +10,13 @@ pytestmark = pytest.mark.cpu
 LOG = """
 [1/7] nvcc -c resident.cu
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN6fastbn4cuda5statsIfNS0_8RowsWalkIfLi4EEELi4EEEvv' for 'sm_90'
-ptxas info    : Function properties for _ZN6fastbn4cuda5statsIfNS0_8RowsWalkIfLi4EEELi4EEEvv
+ptxas info    : Compiling entry function '_ZN6fastbn4cuda5statsIfNS0_9RowAccessIfLi4EEELi4EEEvv' for 'sm_90'
+ptxas info    : Function properties for _ZN6fastbn4cuda5statsIfNS0_9RowAccessIfLi4EEELi4EEEvv
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 78 registers, used 1 barriers
 ptxas info    : Compile time = 38.944 ms
-ptxas info    : Compiling entry function '_ZN6fastbn4cuda8residentIfNS0_11ColumnsWalkIfLi4EEEEEvv' for 'sm_80'
-ptxas info    : Function properties for _ZN6fastbn4cuda8residentIfNS0_11ColumnsWalkIfLi4EEEEEvv
+ptxas info    : Compiling entry function '_ZN6fastbn4cuda8residentIfNS0_12ColumnAccessIfLi4EEEEEvv' for 'sm_80'
+ptxas info    : Function properties for _ZN6fastbn4cuda8residentIfNS0_12ColumnAccessIfLi4EEEEEvv
     104 bytes stack frame, 132 bytes spill stores, 188 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers, 104 bytes cumulative stack size, 256 bytes smem, 376 bytes cmem[0]
 """
@@ -43,15 +43,15 @@ arch = sm_90
 """
 
 GOOD = resources.Kernel(
-    "resident<float, RowsWalk<float, 4, int>, Ending<float, 4, Relu, true> >",
+    "resident<float, RowAccess<float, 4, int>, ForwardEpilogue<float, 4, Relu, true> >",
     "sm_90",
     64,
     0,
     sass={"LDGSTS.E.BYPASS.128": 1, "STG.E.128": 1},
 )
 
-MASKED = "grad_resident<Half, RowsWalk<Half, 8, int>, Gradient<Half, 8, Masked> >"
-ANY = "apply<BFloat16, ColumnsWalk<BFloat16, 8, long>, 8, Ending<BFloat16, 8, Any, true> >"
+MASKED = "backward_resident<Half, RowAccess<Half, 8, int>, BackwardEpilogue<Half, 8, Masked> >"
+ANY = "normalize<BFloat16, ColumnAccess<BFloat16, 8, long>, 8, ForwardEpilogue<BFloat16, 8, Any, true> >"
 
 
 def test_the_log_is_read():
@@ -60,7 +60,7 @@ def test_the_log_is_read():
     assert (second.arch, second.registers, second.shared) == ("sm_80", 64, 256)
     assert (second.stack, second.spill_stores, second.spill_loads) == (104, 132, 188)
     names = resources.demangle([first.name, second.name])
-    assert names == ["stats<float, RowsWalk<float, 4>, 4>", "resident<float, ColumnsWalk<float, 4> >"]
+    assert names == ["stats<float, RowAccess<float, 4>, 4>", "resident<float, ColumnAccess<float, 4> >"]
 
 
 def test_a_kernel_compiled_again_counts_once():
@@ -101,11 +101,17 @@ def test_a_good_kernel_passes():
         ({"sass": {"LDG.E.64": 8, "STG.E.128": 1}}, "loads no 16 bytes"),
         ({"sass": {"LDG.E.128": 8, "STG.E.U16": 1}}, "stores no 16 bytes"),
         (
-            {"sass": {}, "name": "grad_resident<Half, RowsWalk<Half, 8, int>, Gradient<Half, 8, Masked> >"},
+            {
+                "sass": {},
+                "name": "backward_resident<Half, RowAccess<Half, 8, int>, BackwardEpilogue<Half, 8, Masked> >",
+            },
             "loads no 16 bytes",
         ),
         (
-            {"sass": {}, "name": "apply<BFloat16, ColumnsWalk<BFloat16, 8, long>, 8, Ending<BFloat16, 8, Any, true> >"},
+            {
+                "sass": {},
+                "name": ANY,
+            },
             "stores no 16 bytes",
         ),
     ],
@@ -118,9 +124,9 @@ def test_a_broken_rule_is_found(change, message):
 @pytest.mark.parametrize(
     ("name", "vectors"),
     [
-        ("apply<float, RowsWalk<float, 4, long>, 4, Ending<float, 4, Identity, false> >", True),
-        ("resident<BFloat16, ColumnsWalk<BFloat16, 8, int>, Ending<BFloat16, 8, Any, true> >", True),
-        ("apply<float, RowsWalk<float, 1, long>, 1, Ending<float, 1, Any, true> >", False),
+        ("normalize<float, RowAccess<float, 4, long>, 4, ForwardEpilogue<float, 4, Identity, false> >", True),
+        ("resident<BFloat16, ColumnAccess<BFloat16, 8, int>, ForwardEpilogue<BFloat16, 8, Any, true> >", True),
+        ("normalize<float, RowAccess<float, 1, long>, 1, ForwardEpilogue<float, 1, Any, true> >", False),
         ("update_running", False),
     ],
 )
@@ -143,9 +149,9 @@ def test_few_registers_may_be_spilled_where_the_activation_is_found_at_run_time(
 def test_what_need_not_hold():
     """float64 is not judged; sums alone store nothing wide; single values are what walks of one value take."""
     double = dataclasses.replace(
-        GOOD, name="resident<double, RowsWalk<double, 2, int>, Ending<double, 2>>", registers=90, stack=8
+        GOOD, name="resident<double, RowAccess<double, 2, int>, ForwardEpilogue<double, 2>>", registers=90, stack=8
     )
-    sums = dataclasses.replace(GOOD, name="stats<float, RowsWalk<float, 4>, 4>", registers=128, sass={"LDG.E.128": 4})
-    single = dataclasses.replace(GOOD, name="apply<float, RowsWalk<float, 1>, 1, Identity>", sass={"LDG.E": 4})
+    sums = dataclasses.replace(GOOD, name="stats<float, RowAccess<float, 4>, 4>", registers=128, sass={"LDG.E.128": 4})
+    single = dataclasses.replace(GOOD, name="normalize<float, RowAccess<float, 1>, 1, Identity>", sass={"LDG.E": 4})
     for kernel in (double, sums, single):
         assert resources.problems_of(kernel, 64) == []

@@ -13,8 +13,8 @@ from simt.build import CSRC, build, run
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")]
 
-# Both walks of the resident forward kernel for bfloat16, without an activation.
-ENTRIES = entries("bf16", kernels="resident", endings="Identity")
+# Both access patterns of the resident forward kernel for bfloat16, without an activation.
+ENTRIES = entries("bf16", kernels="resident", epilogues="Identity")
 CASES = {
     "rows": ["layout=first", "N=32", "C=2", "S=1152"],
     "columns": ["layout=last", "N=4", "C=64", "S=256"],
@@ -67,7 +67,7 @@ DEFECTS = [
     Defect("a wait for all copies but one more", in_device(WAIT, WAIT.replace('"n"(n)', '"n"(n + 1)')), TOO_EARLY),
     Defect("a relaxed load where acquire is needed", (LAST_FENCE, *in_device("ld.acquire", "ld.relaxed")), STALE),
     Defect("no fence", in_device(FENCE, "FASTBN_D void fence() {}"), STALE),
-    Defect("packets through the first-level cache", in_device("return __ldcg(p);", "return __ldg(p);"),
+    Defect("partial results through the first-level cache", in_device("return __ldcg(p);", "return __ldg(p);"),
            "load() of what this launch wrote"),
     Defect("bfloat16 rounded towards zero", (("vector.cuh", PAIR, ROUND_TO_ZERO),), "y differs"),
     Defect("two halves of a word exchanged",

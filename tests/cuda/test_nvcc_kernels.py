@@ -20,12 +20,12 @@ def run_driver(translated, *arguments, defines=(), **environment):
 
 
 def test_kernels_of_float32():
-    one = library("sm_90", only=entries("f32", scalar=True) + "|update_running|finish_packets")
+    one = library("sm_90", only=entries("f32", scalar=True) + "|update_running|gather_rank_stats")
     status, output = run_driver(one, 2, defines=["-DSIMT_ONE_TYPE"])
     assert status == 0, output
 
 
-# Of sm_80 only grad_resident.cu is another one, so half of the schedules have to do.
+# Of sm_80 only backward_resident.cu is another one, so half of the schedules have to do.
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "seeds"), [("sm_80", 4), ("sm_90", 8)])
 def test_kernels(arch, seeds):
@@ -48,12 +48,12 @@ PLANS = {  # layout, sizes and device
     "streaming rows": ["layout=first", "N=32", "C=2", "S=1152", "cooperative=0"],
     "streaming columns": ["layout=last", "N=16", "C=64", "S=256", "cooperative=0"],
 }
-ENDINGS = {
+EPILOGUES = {
     "batch norm": [],
     "relu": ["activation=relu"],
     "add, relu, mask": ["activation=relu", "residual=1", "mask=1"],
 }
-CASES = {", ".join(names): PLANS[names[0]] + ENDINGS[names[1]] for names in itertools.product(PLANS, ENDINGS)}
+CASES = {", ".join(names): PLANS[names[0]] + EPILOGUES[names[1]] for names in itertools.product(PLANS, EPILOGUES)}
 QUICK = ["f32", "bf16"]
 dtypes = pytest.mark.parametrize(
     "dtype", [pytest.param(dtype, marks=[] if dtype in QUICK else pytest.mark.slow) for dtype in QUICK + ["f16", "f64"]]
@@ -67,8 +67,8 @@ def cases_of(dtype):
 
 
 def library_for(dtype, flags):
-    endings = r"\w+" if dtype == "f64" else "Identity|Relu|Masked|Li8EE|Li4EE"
-    return library(only=entries(dtype, endings=endings), flags=flags)
+    epilogues = r"\w+" if dtype == "f64" else "Identity|Relu|Masked|Li8EE|Li4EE"
+    return library(only=entries(dtype, epilogues=epilogues), flags=flags)
 
 
 @dtypes

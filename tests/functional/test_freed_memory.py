@@ -46,7 +46,7 @@ def moments():
     return torch.tensor([[0.1, -0.2, 0.3], [1.0, 0.5, 2.0]], dtype=torch.float64)
 
 
-def packet():
+def batch_stats():
     return torch.cat([moments(), torch.full((1, C), 40.0, dtype=torch.float64)])
 
 
@@ -65,14 +65,14 @@ def raw_functions():
     of_both = {
         "forward": {**forward, "moments": None, **epilogue},
         "forward of moments": {**forward, "moments": moments(), **epilogue},
-        "forward of a packet": {**forward, "moments": packet(), **epilogue},
+        "forward of a batch_stats": {**forward, "moments": batch_stats(), **epilogue},
         "backward": {**of_backward, "moments": moments(), "training": True, "output_mask": (True,) * 4},
         "update_running_stats": {"moments": moments(), "count": 8, **running()},
         "update_running_stats cumulatively": {"moments": moments(), "count": 8, **running(), "momentum": None},
         "stats": {"input": images()},
-        "finish": {"packets": torch.stack([packet()] * 2), **running()},
-        "grad_stats": {**of_backward, "packet": packet()},
-        "grad_apply": {**of_backward, "packet": packet(), "total": moments(), "wants_residual": True},
+        "gather_stats": {"all_stats": torch.stack([batch_stats()] * 2), **running()},
+        "backward_reduce": {**of_backward, "batch_stats": batch_stats()},
+        "backward_elemt": {**of_backward, "batch_stats": batch_stats(), "total": moments(), "wants_residual": True},
     }
     operators = {
         **of_both,

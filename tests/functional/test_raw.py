@@ -53,14 +53,14 @@ def moments():
     ]  # fmt: skip
 
 
-def packets():
+def all_stats():
     """Of two ranks, then of one."""
     good = torch.tensor([[0.1, -0.2, 0.3], [1.0, 0.5, 2.0], [20, 20, 20]], dtype=torch.float64)
     return [
         torch.stack([good, good]), good, good.t().contiguous().t(), torch.stack([good, good * 0])[1:], -good, good[:2],
         good[:, :2], good[:, :0], good.float(), good.half(), good.long(), good.flatten(), good[None, None],
         torch.stack([good] * 3)[::2], good[None][:0], good.to("meta"), good.to_sparse(), good * float("nan"), None,
-        torch.tensor(1.0), torch.zeros(1, 1, 1).double().expand(2, 3, 2**40), "packets", 1.0, [good],
+        torch.tensor(1.0), torch.zeros(1, 1, 1).double().expand(2, 3, 2**40), "all_stats", 1.0, [good],
     ]  # fmt: skip
 
 
@@ -92,9 +92,9 @@ def choices():
         "batch_norm": [x, p, p, p, p, counter, flags, momentum, eps, activations, params, residuals],
         "ghost_batch_norm": [x, p, p, p, p, counter, momentum, eps, [2, 4, 3, 1, *counts[1:], 2**63 - 1]],
         "stats": [x],
-        "finish": [packets(), momentum, p, p, counter],
-        "grad_stats": [x, x, p, packets()[1:], eps, activations, params, p, residuals],
-        "grad_apply": [x, x, p, packets()[1:], moments()[1:], eps, flags, activations, params, p, residuals],
+        "gather_stats": [all_stats(), momentum, p, p, counter],
+        "backward_reduce": [x, x, p, all_stats()[1:], eps, activations, params, p, residuals],
+        "backward_elemt": [x, x, p, all_stats()[1:], moments()[1:], eps, flags, activations, params, p, residuals],
     }
 
 
@@ -190,8 +190,8 @@ def refused(name, tally):
 
 
 FUNCTIONS = (
-    "forward", "backward", "update_running_stats", "batch_norm", "ghost_batch_norm", "stats", "finish", "grad_stats",
-    "grad_apply",
+    "forward", "backward", "update_running_stats", "batch_norm", "ghost_batch_norm", "stats", "gather_stats",
+    "backward_reduce", "backward_elemt",
 )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def test_mis_sized_moments_are_refused(moments_shape):
         lambda: _C.forward(x, None, None, wrong, 1e-5),
         lambda: _C.backward(x, x, None, wrong, 1e-5, True, (True,) * 4),
         lambda: _C.update_running_stats(wrong, 40, 0.1, *stats, None),
-        lambda: _C.grad_apply(x, x, None, torch.ones(3, 3).double(), wrong, 1e-5, False),
+        lambda: _C.backward_elemt(x, x, None, torch.ones(3, 3).double(), wrong, 1e-5, False),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             call()
@@ -250,10 +250,10 @@ def test_mis_sized_packets_are_refused(sizes):
 
     x, wrong = torch.randn(GOOD), torch.ones(sizes, dtype=torch.float64)
     for call in (
-        lambda: _C.finish(wrong, 0.1, torch.zeros(3), torch.ones(3), None),
-        lambda: _C.finish(wrong[None], 0.1, torch.zeros(3), torch.ones(3), None),
-        lambda: _C.grad_stats(x, x, None, wrong, 1e-5),
-        lambda: _C.grad_apply(x, x, None, wrong, torch.ones(2, 3).double(), 1e-5, False),
+        lambda: _C.gather_stats(wrong, 0.1, torch.zeros(3), torch.ones(3), None),
+        lambda: _C.gather_stats(wrong[None], 0.1, torch.zeros(3), torch.ones(3), None),
+        lambda: _C.backward_reduce(x, x, None, wrong, 1e-5),
+        lambda: _C.backward_elemt(x, x, None, wrong, torch.ones(2, 3).double(), 1e-5, False),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             call()
@@ -285,13 +285,15 @@ def test_raw_functions_are_right():
     torch.testing.assert_close(var, 0.9 + 0.1 * x.var((0, 2, 3)))
     _C.update_running_stats(found, 40, None, mean, var, torch.tensor(1))
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
-    packets = torch.stack([_C.stats(x[:1]), _C.stats(x[:0]), _C.stats(x[1:])])
-    packet = _C.finish(packets, 1.0, mean, var, None)
-    torch.testing.assert_close(packet, torch.cat([found, torch.full((1, 3), 40.0)]))
+    all_stats = torch.stack([_C.stats(x[:1]), _C.stats(x[:0]), _C.stats(x[1:])])
+    batch_stats = _C.gather_stats(all_stats, 1.0, mean, var, None)
+    torch.testing.assert_close(batch_stats, torch.cat([found, torch.full((1, 3), 40.0)]))
     torch.testing.assert_close(var, x.var((0, 2, 3)))
-    total = _C.grad_stats(dy[:1], x[:1], weight, packet, 1e-5) + _C.grad_stats(dy[1:], x[1:], weight, packet, 1e-5)
+    total = _C.backward_reduce(dy[:1], x[:1], weight, batch_stats, 1e-5) + _C.backward_reduce(
+        dy[1:], x[1:], weight, batch_stats, 1e-5
+    )
     torch.testing.assert_close(total.float(), torch.stack(grads[1:]), rtol=1e-5, atol=1e-5)
-    parts = [_C.grad_apply(dy[i], x[i], weight, packet, total, 1e-5, True) for i in (slice(0, 1), slice(1, 4))]
+    parts = [_C.backward_elemt(dy[i], x[i], weight, batch_stats, total, 1e-5, True) for i in (slice(0, 1), slice(1, 4))]
     torch.testing.assert_close(torch.cat([dx for dx, _ in parts]), grads[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([dr for _, dr in parts]), dy)
 

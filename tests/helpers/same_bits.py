@@ -121,15 +121,15 @@ def spread_over_ranks(shape, dtype, layout, activation):
     parts = [laid_out(layout, shape, 30 + k, dtype, 1 + k, k) for k in range(3)]
     dys = [laid_out(layout, shape, 40 + k, dtype) for k in range(3)]
     weight, bias, mean, var = parameters(shape[1], dtype)
-    packets = torch.stack([op.stats(x) for x in parts])
-    packet = op.finish(packets, 0.1, mean, var, torch.zeros((), dtype=torch.int64))
+    all_stats = torch.stack([op.stats(x) for x in parts])
+    batch_stats = op.gather_stats(all_stats, 0.1, mean, var, torch.zeros((), dtype=torch.int64))
     rest = (activation, None)
-    found = [packets, packet, mean, var]
-    found += [op.forward(x, weight, bias, packet, 1e-5, *rest)[0] for x in parts]
-    sums = [op.grad_stats(dy, x, weight, packet, 1e-5, *rest, bias) for dy, x in zip(dys, parts, strict=True)]
+    found = [all_stats, batch_stats, mean, var]
+    found += [op.forward(x, weight, bias, batch_stats, 1e-5, *rest)[0] for x in parts]
+    sums = [op.backward_reduce(dy, x, weight, batch_stats, 1e-5, *rest, bias) for dy, x in zip(dys, parts, strict=True)]
     total = sums[0] + sums[1] + sums[2]
     for dy, x in zip(dys, parts, strict=True):
-        found += op.grad_apply(dy, x, weight, packet, total, 1e-5, activation != "identity", *rest, bias)
+        found += op.backward_elemt(dy, x, weight, batch_stats, total, 1e-5, activation != "identity", *rest, bias)
     return [*found, *sums]
 
 

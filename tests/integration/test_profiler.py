@@ -64,12 +64,12 @@ def test_passes_show_with_sizes(module, mode, device):
 def test_parts_of_a_synchronized_pass_show(device):
     """The primitives between collectives, which a SyncBatchNorm of many ranks calls."""
     x = torch.randn(SIZES, device=device)
-    packet = ops.finish(ops.stats(x).unsqueeze(0), 0.1, None, None, None)
+    batch_stats = ops.gather_stats(ops.stats(x).unsqueeze(0), 0.1, None, None, None)
 
     def passes():
-        ops.forward(x, None, None, packet, 1e-5)
-        total = ops.grad_stats(x, x, None, packet, 1e-5)
-        ops.grad_apply(x, x, None, packet, total, 1e-5, False)
+        ops.forward(x, None, None, batch_stats, 1e-5)
+        total = ops.backward_reduce(x, x, None, batch_stats, 1e-5)
+        ops.backward_elemt(x, x, None, batch_stats, total, 1e-5, False)
 
     found = events(passes)
     assert [e.input_shapes[0] for e in found["fastbn::batch_norm"]] == [SIZES]

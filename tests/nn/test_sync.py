@@ -137,14 +137,16 @@ def test_running_statistics(pool):
 def test_moments_may_have_a_count(device):
     """What the ranks merged, with its counts: the output is that of the moments alone, and so is what is returned."""
     x = torch.randn(4, C, 6, 6, device=device)
-    packet = torch.cat([torch.rand(2, C, dtype=torch.float64), torch.full((1, C), 8.0, dtype=torch.float64)]).to(device)
-    y, moments = fastbn.ops.forward(x, None, None, packet, 1e-5)
-    right, _ = fastbn.ops.forward(x, None, None, packet[:2], 1e-5)
-    assert torch.equal(y, right) and torch.equal(moments, packet[:2])
+    batch_stats = torch.cat([torch.rand(2, C, dtype=torch.float64), torch.full((1, C), 8.0, dtype=torch.float64)]).to(
+        device
+    )
+    y, moments = fastbn.ops.forward(x, None, None, batch_stats, 1e-5)
+    right, _ = fastbn.ops.forward(x, None, None, batch_stats[:2], 1e-5)
+    assert torch.equal(y, right) and torch.equal(moments, batch_stats[:2])
     moments.zero_()
-    assert packet.all(), "it is not a view of what was given"
+    assert batch_stats.all(), "it is not a view of what was given"
     with pytest.raises(RuntimeError, match=r"sizes \[2, 5\]"):
-        fastbn.ops.forward(x, None, None, packet[:, :4], 1e-5)
+        fastbn.ops.forward(x, None, None, batch_stats[:, :4], 1e-5)
 
 
 def check_parameters_only():

@@ -13,11 +13,11 @@ from simt.build import CSRC, backend_sources, build, run
 TYPES = {"f32": "f", "f64": "d", "f16": "NS_4HalfE", "bf16": "NS_8BFloat16E"}
 
 
-def entries(*dtypes, kernels=r"\w+", endings=r"\w+", scalar=False):
+def entries(*dtypes, kernels=r"\w+", epilogues=r"\w+", scalar=False):
     """A pattern for the mangled names of kernels of some types; scalar: those that access single elements too."""
     types = "|".join(TYPES[dtype] for dtype in dtypes)
-    vectors = "" if scalar else r"(?!\w*Walk\w*?Li1E)"
-    return rf"N_1\d+({kernels})I({types}){vectors}NS0_\w*({endings})"
+    vectors = "" if scalar else r"(?!\w*Access\w*?Li1E)"
+    return rf"N_1\d+({kernels})I({types}){vectors}NS0_\w*({epilogues})"
 
 
 def run_case(*arguments, library=None, timeout=600, **environment):

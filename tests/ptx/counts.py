@@ -110,6 +110,8 @@ def count(n, c, s, multiprocessors, layout, dtype, cooperative=True):
 @cache
 def counted_library():
     dtypes = tuple(ITEM_BYTES)
-    resident = entries(*dtypes, kernels="resident|grad_resident", endings="Identity")
-    streaming = entries(*dtypes, kernels="stats|apply|grad_stats|grad_apply", endings="Identity|Li[48]EE")
-    return library(only=f"{resident}|(?=.*ColumnsWalk){streaming}", counted=True)
+    resident = entries(*dtypes, kernels="resident|backward_resident", epilogues="Identity")
+    streaming = entries(
+        *dtypes, kernels="stats|normalize|backward_reduce|backward_elemt", epilogues="Identity|Li[48]EE"
+    )
+    return library(only=f"{resident}|(?=.*ColumnAccess){streaming}", counted=True)

@@ -16,7 +16,7 @@
 #include "cuda/plan.h"
 
 using namespace fastbn;
-using cuda::Pass, cuda::Plan, cuda::Strategy, cuda::Walk;
+using cuda::Pass, cuda::Plan, cuda::Strategy, cuda::AccessPattern;
 
 namespace {
 
@@ -96,7 +96,7 @@ struct Gpu {
 };
 constexpr Gpu gpus[] = {
     {"small", 4, 64 << 10, 48 << 10, true},    // groups of several blocks, several waves
-    {"roomy", 6, 200 << 10, 160 << 10, true},  // an item fits in a block
+    {"roomy", 6, 200 << 10, 160 << 10, true},  // a channel tile fits in a block
     {"alone", 4, 64 << 10, 48 << 10, false},   // no cooperative launches
     {"poor", 2, 24 << 10, 22 << 10, true},     // little fits
 };
@@ -107,7 +107,7 @@ struct Case {
   bool misaligned, odd_values;
 };
 
-std::string doing, ending_name;  // the case and the plan in work
+std::string doing, epilogue_name;  // the case and the plan in work
 
 [[noreturn]] void wrong(const Case& c, const std::string& text) {
   throw std::runtime_error(c.name + ": " + text + "\nwith " + doing);
@@ -156,9 +156,9 @@ std::string kernel_of(const Plan& plan, DType dtype, const Epilogue& e, const vo
 
 std::vector<std::string> names_of(const Plan& plan, Pass pass, bool training, const std::string& kernel = "") {
   std::string base = plan.strategy == Strategy::resident ? "resident" : training ? "streaming" : "streaming eval";
-  base += plan.walk == Walk::rows ? " rows" : " columns";
+  base += plan.pattern == AccessPattern::rows ? " rows" : " columns";
   base += pass == Pass::forward ? " forward" : " backward";
-  std::vector<std::string> names = {base + (plan.blocks_an_item > 1 ? ", several blocks" : ", one block")};
+  std::vector<std::string> names = {base + (plan.batch_splits > 1 ? ", several blocks" : ", one block")};
   if (plan.strategy == Strategy::resident && plan.waves > 1) names.push_back(base + ", several waves");
   if (plan.vector == 1) names.push_back(base + ", scalar");
   if (!kernel.empty()) names.push_back(base + kernel);
@@ -167,11 +167,11 @@ std::vector<std::string> names_of(const Plan& plan, Pass pass, bool training, co
 
 std::set<std::string> all_names() {
   std::set<std::string> names;
-  for (const Walk walk : {Walk::rows, Walk::columns}) {
+  for (const AccessPattern pattern : {AccessPattern::rows, AccessPattern::columns}) {
     for (const Pass pass : {Pass::forward, Pass::backward}) {
       for (const int64_t blocks : {1, 2}) {
         Plan plan{};
-        plan.walk = walk, plan.blocks_an_item = blocks, plan.waves = 2, plan.vector = 4;
+        plan.pattern = pattern, plan.batch_splits = blocks, plan.waves = 2, plan.vector = 4;
         plan.strategy = Strategy::resident;
         for (const char* kernel : {", relu", pass == Pass::forward ? ", relu of a sum" : ", masked", ", any"}) {
           for (const auto& name : names_of(plan, pass, true, kernel)) names.insert(name);
@@ -193,10 +193,10 @@ std::unique_ptr<Scratch> counters;
 template <class Body>
 void call(const Case& c, const Plan& plan, Pass pass, bool training, const std::string& kernel, const Body& body) {
   for (const auto& name : names_of(plan, pass, training, kernel)) ++reached[name];
-  doing = c.name + ending_name + ", " + names_of(plan, pass, training)[0] + kernel + ": " + std::to_string(plan.items) +
-          " items of " + std::to_string(plan.channels_an_item) + " channels, " + std::to_string(plan.blocks_an_item) +
-          " blocks an item, " + std::to_string(plan.waves) + " waves, " + std::to_string(plan.vector) +
-          " elements an access, " + std::to_string(plan.shared_bytes) + " bytes shared";
+  doing = c.name + epilogue_name + ", " + names_of(plan, pass, training)[0] + kernel + ": " +
+          std::to_string(plan.channel_tiles) + " tiles of " + std::to_string(plan.channels_per_tile) + " channels, " +
+          std::to_string(plan.batch_splits) + " blocks a tile, " + std::to_string(plan.waves) + " waves, " +
+          std::to_string(plan.vector) + " elements an access, " + std::to_string(plan.shared_bytes) + " bytes shared";
   simt::stats = {};
   body(cuda::Stream{nullptr, static_cast<unsigned*>(counters->data())});
   if (plan.strategy == Strategy::resident && simt::stats.launches != 1) {
@@ -276,14 +276,14 @@ Statistics statistics_of(const std::vector<double>& values) {
 
 // ---- what follows the normalization --------------------------------------------------------------------------------
 
-struct Ending {
+struct EpilogueCase {
   const char* name;
   Activation activation;
   double param;
   bool adds, mask;
 };
 // Each as often as the others, so that every kernel is met soon.
-constexpr Ending endings[] = {
+constexpr EpilogueCase epilogues[] = {
     {"relu", Activation::relu, 0, false, false},
     {"relu, mask", Activation::relu, 0, false, true},
     {"add relu", Activation::relu, 0, true, false},
@@ -305,7 +305,7 @@ constexpr Ending endings[] = {
     {"add tanh", Activation::tanh, 0, true, false},
 };
 
-double act(const Ending& e, double z) {
+double act(const EpilogueCase& e, double z) {
   const double six = z + 3 < 0 ? 0 : z + 3 > 6 ? 6 : z + 3;
   switch (e.activation) {
     case Activation::relu:
@@ -338,7 +338,7 @@ struct Slope {
 
 // error: of z. y: what the forward pass made of it, which tells on what side of a jump it was; in float16 only where it
 // did not become zero, and in few digits only where it did not become six.
-Slope slope(const Ending& e, double z, double y, double error, DType dtype) {
+Slope slope(const EpilogueCase& e, double z, double y, double error, DType dtype) {
   const auto near = [&](double at) { return std::abs(z - at) <= error; };
   const bool lost = y == 0 && dtype == DType::f16 && near(0);
   const double sigma = 1 / (1 + std::exp(-z));
@@ -389,8 +389,8 @@ void put_on_edge(const Case& c, Tensor& x, const Tensor& weight, Tensor& bias, T
   }
 }
 
-// ending == nullptr: batch norm alone.
-void test_case(const Case& c, const Ending* ending) {
+// chosen == nullptr: batch norm alone.
+void test_case(const Case& c, const EpilogueCase* chosen) {
   const Shape& shape = c.problem.shape;
   const DType dtype = c.problem.dtype;
   const int64_t C = shape.C, count = shape.per_channel();
@@ -409,12 +409,12 @@ void test_case(const Case& c, const Ending* ending) {
   for (int64_t i = 0; i < C; ++i) var.set(i, 0.5 + uniform());
   const auto given = [&](int64_t i) { return Statistics{mean.get(i), var.get(i)}; };
 
-  ending_name = ending == nullptr ? "" : std::string(" ") + ending->name + (training ? "" : " eval");
-  const Ending e = ending == nullptr ? Ending{"", Activation::identity, 0, false, false} : *ending;
+  epilogue_name = chosen == nullptr ? "" : std::string(" ") + chosen->name + (training ? "" : " eval");
+  const EpilogueCase e = chosen == nullptr ? EpilogueCase{"", Activation::identity, 0, false, false} : *chosen;
   const Case apart{c.name, c.problem, c.misaligned || (e.adds && !e.mask && below(8) == 0), false};
   Tensor residual = e.adds ? random_tensor(apart, 0.5) : Tensor();
   const bool aligned = !c.misaligned && !apart.misaligned;
-  const bool on_edge = ending != nullptr && below(2);
+  const bool on_edge = chosen != nullptr && below(2);
   if (on_edge) put_on_edge(c, x, weight, bias, residual, training ? nullptr : &mean, &var, eps);
 
   // ---- forward
@@ -461,7 +461,7 @@ void test_case(const Case& c, const Ending* ending) {
     if (counter != (training && tracked && !cumulative ? 42 : 41)) wrong(c, "batches counted");
     const int64_t least = training && plan.strategy == Strategy::streaming ? 2 : 1;
     // Values that are no numbers, or all the same, may cost a second reading.
-    const int64_t pivots = !training ? 0 : C * plan.blocks_an_item * size_of(dtype);
+    const int64_t pivots = !training ? 0 : C * plan.batch_splits * size_of(dtype);
     was_read(c, "x", watch_x, least, pivots + (c.odd_values && least == 2 ? int64_t(x.bytes()) : 0));
     if (plan.bytes != (least + 1) * int64_t(x.bytes())) wrong(c, "plan.bytes of forward");
   }
@@ -492,11 +492,11 @@ void test_case(const Case& c, const Ending* ending) {
   }
 
   // ---- backward
-  const bool wants_residual = ending != nullptr && below(2);
+  const bool wants_residual = chosen != nullptr && below(2);
   const int64_t wanted = (1 + below(7)) | (wants_residual ? 1 : 0);  // 1: of the input, 2: weight, 4: bias
   Tensor dy = random_tensor(c, 0.25),
          dr = wants_residual ? Tensor(dtype, shape.elements(), apart.misaligned) : Tensor();
-  if (ending != nullptr && has_mask(e.activation) && below(4) == 0) {  // what is blocked spoils nothing
+  if (chosen != nullptr && has_mask(e.activation) && below(4) == 0) {  // what is blocked spoils nothing
     const int64_t i = below(shape.elements());
     const bool surely = dtype != DType::f16;  // there it may be what became zero in y
     if (surely && y.get(i) == 0) dy.set(i, below(2) ? NAN : INFINITY);
@@ -621,7 +621,7 @@ constexpr int fused_a_case = 2;
 
 void test_seed(uint64_t seed, const std::string& filter) {
   simt::config.seed = seed;
-  int64_t number = 0, ending = int64_t(seed);
+  int64_t number = 0, epilogue = int64_t(seed);
   for (const Gpu& gpu : gpus) {
     simt::config.device = number++;
     simt::config.multiprocessors = gpu.multiprocessors;
@@ -642,7 +642,7 @@ void test_seed(uint64_t seed, const std::string& filter) {
         if (c.name.find(filter) == std::string::npos) continue;
         try {
           test_case(c, nullptr);
-          for (int i = 0; i < fused_a_case; ++i) test_case(c, &endings[ending++ % int64_t(std::size(endings))]);
+          for (int i = 0; i < fused_a_case; ++i) test_case(c, &epilogues[epilogue++ % int64_t(std::size(epilogues))]);
         } catch (const simt::error& e) {
           wrong(c, e.what());
         }

@@ -1,47 +1,47 @@
-// In: dy of a piece. Out: dz = dy * act'(z), written where the gradient of the residual is asked for. What kernels of
-// the backward pass are templates of.
+// The epilogue of the backward pass: dz = dy * act'(z), also stored as the gradient of the residual if that is wanted.
+// A template parameter of backward kernels.
 #pragma once
 
-#include "ending.cuh"
+#include "epilogue.cuh"
 
 namespace fastbn::cuda {
 
-// In the place of an activation: one that has a mask.
+// Stands for any activation with a mask.
 struct Masked {};
 
-// Act: Identity (dz is dy), Masked, Relu, or Any: what the arguments name, with a residual if there is one. For the
-// last two, z is computed once more from the input.
+// Act: Identity (dz is dy), Masked, Relu, or Any: the activation of the arguments, with a residual if there is one. The
+// last two recompute z from the input.
 template <class T, int V, class Act>
-struct Gradient {
+struct BackwardEpilogue {
   using A = acc_t<T>;
   static constexpr bool plain = std::is_same_v<Act, Identity>, masked = std::is_same_v<Act, Masked>;
   static constexpr bool any = std::is_same_v<Act, Any>;
-  static constexpr bool recomputes = !plain && !masked;  // it may need z
-  using Beside = std::conditional_t<any, Raw<T, V>, std::conditional_t<masked, unsigned, Nothing>>;
+  static constexpr bool recomputes = !plain && !masked;  // may need z
+  using Extra = std::conditional_t<any, Raw<T, V>, std::conditional_t<masked, unsigned, Nothing>>;
 
   const Backward& args;
 
   FASTBN_D bool needs_input() const { return any ? args.epilogue.activation != Activation::identity : recomputes; }
 
-  FASTBN_D Beside load_beside(const Piece& p) const {
-    Beside beside{};
-    if constexpr (masked) beside = load(static_cast<const uint8_t*>(args.mask) + p.index);
+  FASTBN_D Extra load_extra(const VectorSpan& p) const {
+    Extra extra{};
+    if constexpr (masked) extra = load(static_cast<const uint8_t*>(args.mask) + p.index);
     if constexpr (any) {
       const T* const residual = static_cast<const T*>(args.epilogue.residual);
-      if (residual != nullptr && needs_input()) beside = load_piece<T, V>(residual, p);
+      if (residual != nullptr && needs_input()) extra = load_span<T, V>(residual, p);
     }
-    return beside;
+    return extra;
   }
 
-  // dz of the elements of dy, and as it is stored. z(j): of an element, without its residual.
+  // Returns dz in storage format and sets its elements. z(j): element j before the residual is added.
   template <class Z>
-  FASTBN_D Raw<T, V> turn(const Beside& beside, const Raw<T, V>& dy, const Z& z, A (&dz)[V]) const {
+  FASTBN_D Raw<T, V> apply(const Extra& extra, const Raw<T, V>& dy, const Z& z, A (&dz)[V]) const {
     Raw<T, V> raw = dy;
-    if constexpr (masked) raw = block(beside, dy);
+    if constexpr (masked) raw = block(extra, dy);
     widen<T, V>(raw, dz);
     if constexpr (any) {
       if (needs_input()) {
-        scale(beside, z, dz);
+        scale(extra, z, dz);
         raw = narrow<T, V>(dz);
       }
     } else if constexpr (recomputes) {
@@ -52,16 +52,15 @@ struct Gradient {
     return raw;
   }
 
-  // It may be where dy is, where blocking twice is the same as once: each element is read by the thread that writes it.
-  FASTBN_D void keep(const Piece& p, const Raw<T, V>& dz) const {
+  // grad_residual may be dy: each element is read by the thread that writes it, and masking twice is the same as once.
+  FASTBN_D void store_residual_grad(const VectorSpan& p, const Raw<T, V>& dz) const {
     if constexpr (masked || any) {
-      if (args.grad_residual != nullptr) store_piece<T, V>(static_cast<T*>(args.grad_residual), p, dz);
+      if (args.grad_residual != nullptr) store_span<T, V>(static_cast<T*>(args.grad_residual), p, dz);
     }
   }
 
  private:
-  // Word by word as it is stored, which takes the fewest registers. A parameter of zero lets nothing through, not even
-  // what is no number.
+  // Word by word in storage format, which takes the fewest registers. A parameter of zero blocks NaN and infinity too.
   FASTBN_D Bytes16 block(unsigned bits, Bytes16 dy) const {
     const float param = float(args.epilogue.param);
     constexpr int of_word = V / 4;
@@ -83,13 +82,13 @@ struct Gradient {
   }
 
   template <class Z>
-  FASTBN_D void scale(const Beside& beside, const Z& z, A (&dy)[V]) const {
+  FASTBN_D void scale(const Extra& extra, const Z& z, A (&dy)[V]) const {
     A sum[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) sum[j] = z(j);
     if (args.epilogue.residual != nullptr) {
       A residual[V];
-      widen<T, V>(beside, residual);
+      widen<T, V>(extra, residual);
 #pragma unroll
       for (int j = 0; j < V; ++j) sum[j] += residual[j];
     }
@@ -102,21 +101,21 @@ struct Gradient {
   }
 };
 
-// body(Type<Gradient>)
+// Calls body(Type<BackwardEpilogue>).
 template <class T, int V, class Body>
-void dispatch_gradient(const Backward& args, const Body& body) {
+void dispatch_backward_epilogue(const Backward& args, const Body& body) {
   const Activation activation = args.epilogue.activation;
   if constexpr (masks<T, V>) {
-    if (args.mask != nullptr) return body(Type<Gradient<T, V, Masked>>{});
+    if (args.mask != nullptr) return body(Type<BackwardEpilogue<T, V, Masked>>{});
   }
   const bool alone = args.epilogue.residual == nullptr && args.grad_residual == nullptr;
   if (activation == Activation::identity && args.grad_residual == nullptr) {
-    return body(Type<Gradient<T, V, Identity>>{});
+    return body(Type<BackwardEpilogue<T, V, Identity>>{});
   }
   if constexpr (masks<T, V>) {
-    if (activation == Activation::relu && alone) return body(Type<Gradient<T, V, Relu>>{});
+    if (activation == Activation::relu && alone) return body(Type<BackwardEpilogue<T, V, Relu>>{});
   }
-  body(Type<Gradient<T, V, Any>>{});
+  body(Type<BackwardEpilogue<T, V, Any>>{});
 }
 
 }  // namespace fastbn::cuda

@@ -1,5 +1,5 @@
-// In: values in memory. Out: one vector register of memory, widened to vectors of the accumulation type.
-// Included once per instruction set, inside its namespace; GCC vector extensions do the arithmetic.
+// SIMD vectors: loads, stores and conversions between storage types and the accumulation type. Included once per
+// instruction set, inside its namespace; GCC vector extensions do the arithmetic.
 
 template <class A>
 struct VectorOf {
@@ -21,7 +21,7 @@ FASTBN_HD void store_bits(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// Past the cache: saves reading the line that is about to be overwritten. p is aligned to the vector.
+// Streaming store: does not read the line that is overwritten. p is aligned to the vector.
 FASTBN_HD void stream_bits(void* p, Vec<float> v) {
 #if FASTBN_VECTOR_BYTES == 64
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
@@ -44,19 +44,19 @@ FASTBN_HD Vec<A> broadcast(A x) {
 
 using Words = VectorOf<uint32_t>::type;
 
-// A word of two bfloat16 becomes the even value and the odd one with one operation each, and back: the lanes of a
-// pack of bfloat16 are the even elements, then the odd ones.
+// A word of two bfloat16 becomes the even and the odd value with one operation each, and back: the lanes of a pack of
+// bfloat16 are the even elements, then the odd ones.
 FASTBN_HD void widen(Vec<float> bits, BFloat16*, Vec<float> (&v)[2]) {
   v[0] = (Vec<float>)((Words)bits << 16);
   v[1] = (Vec<float>)((Words)bits & 0xffff0000u);
 }
 FASTBN_HD void widen(const BFloat16* p, Vec<float> (&v)[2]) { widen(load_bits<Vec<float>>(p), (BFloat16*)nullptr, v); }
-// To nearest even, into the upper half of each word. No NaN can overflow into another number: those that
-// arithmetic makes, that come from a bfloat16 input and that formula.h lets pass all have a zero lower half.
+// Rounds to nearest even, into the upper half of each word. No NaN overflows into another number: NaNs from arithmetic,
+// from a bfloat16 input and from formula.h all have a zero lower half.
 FASTBN_HD Words round_to_bfloat16(Vec<float> v) {
   const Words u = (Words)v;
 #if FASTBN_VECTOR_BYTES == 64
-  // Less -0x7fff for an even last digit, less -0x8000 for an odd one, which one operation makes of it.
+  // Subtracts -0x7fff for an even last digit, -0x8000 for an odd one, which one ternary-logic operation selects.
   const __m512i odd = (__m512i)(u >> 16);
   return u - (Words)_mm512_ternarylogic_epi32(odd, _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);
 #else
@@ -126,7 +126,7 @@ FASTBN_HD Vec<float> narrow(const Vec<float> (&v)[2], Half*) {
 #endif
 }
 
-// One vector register of memory: `size` values of T, as one vector of float or double, or two of float.
+// One vector register of memory: `size` values of T, widened to one vector of float or double, or two of float.
 template <class T>
 struct Pack {
   using A = acc_t<T>;
@@ -144,7 +144,7 @@ struct Pack {
     }
     return r;
   }
-  // From and to a register as it is in memory.
+  // From and to a register in storage format.
   static FASTBN_HD Pack of(Vec<float> bits) {
     Pack r;
     if constexpr (vectors == 1) {
@@ -165,7 +165,7 @@ struct Pack {
   FASTBN_HD void stream(T* p) const { stream_bits(p, bits()); }
 };
 
-// As many values of E as a Pack<T> holds values.
+// The values of a Pack<T> converted to E.
 template <class T, class E>
 struct Lanes {
   static constexpr int vectors = Pack<T>::size * int(sizeof(E)) / vector_bytes;
@@ -187,26 +187,26 @@ struct Lanes {
   }
 };
 
-// The type in which values are summed over a channel. Gradients of parameters, and means around zero, are sums that
-// nearly cancel, and what is rounded on the way is a large part of what remains: so double, in which products of
-// floats are exact. A product of two bfloat16 is exact in float, and so, nearly always, is a sum of float_terms.
+// The type of the sums over a channel. Gradients of parameters and means near zero nearly cancel, so rounding errors of
+// the terms stay visible: float64, in which products of floats are exact. For bfloat16 float32 is enough: a product of
+// two is exact, and so, nearly always, is a sum of float_terms of them.
 template <class T>
 using sum_t = std::conditional_t<std::is_same_v<T, BFloat16>, float, double>;
 constexpr int float_terms = 32;
-// Sums so wide that they hold products of values far from zero: without a pivot, unless it turns out to be needed.
+// Sums that are wide enough for products of values far from zero need no pivot in the first pass.
 template <class T>
 constexpr bool wide_sums = sizeof(sum_t<T>) > sizeof(acc_t<T>);
-// How far a pivot may be from the mean, squared, in standard deviations: 2 leave float sums 0.2 of their precision,
-// 1000 leave double sums of floats plenty.
+// The square of the allowed distance of a pivot from the mean, in standard deviations: 2 leave float32 sums 0.2 of
+// their precision, 1000 leave float64 sums of floats plenty.
 template <class T>
 constexpr double pivot_allowed = wide_sums<T> ? 1e3 * 1e3 : 2.0 * 2.0;
 
-// A value near the mean, to subtract from x; where sums are floats, one of T, so that differences are exact too.
-// Any finite value will do: one that is not would spoil the sums of those that are.
+// A value near the mean to subtract from x; a value of T where sums are float32, so that differences are exact. Always
+// finite, or it would spoil the sums.
 template <class T>
 FASTBN_HD sum_t<T> pivot_near(double mean) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    // Without branches, for loops over channels.
+    // No branches, so that loops over channels vectorize.
     const uint32_t bits = detail::float_bits(float(mean)), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 << 16;
     constexpr uint32_t infinite = 0x7f800000u;
     return detail::bits_float((bits & infinite) == infinite || (rounded & infinite) == infinite ? 0u : rounded);
@@ -215,8 +215,8 @@ FASTBN_HD sum_t<T> pivot_near(double mean) {
   }
 }
 
-// The same where products with x - pivot are summed, which is 0 where it can be. Around zero a rounded mean has smaller
-// digits than bfloat16: they would make the differences long and their products inexact.
+// The pivot for products with x - pivot: 0 where possible. A rounded mean near zero has smaller digits than bfloat16,
+// which would make the products inexact.
 template <class T>
 FASTBN_HD sum_t<T> gradient_pivot(double mean, double variance) {
   constexpr double allowed = wide_sums<T> ? pivot_allowed<T> : std::is_same_v<T, BFloat16> ? 1 : 0;
@@ -248,7 +248,7 @@ FASTBN_HD Lanes<T, E> lanes_of(const Pack<T>& pack) {
   return r;
 }
 
-// Vectors of double from memory, which takes less than from a register: no half of it has to be moved.
+// Vectors of double from memory, which is cheaper than from a register: no half has to be moved.
 FASTBN_HD Vec<double> in_double(const float* p) {
 #if FASTBN_VECTOR_BYTES == 64
   return (Vec<double>)_mm512_cvtps_pd(load_bits<__m256>(p));
@@ -302,7 +302,7 @@ FASTBN_HD V shuffle(V a, V b, const int (&from)[sizeof(V) / 4]) {
 #endif
 }
 
-// Arrays of one float an element, between the order of memory and that of lanes; in place, whole packs.
+// Permutes arrays of one float per element between memory order and lane order; in place, whole packs.
 template <class T, bool ToLanes, class E>
 void reorder(E* array, int count) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -320,7 +320,7 @@ void reorder(E* array, int count) {
   }
 }
 
-// The number of each lane's element in a pack.
+// The index of each lane's element in its pack.
 template <class T, class E>
 FASTBN_HD auto elements(int k) {
   using I = std::conditional_t<sizeof(E) == 8, int64_t, int32_t>;
@@ -331,7 +331,7 @@ FASTBN_HD auto elements(int k) {
   return index;
 }
 
-// Element `first` and those behind it, of other values or zero.
+// Replaces element `first` and those behind it.
 template <class T, class E>
 FASTBN_HD void replace_from(Lanes<T, E>& values, int first, const Lanes<T, E>& others = {}) {
   for (int k = 0; k < Lanes<T, E>::vectors; ++k) {
@@ -339,7 +339,7 @@ FASTBN_HD void replace_from(Lanes<T, E>& values, int first, const Lanes<T, E>& o
   }
 }
 
-// Those before it become zero.
+// Sets the elements before `first` to zero.
 template <class T, class E>
 FASTBN_HD void keep_from(Lanes<T, E>& values, int first) {
   Lanes<T, E> zero{};
@@ -347,15 +347,15 @@ FASTBN_HD void keep_from(Lanes<T, E>& values, int first) {
   values = zero;
 }
 
-// The values of a vector in double; the halves of one of floats are added.
-FASTBN_HD Vec<double> folded(Vec<double> v) { return v; }
-FASTBN_HD Vec<double> folded(Vec<float> v) {
+// The values of a vector in float64; the halves of a vector of floats are added.
+FASTBN_HD Vec<double> widen_add(Vec<double> v) { return v; }
+FASTBN_HD Vec<double> widen_add(Vec<float> v) {
   const auto halves = lanes_of<double>(Pack<float>{{v}});
   return halves.v[0] + halves.v[1];
 }
 
-// The sum of many vectors, lane by lane, and then of the lanes. Floats in two parts of 12 digits, whose sums are nearly
-// always exact: to convert each vector to double took as long as a quarter of what had been summed into it.
+// The sum of many vectors. Floats are summed in two parts of 12 digits, whose sums are nearly always exact: converting
+// each vector to float64 costs a quarter of the whole reduction (NOTES.md#small-maps).
 template <class E>
 struct LongSum {
   Vec<double> sum{};
@@ -374,14 +374,14 @@ struct LongSum<float> {
     if (++terms == float_terms) get();
   }
   FASTBN_HD Vec<double> get() {
-    low = high - high == 0 ? low : Vec<float>{};  // infinite less infinite
-    sum += folded(high) + folded(low);
+    low = high - high == 0 ? low : Vec<float>{};  // infinity - infinity
+    sum += widen_add(high) + widen_add(low);
     high = low = Vec<float>{}, terms = 0;
     return sum;
   }
 };
 
-// The sum of the lanes, in double, from left to right.
+// The sum of the lanes in float64, from left to right.
 template <class A>
 FASTBN_HD double total(Vec<A> v) {
   double sum = 0;
@@ -389,12 +389,12 @@ FASTBN_HD double total(Vec<A> v) {
   return sum;
 }
 
-// How a pack is read and written: all of it, or its first n values, the others being zero. `bits`: as it is in memory.
-// `store_beside` is for a second result.
+// Loads and stores of a whole pack, or of its first n values with zeros for the others. `bits`: in storage format.
+// `store_second`: for a second output.
 template <class T>
 struct WholePack {
-  // Past the cache, in which case results are aligned. Known when they run and not when they are compiled: twice the
-  // loops took 1.5 times as long to compile and no less to run.
+  // Whether to use streaming stores; results are then aligned. Chosen at run time: as template arguments the loops take
+  // 50 % longer to compile and are no faster (NOTES.md#compile-time).
   bool streams = false, both_stream = false;
 
   FASTBN_HD Pack<T> load(const T* p) const { return Pack<T>::load(p); }
@@ -412,7 +412,7 @@ struct WholePack {
       for (int r = 0; r < Rows; ++r) packs[r].store(p + r * apart);
     }
   }
-  FASTBN_HD void store_beside(Vec<float> bits, T* p) const { write(bits, p, both_stream); }
+  FASTBN_HD void store_second(Vec<float> bits, T* p) const { write(bits, p, both_stream); }
   static FASTBN_HD void write(Vec<float> bits, T* p, bool past) { past ? stream_bits(p, bits) : store_bits(p, bits); }
 };
 template <class T>
@@ -429,20 +429,20 @@ struct PartOfPack {
     memcpy(buffer, p, n * sizeof(T));
     return load_bits<Vec<float>>(buffer);
   }
-  FASTBN_HD void store(const Pack<T>& pack, T* p) const { store_beside(pack.bits(), p); }
+  FASTBN_HD void store(const Pack<T>& pack, T* p) const { store_second(pack.bits(), p); }
   template <int Rows>
   FASTBN_HD void store_rows(const Pack<T> (&packs)[Rows], T* p, int64_t apart) const {
     for (int r = 0; r < Rows; ++r) store(packs[r], p + r * apart);
   }
-  FASTBN_HD void store_beside(Vec<float> bits, T* p) const { memcpy(p, &bits, n * sizeof(T)); }
+  FASTBN_HD void store_second(Vec<float> bits, T* p) const { memcpy(p, &bits, n * sizeof(T)); }
 };
 
-// Into the second-level cache: the first has few places for lines under way, and channels_last tensors past the cache
-// took up to 1.5 times as long with it.
+// Prefetches into L2: L1 has few line-fill buffers, and channels_last tensors that exceed the caches take up to 50 %
+// longer with it (NOTES.md#prefetch).
 template <class T>
 FASTBN_HD void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
-// How far ahead of what is read. Memory answers after 100 ns or more, in which a thread reads 3 KB. 4 KB were as good
-// for runs, 16 KB as good everywhere; the next four rows of channels_last, 2 to 4 KB, took 1 to 1.25 times as long.
+// The prefetch distance. Memory latency is 100 ns or more, in which a thread reads 3 KB; 4 to 16 KB are equally fast
+// (NOTES.md#prefetch).
 constexpr int64_t bytes_ahead = 8 << 10;

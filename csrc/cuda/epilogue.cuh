@@ -1,27 +1,27 @@
-// In: z of a piece without its residual. Out: y = act(z + residual), and the mask that the backward pass may want. What
-// kernels of the forward pass are templates of.
+// The epilogue of the forward pass: y = act(z + residual), and the mask for the backward pass. A template parameter of
+// forward kernels.
 #pragma once
 
 #include "../core/dispatch.h"
+#include "access.cuh"
 #include "math.cuh"
-#include "tile.cuh"
 
 namespace fastbn::cuda {
 
-// In the place of an activation: the one that the arguments name, found once a piece.
+// Stands for the activation of the arguments, dispatched for each span.
 struct Any {};
 
-// What a thread holds of a piece beside the input, where that is nothing.
+// The extra operand of a span, if there is none.
 struct Nothing {};
 
-// Where a mask is made: one byte a vector.
+// Whether masks are supported: one byte per vector.
 template <class T, int V>
 constexpr bool masks = V > 1 && sizeof(T) <= 4;
 
 template <class Act>
 constexpr bool has_blocked = std::is_same_v<Act, Relu> || std::is_same_v<Act, LeakyRelu> || std::is_same_v<Act, Relu6>;
 
-// body(functor)
+// Calls body(functor).
 template <class Act, class Body>
 FASTBN_D void with_activation(Activation activation, const Body& body) {
   if constexpr (std::is_same_v<Act, Any>) {
@@ -33,28 +33,28 @@ FASTBN_D void with_activation(Activation activation, const Body& body) {
 
 // adds: there may be a residual.
 template <class T, int V, class Act, bool adds>
-struct Ending {
+struct ForwardEpilogue {
   using A = acc_t<T>;
-  using Beside = std::conditional_t<adds, Raw<T, V>, Nothing>;
+  using Extra = std::conditional_t<adds, Raw<T, V>, Nothing>;
   static constexpr bool with_residual = adds, any = std::is_same_v<Act, Any>;
 
   const Forward& args;
 
-  FASTBN_D Beside load_beside(const Piece& p) const {
-    Beside beside{};
+  FASTBN_D Extra load_extra(const VectorSpan& p) const {
+    Extra extra{};
     if constexpr (adds) {
       const T* const residual = static_cast<const T*>(args.epilogue.residual);
-      if (residual != nullptr) beside = load_piece<T, V>(residual, p, true);
+      if (residual != nullptr) extra = load_span<T, V>(residual, p, true);
     }
-    return beside;
+    return extra;
   }
 
-  // z becomes y.
-  FASTBN_D void finish(const Piece& p, const Beside& beside, A (&z)[V]) const {
+  // Turns z into y.
+  FASTBN_D void apply(const VectorSpan& p, const Extra& extra, A (&z)[V]) const {
     if constexpr (adds) {
       if (args.epilogue.residual != nullptr) {
         A residual[V];
-        widen<T, V>(beside, residual);
+        widen<T, V>(extra, residual);
 #pragma unroll
         for (int j = 0; j < V; ++j) z[j] += residual[j];
       }
@@ -76,17 +76,17 @@ struct Ending {
   }
 };
 
-// body(Type<Ending>), of the fewest that serve: a kernel for each activation would take an hour to compile.
+// Calls body(Type<ForwardEpilogue>), with few specializations: one for each activation would take an hour to compile.
 template <class T, int V, class Body>
-void dispatch_ending(const Epilogue& epilogue, const Body& body) {
+void dispatch_epilogue(const Epilogue& epilogue, const Body& body) {
   const bool adds = epilogue.residual != nullptr;
-  if (epilogue.activation == Activation::identity && !adds) return body(Type<Ending<T, V, Identity, false>>{});
+  if (epilogue.activation == Activation::identity && !adds) return body(Type<ForwardEpilogue<T, V, Identity, false>>{});
   if constexpr (masks<T, V>) {
     if (epilogue.activation == Activation::relu) {
-      return adds ? body(Type<Ending<T, V, Relu, true>>{}) : body(Type<Ending<T, V, Relu, false>>{});
+      return adds ? body(Type<ForwardEpilogue<T, V, Relu, true>>{}) : body(Type<ForwardEpilogue<T, V, Relu, false>>{});
     }
   }
-  body(Type<Ending<T, V, Any, true>>{});
+  body(Type<ForwardEpilogue<T, V, Any, true>>{});
 }
 
 }  // namespace fastbn::cuda

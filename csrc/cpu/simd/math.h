@@ -1,5 +1,5 @@
-// In: a vector register of numbers. Out: exp, expm1, tanh and Gauss's density and cdf of each: what core/activation.h
-// computes with. Floats within a few units in the last place; doubles lane by lane with the C library's functions.
+// exp, expm1, tanh and the normal density and cdf of a SIMD vector, for core/activation.h. float32 within a few ulp;
+// float64 lane by lane with the C library.
 
 template <class A>
 struct Math {
@@ -35,7 +35,7 @@ struct Math {
       for (int i = 0; i < lanes; ++i) x[i] = __builtin_tanh(x[i]);
       return x;
     } else {
-      // With t = exp(-2|x|) - 1: tanh|x| = -t / (t + 2), without a difference of nearly equal numbers.
+      // tanh|x| = -t / (t + 2) with t = exp(-2|x|) - 1, which avoids cancellation.
       const V t = expm1((x > A(0) ? -x : x) * A(2));
       const V size = -t / (t + A(2));
       return x > A(0) ? size : -size;
@@ -50,9 +50,8 @@ struct Math {
     if constexpr (sizeof(A) == 8) {
       for (int i = 0; i < lanes; ++i) cdf[i] = 0.5 * __builtin_erfc(-x[i] * root_of_half);
     } else {
-      // Fitted to float64 for this file, by weighted least squares until the error was even. Near zero
-      // erf(a) = a * near(a^2), within 2e-9; elsewhere erfc(a) = exp(-a^2) * t * far(t), t = 1 / (1 + a / 2), within
-      // 7e-9.
+      // Fitted to float64 by weighted least squares until the error was even. Near zero erf(a) = a * near(a^2), within
+      // 2e-9; elsewhere erfc(a) = exp(-a^2) * t * far(t) with t = 1 / (1 + a / 2), within 7e-9.
       const V a = x * root_of_half, size = a > A(0) ? a : -a, square = a * a;
       const V near =
           polynomial<7>(square, {1.1283791065216064f, -0.3761262595653534f, 0.1128358542919159f, -0.026853810995817184f,
@@ -75,13 +74,13 @@ struct Math {
     return sum;
   }
 
-  // With x = n * log 2 + r, n whole and |r| at most half of log 2: exp(r) - 1, and 2^n to scale it with.
+  // With x = n * log 2 + r, n an integer and |r| <= log(2) / 2: returns exp(r) - 1, and sets scale to 2^n.
   static FASTBN_HD V expm1_of_rest(V x, V& scale) {
     using I = typename VectorOf<int32_t>::type;
-    // Beyond these 2^n is no normal number. A NaN passes both comparisons, and n is then anything.
+    // Beyond these bounds 2^n is not a normal number. A NaN passes both comparisons, and n is then arbitrary.
     x = x < A(-87) ? of(A(-87)) : x;
     x = x > A(88.3f) ? of(A(88.3f)) : x;
-    constexpr A whole = A(12582912);  // 1.5 * 2^23: what is added to it loses its fraction
+    constexpr A whole = A(12582912);  // 1.5 * 2^23: adding it rounds to an integer
     const V shifted = x * A(1.4426950408889634f) + whole;
     const V n = shifted - whole;
     const V r = (x - n * A(0.693145751953125f)) - n * A(1.42860677e-6f);

@@ -1,0 +1,99 @@
+// The primitives of synchronized batch norm, between which torch.distributed's collectives run: stats -> all_gather ->
+// gather_stats -> forward with given moments, and backward_reduce -> all_reduce -> backward_elemt.
+#include <ATen/ops/stack.h>
+
+#include "call.h"
+
+namespace fastbn {
+
+namespace {
+
+void check_batch_stats(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
+  check_dense(t, name);
+  check_device(t);
+  check_memory(t, name);
+  TORCH_CHECK(t.scalar_type() == at::kDouble, name, " should be float64, not ", t.scalar_type());
+  TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes), name, " should have sizes ", at::IntArrayRef(sizes), ", not ",
+              t.sizes());
+}
+
+}  // namespace
+
+Tensor stats(const Tensor& input) {
+  check_input(input);
+  const int64_t channels = channels_of(input);
+  dtype_of(input);
+  Context context(input);
+  Tensor batch_stats = context.empty({3, channels}, at::kDouble);
+  if (input.numel() == 0) return batch_stats.zero_();
+  const Canonical x = canonicalize(input);
+  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, false));
+  Forward args{};
+  args.problem = x.problem;
+  args.input = x.tensor.const_data_ptr();
+  args.moments = batch_stats.data_ptr<double>();
+  args.training = true;
+  args.eps = 1;  // unused: there is no output
+  args.workspace = scratch.data();
+  launch(context, args);
+  batch_stats.select(0, 2).fill_(double(x.problem.shape.per_channel()));
+  return batch_stats;
+}
+
+Tensor gather_stats(const Tensor& all_stats, const Statistics& statistics) {
+  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
+                    "running_mean and running_var must either both be None or neither be None");
+  TORCH_CHECK(all_stats.dim() == 3, "all_stats should have sizes [K, 3, C], not ", all_stats.sizes());
+  const int64_t ranks = all_stats.size(0), channels = all_stats.size(2);
+  check_batch_stats(all_stats, "all_stats", {ranks, 3, channels});
+  if (present(statistics.mean)) check_running(statistics, channels, all_stats, "all_stats");
+  check_counter(statistics);
+
+  Context context(all_stats);
+  const Tensor given = all_stats.contiguous();
+  const double* const from = given.const_data_ptr<double>();
+  Tensor batch_stats = context.empty({3, channels}, at::kDouble);
+  if (channels == 0) return batch_stats;
+  double* const to = batch_stats.data_ptr<double>();
+  RunningArgument running(statistics, context);
+#if defined(FASTBN_GPU)
+  if (context.on_gpu()) {
+    cuda::gather_stats(from, ranks, channels, to, running.get(), context.stream());
+    running.store();
+    return batch_stats;
+  }
+#endif
+  double count = 0;
+  for (int64_t k = 0; k < ranks; ++k) count += from[(k * 3 + 2) * channels];
+  TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got 1 in all ranks together");
+  for (int64_t c = 0; c < channels; ++c) gather_stats(from, ranks, channels, c, to, running.get());
+  running.store();
+  return batch_stats;
+}
+
+Tensor backward_reduce(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& batch_stats, double eps,
+                       const EpilogueArgs& epilogue) {
+  check_batch_stats(batch_stats, "batch_stats", {3, channels_of(input)});
+  const Saved saved{batch_stats.narrow(0, 0, 2), Tensor()};
+  const auto [dx, dw, db, dz] = backward(grad_output, input, weight, bias, saved, eps, true, {false, true, true, false},
+                                         epilogue, false, {}, at::kDouble);
+  return at::stack({dw, db});
+}
+
+std::tuple<Tensor, Tensor> backward_elemt(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                                          const OptionalTensor& bias, const Tensor& batch_stats, const Tensor& total,
+                                          double eps, bool wants_residual, const EpilogueArgs& epilogue) {
+  const int64_t channels = channels_of(input);
+  check_batch_stats(batch_stats, "batch_stats", {3, channels});
+  check_batch_stats(total, "total", {2, channels});
+  check_same_device(total, "total", input);
+  const Tensor kept = batch_stats.contiguous(), sums = total.contiguous();
+  const GlobalSums global{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels};
+  const Saved saved{kept.narrow(0, 0, 2), Tensor()};
+  const auto [dx, dw, db, dz] = backward(grad_output, input, weight, bias, saved, eps, true,
+                                         {true, false, false, wants_residual}, epilogue, false, global, std::nullopt);
+  return {dx, dz};
+}
+
+}  // namespace fastbn
