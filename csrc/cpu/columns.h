@@ -206,7 +206,7 @@ struct ColumnBlock {
         for (int k = 0; k < S::vectors; ++k) s.v[k] += x.v[k], q.v[k] += x.v[k] * y.v[k];
         ++row;
       };
-      while (!F::calls && row + 4 <= rows) add_row(), add_row(), add_row(), add_row();
+      while (row + 4 <= rows) add_row(), add_row(), add_row(), add_row();
       while (row < rows) add_row();
       if (known > 0) keep_from<T, sum_t<T>>(s, known), keep_from<T, sum_t<T>>(q, known);
       if (const int left = int(end - column); left < size) {
@@ -247,7 +247,7 @@ struct ColumnBlock {
     if constexpr (Pivots::may_be_narrow) {
       if (narrow()) return add_rows<1>(PartOfPack<T>{columns}, first, last, pivots, forward_coefficients, s, q, f);
     }
-    constexpr int at_once = F::calls ? 1 : 4;
+    constexpr int at_once = 4;
     const int64_t together = first + (last - first) / at_once * at_once;
     add_rows<at_once>(WholePack<T>{}, first, together, pivots, forward_coefficients, s, q, f);
     add_rows<1>(WholePack<T>{}, together, last, pivots, forward_coefficients, s, q, f);
@@ -278,7 +278,7 @@ struct ColumnBlock {
       dot.store(q + p);
     };
     // One loop is 3-6 % slower for bfloat16 sums with pivots in registers; NOTES.md#compile-time.
-    constexpr bool apart_last = !wide_sums<T> && !Pivots::may_be_narrow && !F::calls;
+    constexpr bool apart_last = !wide_sums<T> && !Pivots::may_be_narrow;
     each_pack_of_rows<Rows, apart_last>(io, first, last, step);
   }
 
@@ -290,7 +290,7 @@ struct ColumnBlock {
     // Rows that share one load of the coefficients, as many as there are registers for: up to 35 % faster, most where
     // the coefficients of a row fill L1. Streaming stores go row by row if a pack is less than a cache line, so that a
     // line is written in one go. NOTES.md#rows-at-a-time.
-    constexpr int at_once = F::calls ? 1 : vector_bytes == 64 ? 4 : 2, lines_at_once = vector_bytes == 64 ? 4 : 1;
+    constexpr int at_once = vector_bytes == 64 ? 4 : 2, lines_at_once = vector_bytes == 64 ? 4 : 1;
     if constexpr (Coefficients::may_be_narrow) {
       if (narrow()) return map_rows<1>(PartOfPack<T>{columns}, 0, rows, out, coefficients, memory, f);
     }

@@ -85,11 +85,9 @@ FASTBN_HD auto blocked_by(Vec<A> z, Activation activation) {
   return activation == Activation::relu6 ? Relu6::blocked(z, A(0)) : Relu::blocked(z, A(0));
 }
 
-// Forward epilogues turn z into y in place. uses_mask(): it fills a mask. calls: it calls a function per vector.
+// Forward epilogues turn z into y in place. uses_mask(): it fills a mask.
 template <class T>
 struct IdentityEpilogue {
-  static constexpr bool calls = false;
-
   FASTBN_HD void prefetch(int64_t) const {}
   FASTBN_HD bool uses_mask() const { return false; }
   template <class IO>
@@ -99,7 +97,6 @@ struct IdentityEpilogue {
 template <class T, bool with_residual>
 struct ReluEpilogue {
   using A = acc_t<T>;
-  static constexpr bool calls = false;
   const T* residual;
   void* mask;
 
@@ -125,7 +122,6 @@ struct ReluEpilogue {
 template <class T>
 struct RuntimeEpilogue {
   using A = acc_t<T>;
-  static constexpr bool calls = true;
   const T* residual;  // or nullptr
   void* mask;
   Activation activation;
@@ -172,8 +168,9 @@ struct ForwardCoefficients {
   Lanes<T, acc_t<T>> mean, scale, shift;
 };
 
-// Backward epilogues make dz from dy, and from x if needs_z. uses_mask(): it reads a mask. If has_bits, `bits` returns
-// dz as stored in memory, which saves rounding it again.
+// Backward epilogues make dz from dy, and from x if needs_z. uses_mask(): it reads a mask. calls: it calls a function
+// per vector, so few accumulators stay in registers. If has_bits, `bits` returns dz as stored in memory, which saves
+// rounding it again.
 template <class T>
 struct IdentityBackward {
   static constexpr bool needs_z = false, has_bits = true, calls = false;

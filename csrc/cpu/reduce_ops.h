@@ -49,13 +49,12 @@ struct BackwardReduceOp {
 
 // For pivots that are all 0: worth a loop of its own.
 template <class T, class Epilogue>
-using UnshiftedBackwardReduceOp = BackwardReduceOp<T, Epilogue, !wide_sums<T> || Epilogue::calls>;
+using UnshiftedBackwardReduceOp = BackwardReduceOp<T, Epilogue, !wide_sums<T>>;
 
 // The normalization and its epilogue. Coefficients are one pack each, `count` of them.
 template <class T, class Epilogue>
 struct NormalizeOp {
   static constexpr int count = 3;  // mean, scale, shift
-  static constexpr bool calls = Epilogue::calls;
   const T* x;
   Epilogue epilogue;
 
@@ -80,7 +79,6 @@ FASTBN_HD void store_residual_grad(const IO& io, const Pack<T>& dz, Vec<float> b
 template <class T, class Epilogue>
 struct BackwardElemtOp {
   static constexpr int count = Epilogue::needs_z ? 5 : 4;  // mean, x_scale, scale, shift, shift of z
-  static constexpr bool calls = Epilogue::calls;
   const T* x;
   T* grad_residual;  // or nullptr
   Epilogue epilogue;
@@ -105,7 +103,6 @@ struct BackwardElemtOp {
 template <class T, class Epilogue>
 struct BackwardScaleOp {
   static constexpr int count = Epilogue::needs_z ? 3 : 1;  // scale, mean, shift of z
-  static constexpr bool calls = Epilogue::calls;
   const T* x;
   T* grad_residual;  // or nullptr
   Epilogue epilogue;
