@@ -12,7 +12,6 @@ FOLDERS = ("csrc", "fastbn", "tests")
 SUFFIXES = {".py", ".pyi", ".h", ".cuh", ".cpp", ".cu"}
 LIMIT, LIMIT_OF_TESTS = 450, 400
 EXCEPTIONS = {
-    "tests/simt/driver.cpp": "to be split by subject",
     "tests/simt/machine.h": "one machine: its parts (fibers, barriers, memory, schedules) share all of their state",
 }
 
