@@ -1,4 +1,4 @@
-"""The extension. What each function refuses is a RuntimeError, ValueError, TypeError or IndexError."""
+"""The extension. Bad arguments raise RuntimeError, ValueError, TypeError or IndexError."""
 
 from collections.abc import Callable
 from types import NotImplementedType
@@ -33,15 +33,15 @@ def ghost_batch_norm(
     eps: float,
     virtual_batch_size: int,
 ) -> Tensor | NotImplementedType:
-    """`batch_norm` in training, of chunks of so many samples, each by its own moments."""
+    """`batch_norm` in training, with statistics of their own for chunks of virtual_batch_size samples."""
 
 def check_device(input: Tensor) -> None:
-    """RuntimeError for a tensor of a device that this build has no kernels for, with what to do."""
+    """Raise RuntimeError, with advice, if this build has no kernels for the device of input."""
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """RuntimeError for a tensor whose storage was freed, or is too small for its sizes; `name` is what to call it.
+    """Raise RuntimeError, with `name`, for a tensor whose storage was freed or is too small for its sizes.
 
-    Tensors without memory to look at (fake, meta, sparse, those that torch.func wraps) pass.
+    Tensors without a storage of their own (fake, meta, sparse, those that torch.func wraps) pass.
     """
 
 def forward(
@@ -128,16 +128,16 @@ def backward_elemt(
     """Gradients of input and residual (empty if not wanted); total: `backward_reduce`, summed over the ranks."""
 
 def is_watched() -> bool:
-    """Whether a mode (a dispatch mode, functorch, tracing) wants to see every operator."""
+    """Whether a dispatch mode, functorch or tracing is active, which intercepts operators."""
 
 def set_differentiable_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """What the autograd node calls, with the arguments of backward, when its own pass is differentiated or watched."""
+    """Set what the autograd node calls in double backward and under modes, with the arguments of `backward`."""
 
 def set_differentiable_ghost_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """The same of ghost batch norm, with the arguments of fastbn::ghost_backward."""
+    """The same for ghost batch norm, with the arguments of fastbn::ghost_backward."""
 
 def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, Any]:
-    """How the kernels would walk a tensor of these sizes: the fields of fastbn.Plan that they decide."""
+    """The CPU kernels' plan for a tensor of these sizes: those fields of fastbn.Plan that it decides."""
 
 def cuda_plan(
     sizes: list[int],
@@ -148,14 +148,14 @@ def cuda_plan(
     aligned: bool,
     device: dict[str, int | bool],
 ) -> dict[str, Any]:
-    """How the CUDA kernels would walk such tensors, direction "forward" or "backward", on a GPU with these numbers.
+    """The CUDA kernels' plan for such tensors, direction "forward" or "backward", on a GPU with these properties.
 
-    A pure function in every build: the GPU need not be there. device and the result have the names of the fields of
-    cuda::Device and cuda::Plan in csrc/cuda/plan.h. aligned: tensors begin at multiples of 16 bytes.
+    A pure function in every build, without a GPU. device has the fields of cuda::Device in csrc/cuda/plan.h, the result
+    those of fastbn.CudaPlan. aligned: tensors begin at multiples of 16 bytes.
     """
 
 def cuda_device(input: Tensor) -> dict[str, int | bool]:
-    """The numbers of the GPU that input is on, as cuda_plan takes them; in builds that have the CUDA kernels."""
+    """The properties of the GPU that input is on, for `cuda_plan`; in builds with CUDA kernels."""
 
 def cpu_capability() -> str:
     """The instruction set of the kernels that run: "baseline", "avx2" or "avx512"."""
