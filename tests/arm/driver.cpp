@@ -125,7 +125,7 @@ class Test {
     args.weight = weight_.param(), args.bias = bias_.param();
     args.epilogue = {e_.activation, e_.param, residual_.data()};
     args.mask = e_.mask ? mask_->data() : nullptr;
-    args.mean = mean_.param(), args.var = var_.param(), args.spread = c_.mode == Mode::given;
+    args.mean = mean_.param(), args.var = var_.param(), args.precomputed_stats = c_.mode == Mode::global;
     args.moments = reinterpret_cast<double*>(moments_.data());
     args.running = {running_mean_.output(), running_var_.output(), momentum, nullptr, nullptr};
     args.training = c_.mode == Mode::train, args.eps = eps, args.workspace = workspace.data();
@@ -170,8 +170,8 @@ class Test {
     args.mask = with_mask ? mask_->data() : nullptr;
     args.grad_residual = wants_dz ? g.residual.data() : nullptr;
     args.moments = reinterpret_cast<const double*>(moments_.data());
-    if (c_.mode == Mode::given) {
-      args.total = total_.data(), args.counts = counts_.data();
+    if (c_.mode == Mode::global) {
+      args.global_sums = total_.data(), args.global_counts = counts_.data();
     } else {
       args.grad_weight = g.weight.output(), args.grad_bias = g.bias.output();
     }
@@ -190,14 +190,14 @@ class Test {
         if (near_a_jump(e_, z_of(i, k), size_of_z(i, k))) dy_.set(index_of(shape_, i, k), 0);
       }
     }
-    if (c_.mode == Mode::given) {
+    if (c_.mode == Mode::global) {
       total_.resize(size_t(2 * shape_.C)), counts_.assign(size_t(shape_.C), double(3 * n()));
       for (double& t : total_) t = 4 * random_.noise();
     }
     gradients_ = call_backward(dy_, e_.mask, false, e_.adds);
     digest_.add(gradients_.input);
     if (e_.adds) digest_.add(gradients_.residual);
-    if (c_.mode != Mode::given) digest_.add(gradients_.weight), digest_.add(gradients_.bias);
+    if (c_.mode != Mode::global) digest_.add(gradients_.weight), digest_.add(gradients_.bias);
   }
 
   void check_backward() {
@@ -218,9 +218,9 @@ class Test {
         sum_size += s, dot_size += s * std::abs(xhat);
         if (e_.adds) expect(c_, "grad_residual", dtype_, i, k, gradients_.residual.get(at), d, s);
       }
-      const double count = c_.mode == Mode::given ? counts_[size_t(i)] : double(n());
+      const double count = c_.mode == Mode::global ? counts_[size_t(i)] : double(n());
       double mean_dz = double(sum) / count, mean_dot = double(dot) / count;
-      if (c_.mode == Mode::given) {
+      if (c_.mode == Mode::global) {
         mean_dz = total_[size_t(shape_.C + i)] / count, mean_dot = total_[size_t(i)] / count;
         sum_size = std::abs(mean_dz) * count, dot_size = std::abs(mean_dot) * count;
       } else {
@@ -291,7 +291,7 @@ int main(int count, char** arguments) {
     for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
       if (s.S == 1 && layout == Layout::channels_last) continue;
       for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
-        for (const Mode mode : {Mode::train, Mode::eval, Mode::given}) {
+        for (const Mode mode : {Mode::train, Mode::eval, Mode::global}) {
           const EpilogueCase& e = epilogues[turn % number_of_epilogues];
           const Shape shape{s.N, s.C, s.S, layout};
           // 0: as a batch norm alone. The others walk through the epilogues and what else varies.

@@ -13,9 +13,9 @@ namespace arm_test {
 
 // ---- cases ---------------------------------------------------------------------------------------------------------
 
-// given: training with statistics of a batch that is spread over ranks.
-enum class Mode { train, eval, given };
-inline const char* const mode_names[] = {"train", "eval", "given"};
+// global: training with statistics of a batch that is spread over ranks.
+enum class Mode { train, eval, global };
+inline const char* const mode_names[] = {"train", "eval", "global"};
 inline const char* const dtype_names[] = {"f32", "f64", "f16", "bf16"};
 
 // Of 128 bits everywhere, so that what inputs are made from has the same bits, too.

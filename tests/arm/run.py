@@ -74,7 +74,7 @@ def compile_all(chosen: list[Build]) -> dict[Build, Path]:
     """The drivers. Objects are made once for the same compiler and flags, and only when a source is newer."""
     BUILD.mkdir(parents=True, exist_ok=True)
     newest = max(
-        path.stat().st_mtime for folder in ("csrc/core", "csrc/cpu", "tests/arm") for path in (ROOT / folder).iterdir()
+        path.stat().st_mtime for folder in ("csrc/core", "csrc/cpu", "tests/arm") for path in (ROOT / folder).rglob("*")
     )
     commands: dict[Path, list[str]] = {}
     objects: dict[Build, list[Path]] = {}
@@ -153,7 +153,7 @@ def main() -> None:
         sys.exit("tests/arm: the bits differ in\n" + "\n".join(different[:20]))
     for name in ("x86-64 baseline", "x86-64 avx2", "x86-64 avx512"):
         if name in found:
-            kinds = ("train", "eval", "given")
+            kinds = ("train", "eval", "global")
             of = {kind: [case for case in found["arm"] if case.startswith(kind)] for kind in kinds}
             other = set(differing(found["arm"], found[name]))
             words = ", ".join(f"{kind} {len(other & set(of[kind]))} of {len(of[kind])}" for kind in kinds)
