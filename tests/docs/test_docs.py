@@ -143,13 +143,21 @@ def test_outputs_are_compared():
 def test_no_block_escapes(page):
     """Python that is called something else, or is indented, would not be run."""
     text, blocks = page.read_text(), blocks_of(page)
-    assert {block.kind for block in blocks} <= {"python", "text", "sh"}
+    assert {block.kind for block in blocks} <= {"python", "text", "sh", "toml"}
     assert len(re.findall(r"(```|~~~)", text)) == 2 * len(blocks), "a fence that this test does not understand"
     for before, block in zip([None, *blocks], blocks, strict=False):
         if block.kind == "text":
             assert block.follows and before.kind in ("python", "sh"), f"line {block.line} shows the output of nothing"
     outside = FENCE.sub("", text)
     assert not re.search(r"^(    |\t)(?![-*])\S", outside, re.MULTILINE), "an indented block"
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=names(EVERY_PAGE))
+def test_settings_can_be_read(page):
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    for block in blocks_of(page):
+        if block.kind == "toml":
+            assert tomllib.loads(block.code)
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
@@ -183,7 +191,7 @@ def wrong_with(command):
         return f"{script} has no {gone}" if gone else ""
     if program == "git" and rest[0] == "add":
         return "".join(f"no {path}" for path in rest[1:] if not (ROOT / path).exists())
-    return "" if program in ("pip", "cd") else f"who checks {program}?"
+    return "" if program in ("pip", "uv", "cd") else f"who checks {program}?"
 
 
 @pytest.mark.parametrize("page", LINKING, ids=names(LINKING))
