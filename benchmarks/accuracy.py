@@ -1,6 +1,6 @@
-"""How near to float64 each peer computes, where the mean is near to zero and where it is far from it, measured in
+"""The error of each peer against float64, where the mean is near to zero and where it is far from it, measured in
 standard deviations: an input of mean 1e4 and deviation 1 has lost most of its digits before batch norm begins, and a
-variance as a difference of two large numbers loses the others. Records of kind "accuracy" flow out."""
+variance as a difference of two large numbers loses the others."""
 
 import random
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ SHAPE = (32, 16, 28, 28)
 
 
 def measure_accuracy(dtype: torch.dtype, layout: str, peers: list[str], seed: int) -> Iterator[Record]:
-    """Of each regime and peer: the largest error of each output over the largest right value."""
+    """A record for each regime and peer: the largest error of each output over its largest value in float64."""
     case = Case("accuracy", SHAPE, dtype, layout)
     for mean, std in REGIMES:
         tensors = make_tensors(case, random.Random(f"{seed} {mean} {std}").randrange(1 << 30))

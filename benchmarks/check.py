@@ -1,4 +1,4 @@
-"""Is a batch norm right? Compared with float64 on the benchmark's own tensors, before anything is timed."""
+"""Compares the results of a peer with float64 on the benchmark's tensors, before anything is timed."""
 
 import math
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from suite import Tensors
 CHECKED = 750_000
 # So many elements are recomputed at a time, to stay in the cache.
 CHUNK = 300_000
-# On which side of ReLU's kink rounding puts a value is chance, and changes its gradient by all of dy: values nearer
+# Rounding decides on which side of ReLU's kink a value falls, and changes its gradient by all of dy: values nearer
 # than this to it are left out. Peers may round to bfloat16 before the ReLU.
 KINK, PEERS_KINK = 1e-5, 0.05
 
 
 class Mismatch(Exception):
-    """A variant's numbers are wrong, so that its times mean nothing."""
+    """The results of a variant are wrong, so it is not timed."""
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Wanted:
 
     value: torch.Tensor
     scale: float = 1.0  # the size of what was added up to them
-    clear: torch.Tensor | None = None  # where they are not a matter of chance
+    clear: torch.Tensor | None = None  # where rounding does not decide
 
 
 class Reference:
-    """What batch norm and what follows it must compute from ``tensors``, in float64: one training pass and, where
+    """The results of batch norm and its epilogue for ``tensors``, in float64: one training pass and, where
     nothing follows, one in eval."""
 
     def __init__(self, tensors: Tensors, epilogue: str = "", elements: int = CHECKED) -> None:
@@ -53,7 +53,7 @@ class Reference:
         for name, got, wanted in self._pairs(outputs, KINK if slack == 1 else PEERS_KINK):
             # Half types round to half a unit of their own; below that, everything is computed in float32 or better.
             accuracy = 1e-11 if got.dtype == torch.float64 else 1e-5
-            if slack > 1:  # who rounds before adding the residual errs by a unit of what may have cancelled
+            if slack > 1:  # rounded before the residual is added: a unit of what may have cancelled
                 accuracy = max(accuracy, torch.finfo(got.dtype).eps / slack)
             want = wanted.value
             allowed = torch.finfo(got.dtype).eps * want.abs() + accuracy * max(wanted.scale, want.abs().max().item())

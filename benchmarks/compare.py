@@ -18,14 +18,14 @@ from timing import noise
 # differently: assumed, not measured.
 FLOOR = 0.10
 
-# Kinds of records that have fastbn's time beside others'.
+# Kinds of records with times of fastbn and of others.
 COMPARED = ("case", "fused", "call")
 
 
 @dataclass(frozen=True)
 class Change:
     record: Record
-    ratio: float  # the newer time over the older one, each held against the same thing of its run
+    ratio: float  # the newer time over the older one, each divided by torch's or a copy's of its run
     allowed: float  # what it may differ from 1 by
 
     @property

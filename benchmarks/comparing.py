@@ -13,8 +13,8 @@ from timing import Protocol, Times, measure, noise, pooled
 
 # A relative error of a ratio above this means that other programs used the machine meanwhile.
 DISTURBED = 0.5
-# How often there are as many rounds again while it is not certain which of torch and fastbn is faster. The slowest of a
-# hundred cases would else be the one with the most noise.
+# Rounds are repeated up to this many times while it is uncertain whether torch or fastbn is faster. Otherwise the
+# slowest of a hundred cases would be the one with the most noise.
 PATIENCE = 9
 
 
@@ -39,7 +39,7 @@ def checked_runners(
             reference.check(runner.outputs(), peer.slack, runner.strided)
         except Mismatch as error:
             records.append({"kind": "wrong", **about, "error": str(error)})
-        except Exception as error:  # whatever a peer raises must not stop the others
+        except Exception as error:  # an error of one peer must not stop the others
             records.append({"kind": "failed", **about, "error": last_line(error)})
         else:
             runners[name] = runner
@@ -49,8 +49,8 @@ def checked_runners(
 def measure_until_clear(
     functions: dict[str, Callable[[], object]], protocol: Protocol, rng: random.Random, failed: dict[str, Exception]
 ) -> Times:
-    """Once more, if the ratio of torch and fastbn says nothing: the less uncertain of the two counts, whatever it says.
-    If it says something, more rounds until it is further from 1 than its noise, or patience ends. All of them count."""
+    """Measures again if the ratio of torch and fastbn is too uncertain, and keeps the less uncertain result. Otherwise
+    adds rounds, up to PATIENCE times, until the ratio differs from 1 by more than its noise."""
 
     def apart(times: Times) -> tuple[float, float]:
         """How far torch and fastbn are from each other, as a logarithm, and the noise of that."""
@@ -81,7 +81,7 @@ def measure_case(
     yield from records
     if "fastbn" not in runners:
         return
-    # set up again rather than used twice, so that this sees what another module object changes
+    # another module object, so that the noise includes what that changes
     runners["fastbn again"] = PEERS["fastbn"].runner(PEERS["fastbn"], case, tensors)
     by_variant = {name: runner.calls() for name, runner in runners.items()}
     bounds = limits(tensors)

@@ -83,7 +83,7 @@ def call(model: nn.Module, x: torch.Tensor, training: bool, autocast: bool) -> C
 
 
 def first_call() -> None:
-    """By turns, each in a process of its own, as a process remembers what it has imported."""
+    """In turns, each in a process of its own."""
     seconds: dict[str, list[float]] = {"eager": [], "fastbn_eager": []}
     for _ in range(5):
         for backend, times in seconds.items():

@@ -1,4 +1,4 @@
-"""What fastbn costs outside of its kernels: a call, an import, memory beyond the tensors.
+"""Costs of fastbn outside of its kernels: a call, an import, memory beyond the tensors.
 
 Imports and memory are measured in fresh processes, which run this file as a script:
 
@@ -26,7 +26,7 @@ STATUS = Path("/proc/self/status")
 
 
 def call_records(peers: list[str], seconds: float, rng: random.Random) -> Iterator[dict[str, object]]:
-    """Time of a module call on a tensor so small that nothing else counts, on one thread."""
+    """Time of a module call on a tensor so small that call overhead dominates, on one thread."""
     tensors = make_tensors(CALL, seed=0)
     x, dy = tensors.x, tensors.dy
     calls: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "backward": {}, "eval": {}}

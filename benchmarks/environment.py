@@ -1,4 +1,4 @@
-"""Where a result was measured, and what: goes to the head of every file of results."""
+"""The machine and the versions with which results are measured: the head of every file of results."""
 
 import datetime
 import hashlib
@@ -39,7 +39,7 @@ def available_memory() -> int:
 
 
 def clock() -> dict[str, object]:
-    """Of the processor, as the system shows it: MHz, and who chooses them. A virtual machine shows little."""
+    """The processor's frequencies and their governor, as far as the system shows them."""
     folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     found: dict[str, object] = {}
     for name in ("scaling_governor", "scaling_cur_freq", "cpuinfo_max_freq"):
@@ -62,7 +62,7 @@ def code_of(source: str) -> str:
 
 
 def sources_hash() -> str:
-    """SHA-256 over the names and the code of csrc/: a result with another one is of other kernels."""
+    """SHA-256 over the names and the code of csrc/: results with another hash are of other kernels."""
     digest = hashlib.sha256()
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0{code_of(path.read_text())}\0".encode())
@@ -70,7 +70,7 @@ def sources_hash() -> str:
 
 
 def gpu() -> dict[str, object]:
-    """Of the current CUDA device, with the clocks and the temperature that it has now."""
+    """Properties of the current CUDA device, with its present clocks and temperature."""
     index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -114,6 +114,6 @@ def environment() -> dict[str, object]:
         "cache_bytes": cache_bytes(),
         "memory_bytes": available_memory(),
         "clock": clock(),
-        # other work on the machine at the start: a figure far from 0 makes the rest doubtful
+        # load at the start: other programs that run make times unreliable
         "load": round(os.getloadavg()[0], 2),
     }

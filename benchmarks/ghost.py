@@ -1,4 +1,4 @@
-"""Ghost and frozen batch norm beside what people write today: medians of rounds in which all variants take turns.
+"""Ghost and frozen batch norm against the usual code for them: medians of rounds in which all variants take turns.
 
 ghost: (N, C) in chunks, forward + backward, against torch.nn.BatchNorm1d called on one chunk after the other.
 frozen: forward, and forward + backward, against the two tensor operations of torchvision's FrozenBatchNorm2d.

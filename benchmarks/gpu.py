@@ -1,4 +1,4 @@
-"""Everything that a machine with a GPU is for, in one command: build, tests, compute-sanitizer, probe, benchmark.
+"""All that needs a GPU, in one command: build, tests, compute-sanitizer, probe, benchmark.
 
 Usage: gpu.py [--seconds 530] [--only PART ...]   (make gpu)
 
@@ -33,7 +33,7 @@ LONGEST_LOG = 3_000_000
 
 @dataclass
 class Part:
-    """A command with its limit. It runs beside the others of its group."""
+    """A command with its limit in seconds. The parts of a group run in parallel."""
 
     name: str
     group: str
@@ -56,7 +56,7 @@ class Part:
 
 
 def last_words(log: Path) -> str:
-    """The line of a log that says most: a summary if there is one, else the last."""
+    """The summary line of a log, or else its last line."""
     lines = [line.strip("= \n") for line in log.read_text(errors="replace").splitlines()[-200:]]
     lines = [line for line in lines if line]
     summaries = [line for line in lines if "SUMMARY" in line or (" in " in line and " passed" in line)]
@@ -64,7 +64,7 @@ def last_words(log: Path) -> str:
 
 
 def run(parts: list[Part], seconds: float) -> None:
-    """All of them at once, none for longer than its limit or so many seconds."""
+    """Runs all in parallel, each for at most its limit and ``seconds``."""
     if seconds < 5:
         for part in parts:
             part.detail = "no time left"
@@ -72,7 +72,7 @@ def run(parts: list[Part], seconds: float) -> None:
     running = []
     for part in parts:
         environment = {**os.environ, "PYTHONPATH": str(LIBRARY), "PYTHONUNBUFFERED": "1", **part.environment}
-        # ninja and pytest live beside the interpreter
+        # ninja and pytest are in the interpreter's folder
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
         with part.log.open("w") as log:
             process = subprocess.Popen(
@@ -144,10 +144,10 @@ def sanitizer_parts() -> list[Part]:
     parts = []
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", "9"]
-        if tool != "initcheck":  # which must see who writes
+        if tool != "initcheck":  # which has to see all writes
             command += ["--kernel-name", "kernel_substring=fastbn"]
         command += python(TESTS / "cuda" / "sanitize_cases.py")
-        # with torch's cache of memory, one tensor's end is another's begin
+        # in torch's caching allocator, tensors are adjacent
         part = Part(tool, "sanitizers", command, 170, TESTS, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         if not program:
             part.command, part.detail = [], "compute-sanitizer is not there"
@@ -156,7 +156,7 @@ def sanitizer_parts() -> list[Part]:
 
 
 def compile_parts() -> list[Part]:
-    """torch.compile takes seconds a shape; done beside the tests, the benchmark finds its results in the cache."""
+    """Runs torch.compile for the benchmark during the tests, so that its results are in the cache."""
     count = max(1, min(5, (os.cpu_count() or 2) // 3))
     script = BENCHMARKS / "run.py"
     return [

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 
 Batch = Callable[[], list[object]]
-# The GPU is kept waiting for so many cycles (0.1 ms at 2 GHz) while the host queues what is timed.
+# The GPU waits for this many cycles (0.1 ms at 2 GHz) while the host queues the calls that are timed.
 WAIT_CYCLES = 200_000
-# Sets are made until they hold this many times what the cache holds.
+# The sets of tensors together are this many times as large as the cache.
 CACHES = 3
 MOST_SETS = 48
 
@@ -30,14 +30,14 @@ class Gpu:
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
         self.release()
-        # captures and the autograd graphs that they replay must be of one stream
+        # a capture and the autograd graph in it have to use one stream
         torch.cuda.set_stream(self.stream)
 
     def cache_bytes(self) -> int:
         return torch.cuda.get_device_properties(self.device).L2_cache_size
 
     def captured(self, batch: Batch) -> Callable[[], object]:
-        for _ in range(2):  # compiles, loads and chooses what a capture must not
+        for _ in range(2):  # compiles, loads and selects kernels, which a capture must not
             batch()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -49,7 +49,7 @@ class Gpu:
         finally:
             graph.capture_end()
             gc.enable()
-        del kept  # its memory stays the graph's
+        del kept  # its memory belongs to the graph
         return graph.replay
 
     def sample(self, call: Callable[[], object], repeats: int) -> float:
@@ -71,7 +71,7 @@ class Gpu:
         return (time.perf_counter() - start) / repeats
 
     def release(self) -> None:
-        """Between cases. What lives on is frozen, so that collecting garbage before each comparison takes no time."""
+        """Frees memory between cases; gc.freeze makes the later collections fast."""
         gc.collect()
         gc.freeze()
         torch.cuda.synchronize()
@@ -79,5 +79,5 @@ class Gpu:
 
 
 def sets_for(tensor_bytes: int, cache_bytes: int) -> int:
-    """Of an input and an output each; at least two, so that a set is not its own successor."""
+    """The number of sets of an input and an output; at least two, so that calls alternate."""
     return max(2, min(MOST_SETS, math.ceil(CACHES * cache_bytes / (2 * tensor_bytes))))

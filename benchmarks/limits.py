@@ -1,4 +1,4 @@
-"""What memory allows: functions to time beside the batch norms, in the same rounds and on the same tensors; and the
+"""The limits of memory: copies that are timed with the batch norms, in the same rounds and on the same tensors; and the
 bandwidth of the machine, at the beginning and at the end of a run.
 
 copy    into memory that is already there: the most that any kernel can reach, at two tensors moved
@@ -18,12 +18,12 @@ from timing import Protocol, measure
 # Bytes of one tensor: in the second-level cache, in the third, and in memory.
 SIZES = [1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28]
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
-# Where the system does not tell: of the largest processors.
+# Where the system does not say it: of the largest processors.
 UNKNOWN_CACHE = 64 << 20
 
 
 def limits(sets: list[Tensors]) -> dict[str, Callable[[], object]]:
-    """On several sets, in turns: inputs and the copy's targets are as cold as those of the batch norms."""
+    """They use several sets in turns, so that their tensors are as cold as those of the batch norms."""
     turns = [(t.x.detach(), t.dy, torch.zeros_like(t.x, requires_grad=False)) for t in sets]
     copy, clone, add = (itertools.cycle(turns) for _ in range(3))
 

@@ -50,7 +50,7 @@ def batch_of(images: int, side: int, dtype: torch.dtype, device: str) -> tuple[t
 
 
 def agrees(network: nn.Module, variant: str, device: str) -> str:
-    """What one step in float64 differs from torch's by, or nothing."""
+    """The difference of one step in float64 from torch's, in words; empty if they agree."""
     images, labels = batch_of(4, 64, torch.float64, device)
     found = []
     for name in ("torch", variant):

@@ -15,8 +15,8 @@ from suite import Case, Tensors
 from torch import nn
 from torch._functorch import config as functorch
 
-# Others than fastbn may round more than once (torch.compile does, in gradients of half types): they are to compute the
-# same function, and no more is asked of them.
+# Other peers may round more than once (torch.compile does, in gradients of half types): the check only asks that they
+# compute the same function.
 PEERS_SLACK = 50.0
 
 
@@ -47,7 +47,7 @@ class ModuleRunner:
         return y, torch.autograd.grad(y, leaves, tensors.dy)
 
     def outputs(self) -> dict[str, torch.Tensor]:
-        """Everything that a pass over the first set computes, for the check."""
+        """All results of a pass over the first set, for the check."""
         y, gradients = self._train(self.sets[0])
         found = dict(zip(("dx", "dweight", "dbias", "dresidual"), gradients, strict=False))
         buffers = {name.rpartition(".")[2]: value for name, value in self.module.named_buffers()}
@@ -58,7 +58,7 @@ class ModuleRunner:
         return {name: value.detach() for name, value in found.items()}
 
     def calls(self) -> dict[str, Callable[[], object]]:
-        """What a training loop or a server would call, for each pass."""
+        """The call of a training loop or a server, for each pass."""
 
         def turns() -> Callable[[], Tensors]:
             if len(self.sets) == 1:
@@ -89,7 +89,9 @@ class Peer:
     make: Callable[
         [nn.Module, str], nn.Module
     ]  # torch's batch norm and the epilogue -> called with x, or x and residual
-    refuses: Callable[[Case, str], str] = lambda case, device: ""  # why it cannot do a case on a device, or nothing
+    refuses: Callable[[Case, str], str] = lambda case, device: (
+        ""
+    )  # why it cannot do a case on a device; empty if it can
     needs: str = ""  # the module that must be there
     runner: Callable = ModuleRunner
     slack: float = PEERS_SLACK
@@ -99,7 +101,7 @@ class Peer:
 
 
 class Ended(nn.Module):
-    """A batch norm with an add and a ReLU behind it, in place or not."""
+    """A batch norm followed by an add and a ReLU, in place or not."""
 
     def __init__(self, bn: nn.Module, epilogue: str, in_place: bool) -> None:
         super().__init__()

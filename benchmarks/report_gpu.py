@@ -32,7 +32,7 @@ def speedup(record: Record, peer: str, how: str = "graph") -> float:
 
 
 def over_fastest(record: Record) -> float:
-    """Against whoever is fastest in this case."""
+    """Against the fastest peer of the case."""
     return min(speedup(record, peer) for peer in peers_of(record))
 
 
@@ -47,7 +47,7 @@ def bandwidth(records: list[Record]) -> float:
 
 
 def of_limit(chosen: list[Record], bytes_a_second: float, variant: str = "fastbn") -> float:
-    """Of a network with these batch norms, as often as it has them: time of the least traffic / time."""
+    """Time of the least traffic / time, summed over the batch norms of a network."""
     least = sum(r["count"] * least_bytes(r) for r in chosen) / bytes_a_second
     return least / sum(r["count"] * median(r, variant) for r in chosen)
 

@@ -53,7 +53,7 @@ PACES = {
     "quick": Pace(0.1, 3, (32,), 2 * 10**6, (("ResNet-50", 8, 96),), 3.0),
     "full": Pace(0.4, 5, (32, 128, 256), 0, (("ResNet-50", 16, 128), ("MobileNetV2", 16, 128)), 30.0),
 }
-# Small cases are many and steady: they get this part of the time.
+# The many small cases, whose times vary little, get this part of the time.
 SMALL_PART = 0.3
 # At batches above this one, and in the scaling suite, rounds take seconds: few, and against torch and copies alone.
 USUAL_BATCH, FEW_ROUNDS = 32, 3
@@ -105,7 +105,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Those that differ between the devices."""
+    """Fills in the defaults that depend on the device."""
     on_gpu = arguments.device == "cuda"
     arguments.dtypes = arguments.dtypes or (["bfloat16", "float32", "float16"] if on_gpu else ["float32", "bfloat16"])
     arguments.batch = arguments.batch or ([32, 128, 256] if on_gpu else list(PACES[arguments.pace].batches))
@@ -120,7 +120,7 @@ def is_large(case: Case) -> bool:
 
 
 def peers_for(case: Case, arguments: argparse.Namespace) -> list[str]:
-    """Whom to compare a case with, besides torch: who was asked for, or what the time allows."""
+    """The peers of a case besides torch: those that were named, or those that the time allows."""
     if arguments.peers:
         return arguments.peers
     if is_large(case):
@@ -214,7 +214,7 @@ def main() -> int:
     if arguments.compile_only:
         compile_all(arguments, *arguments.compile_only)
         return 0
-    # on a GPU, whose minutes are lent, torch.compile alone unless there is time
+    # on a GPU torch.compile alone, unless there is time
     everybody = arguments.peers or (["torch.compile"] if on_gpu and arguments.pace != "full" else OTHERS)
     here, missing = available(list(dict.fromkeys(["fastbn", "torch", *everybody])))
     if "fastbn" in missing:

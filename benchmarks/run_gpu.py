@@ -58,7 +58,7 @@ def copies(sets: list[Tensors], tensors: int) -> Batch:
 
 
 def copy_record(gpu: Gpu, rng: random.Random) -> Record:
-    """The bandwidth that everything is held against: of a copy so large that its launch counts for nothing."""
+    """The bandwidth of a copy so large that its launch overhead is negligible."""
     source, destination = (torch.empty(BIG_COPY // 4, device=gpu.device).normal_() for _ in range(2))
     times = measure({"copy": lambda: destination.copy_(source)}, Protocol(0.3), rng, gpu.sample)
     return {"kind": "big copy", "bytes": 2 * BIG_COPY, "seconds": times}
@@ -76,7 +76,7 @@ def per_call(times: Times, calls: int) -> Times:
 
 
 def measure_case(gpu: Gpu, case: Case, peers: list[str], seconds: float, seed: int) -> Iterator[Record]:
-    """A record for each pass, and one for each peer that does not take part; or one that says that memory was short."""
+    """A record for each pass, and one for each peer that does not take part; or one that memory was exhausted."""
     rng = random.Random(seed)
     count = sets_for(case.nbytes, gpu.cache_bytes())
     try:
@@ -134,7 +134,7 @@ def line_of(records: list[Record]) -> str:
 
 
 def gpu_units(arguments: argparse.Namespace, peers: list[str], make_gpu: Callable[[], Gpu] = Gpu) -> list[Unit]:
-    """The cases that decide most first, because time may end before they do."""
+    """The most important cases first, because the time may not suffice for all."""
     gpu = make_gpu()
     rng = random.Random(arguments.seed)
     units = [Unit("big copy", lambda: [copy_record(gpu, rng)], always=True)]
@@ -155,7 +155,7 @@ def gpu_units(arguments: argparse.Namespace, peers: list[str], make_gpu: Callabl
 
 
 def compile_all(arguments: argparse.Namespace, share: int, shares: int) -> None:
-    """Have torch.compile fill its cache on disk with every `shares`-th case, so that the benchmark need not wait."""
+    """Runs torch.compile for every `shares`-th case, so that its cache on disk has them for the benchmark."""
     torch.cuda.set_stream(torch.cuda.Stream())
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     todo = [case for case in gpu_cases(dtypes, arguments.layouts, arguments.batch) if case.dtype in COMPILED_TYPES]

@@ -17,19 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from summaries import load, rounds_of, summarized, write
 
-# What must be the same in the head of a file for a run to go on with it.
+# Fields of the environment that have to be equal for a run to be resumed.
 SAME = ("csrc", "fastbn", "torch", "cpu", "threads", "pace", "seed", "gpu")
 
 
 @dataclass
 class Unit:
-    """Something to measure: its records appear in the file together, or not at all."""
+    """Something to measure. Its records are written to the file together, or not at all."""
 
     name: str
     measure: Callable[[], Iterable[Record]]
     cost: float = 1.0  # about how many seconds, for the progress bar
     line: Callable[[list[Record]], str] | None = None  # its records as a line of the terminal
-    always: bool = False  # short, and wanted however little time is left
+    always: bool = False  # short, so measured even if no time is left
 
 
 class CannotResume(Exception):
@@ -60,7 +60,7 @@ def unit_failed(record: Record) -> bool:
 
 
 def resumed(output: Path, head: Record) -> list[Record]:
-    """What there is of the run with this head: every repetition, or where they are gone the summary."""
+    """The records of a run with this environment: from the file of repetitions, or else from the summary."""
     rounds = rounds_of(output)
     path = rounds if rounds.exists() else output
     if not path.exists():

@@ -24,9 +24,9 @@ RESNET50 = [
 ]
 
 SHAPES = {
-    # So little to compute that the time of a call is most of it.
+    # So small that call overhead dominates.
     "small": [(2, 4, 2, 2), (64, 10), (1, 1, 64, 32), (8, 64, 7, 7), (32, 16, 14, 14)],
-    # What a kernel tuned on ResNet-50 may be slow on.
+    # Shapes that kernels tuned for ResNet-50 may be slow for.
     "odd": [
         (16, 3, 64, 64),
         (32, 1, 28, 28),
@@ -147,7 +147,7 @@ def make_tensors(case: Case, seed: int, device: torch.device | str = "cpu") -> T
     how = {"dtype": case.dtype, "device": device}
     if case.layout == "contiguous":
         x, dy = (torch.randn(case.shape, **how) for _ in range(2))
-    else:  # made in place: a copy on the way would hide what the measurement of memory looks for
+    else:  # made in place: a temporary copy would change the measurement of memory
         batch, channels, *space = case.shape
         x, dy = (torch.randn(batch, *space, channels, **how).movedim(-1, 1) for _ in range(2))
 

@@ -19,7 +19,7 @@ def one_decimal(value: str) -> str:
 
 
 def flattened(element: ElementTree.Element) -> list[ElementTree.Element]:
-    """The element with coordinates of one decimal; instead of a group that says nothing, what is in it."""
+    """The element with coordinates of one decimal; a group without attributes is replaced by its children."""
     for name in ("d", "x", "y", "transform"):
         if name in element.attrib:
             element.set(name, one_decimal(element.get(name)))

@@ -27,7 +27,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def make_step(sizes, dtype, layout, module):
-    """Forward and backward, and nothing else."""
+    """Forward and backward."""
     x, dy = (torch.randn(sizes).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     x.requires_grad_()
     leaves = [x, module.weight, module.bias]
@@ -43,7 +43,7 @@ def seconds_of(step, repeats):
 
 
 def seconds_of_collectives(channels):
-    """Of what a forward pass gathers."""
+    """The collective of a forward pass."""
     moments = torch.zeros(3, channels, dtype=torch.float64)
     of_all = torch.zeros(3 * RANKS, channels, dtype=torch.float64)
     step = lambda: dist.all_gather_into_tensor(of_all, moments)  # noqa: E731

@@ -60,7 +60,7 @@ def network_table(records: list[Record], batch: int) -> Table:
 
 
 def cold_table(records: list[Record]) -> Table:
-    """The cases that were measured with inputs that are in no cache, too."""
+    """Cases that were also measured with inputs that are not in the cache."""
     cold = compared(select(records, kind="case", suite="resnet50", inputs="cold"))
     warm_ones = {key_of({**r, "inputs": "cold"}): r for r in resnet50(records)}
     table = Table("torch / fastbn with inputs in the cache (warm) and not (cold)", ["ResNet-50", "warm", "cold"])
@@ -73,7 +73,7 @@ def cold_table(records: list[Record]) -> Table:
 
 
 def peers_table(records: list[Record]) -> Table:
-    """Of ResNet-50 the smallest batch; geometric means over the cases that a peer took part in."""
+    """Geometric means over the cases that a peer took part in; of ResNet-50 the smallest batch."""
     smallest = min(batches_of(records), default=0)
     chosen = [r for r in records if r["kind"] in ("case", "fused") and r["suite"] != "scaling"]
     chosen = [r for r in chosen if r["suite"] != "resnet50" or r["shape"][0] == smallest]
@@ -153,7 +153,7 @@ def figures_table(records: list[Record], figures: list[Figure] = FIGURES) -> Tab
 
 
 def tables_of(records: list[Record]) -> list[Table]:
-    """All that the records have something for, in the order in which they are shown."""
+    """The tables that are not empty, in the order in which they are shown."""
     tables = [network_table(records, batch) for batch in batches_of(records)]
     makers = (cold_table, peers_table, model_table, scaling_table, accuracy_table, bandwidth_table, figures_table)
     return [table for table in (*tables, *(make(records) for make in makers)) if table.rows]
@@ -169,7 +169,7 @@ def machine(records: list[Record]) -> str:
 
 
 def remarks(records: list[Record]) -> list[str]:
-    """What the tables do not say, a sentence each."""
+    """Sentences that explain and complete the tables."""
     if not (cases := resnet50(records)):
         return []
     noises, slowest = sorted(map(noise, cases)), min(cases, key=speedup)
@@ -188,7 +188,7 @@ def remarks(records: list[Record]) -> list[str]:
 
 
 def absent(records: list[Record]) -> list[str]:
-    """Who was not compared, or not in all cases, and why: a line each."""
+    """Peers that were not compared, or not in all cases, and why: a line each."""
     heads = select(records, kind="environment")
     lines = [f"{name}: not installed ({why})" for head in heads for name, why in head["missing"].items()]
     lines += [f"{name}: not asked for" for head in heads for name in head["not_asked"]]

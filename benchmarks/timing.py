@@ -93,7 +93,7 @@ def measure(
     gc.disable()
     try:
         for turn in range(most):
-            # of `most` turns a variant takes as many as it has rounds
+            # a variant takes part in as many of the `most` turns as it has rounds
             due = [name for name, n in rounds.items() if (turn + 1) * n // most > turn * n // most]
             for name in rng.sample(due, len(due)):
                 if settling[name]:
@@ -124,7 +124,7 @@ def pooled(first: Times, second: Times) -> Times:
 
 
 def noise(times: Times, over: str, under: str, again: str = "fastbn again", first: str = "fastbn") -> float:
-    """What the ratio of two variants may be wrong by, as a part of it: the errors of both medians, and the difference
-    between the two measurements of the same thing, which also sees what rounds have in common."""
+    """The relative error of the ratio of two variants: the errors of both medians, and the difference
+    between two measurements of fastbn, which also has what the rounds of a variant have in common."""
     repeated = math.log(times[again]["median"] / times[first]["median"]) if again in times else 0.0
     return math.hypot(times[over]["error"], times[under]["error"], repeated)

@@ -1,6 +1,6 @@
 """Train a ResNet for 32 x 32 images (He et al. 2015, section 4.2), with torch's batch norms or fastbn's.
 
-On made-up images, or on CIFAR-10 from a folder (nothing is downloaded); in one process or in those of torchrun; on GPUs
+On synthetic images, or on CIFAR-10 from a folder (nothing is downloaded); in one process or under torchrun; on GPUs
 where there are any. It prints loss, accuracy and images a second after each epoch.
 
     python benchmarks/train_resnet.py --norm fuse
@@ -76,11 +76,11 @@ class Data:
 
 
 class DataError(Exception):
-    """A folder without CIFAR-10 in it, in words for the person who named it."""
+    """A folder without CIFAR-10 in it."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """A pickle can call any function that it names. These files need numpy's arrays, and nothing else is let in."""
+    """A pickle can call any function that it names. This one only allows numpy's arrays."""
 
     # What numpy calls to make an array is named differently by its versions.
     reconstruct = np.empty(0).__reduce__()[0]
@@ -138,7 +138,7 @@ def make_up(count: int, seed: int) -> Data:
 
 
 def moved(images: Tensor) -> Tensor:
-    """Each shifted by up to 4 pixels, with zeros at its edge, and half of them mirrored."""
+    """Each image is shifted by up to 4 pixels and padded with zeros; half of them are mirrored."""
     n = len(images)
     padded = F.pad(images, (4, 4, 4, 4))
     down, right = torch.randint(9, (2, n, 1), device=images.device)
@@ -157,7 +157,7 @@ def moved(images: Tensor) -> Tensor:
 
 @dataclass
 class Place:
-    """Where this process computes, and which one it is."""
+    """The device and the rank of this process."""
 
     device: torch.device
     rank: int = 0
@@ -201,7 +201,7 @@ class Batches:
         self.mean, self.std = mean.to(place.device), std.to(place.device)
 
     def steps(self) -> int:
-        # In training all ranks need as many batches, and none of them an image alone.
+        # In training all ranks need the same number of batches, and more than one image in each.
         share = len(self.data.labels) // self.place.ranks
         return share // self.size if self.train else -(-len(self.data.labels) // (self.size * self.place.ranks))
 
@@ -248,7 +248,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 
 
 def rise_and_fall(steps: int) -> Callable[[int], float]:
-    """Of the learning rate: linear over the first tenth, or rounding decides where training goes; then a cosine."""
+    """The factor of the learning rate: linear warm-up over the first tenth, then a cosine."""
     rise = max(1, steps // 10)
     return lambda step: min(1, (step + 1) / rise) * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -270,7 +270,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--norm", choices=("torch", "convert", "fuse"), default="fuse", help="whose batch norms (fuse)")
     parser.add_argument("--sync", action="store_true", help="statistics of the batches of all ranks")
     parser.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10, the folder cifar-10-batches-py")
-    parser.add_argument("--images", type=positive, default=4096, help="without --data: how many are made up (4096)")
+    parser.add_argument("--images", type=positive, default=4096, help="synthetic images, without --data (4096)")
     parser.add_argument("--depth", type=depth, default=20, help="layers, 6 n + 2 (20)")
     parser.add_argument("--batch", type=positive, default=128, help="images a step, of one rank (128)")
     parser.add_argument("--epochs", type=positive, default=2)
@@ -306,12 +306,12 @@ def run(options: argparse.Namespace, place: Place, console: Console) -> None:
         model = model.to(memory_format=torch.channels_last)
     if place.ranks > 1:
         model = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
-    torch.manual_seed(place.rank)  # each moves its images in another way
+    torch.manual_seed(place.rank)  # each augments its images differently
     lr = options.lr or 0.1 * options.batch * place.ranks / 128
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rise_and_fall(options.epochs * steps))
 
-    what = f"{len(training.labels)} {'made-up images' if options.data is None else 'images of CIFAR-10'}"
+    what = f"{len(training.labels)} {'synthetic images' if options.data is None else 'images of CIFAR-10'}"
     norm = f"{options.norm}, synchronized" if options.sync else options.norm
     console.print(f"ResNet-{options.depth}, batch norm: {norm}; {what}, {place.ranks} x {options.batch} a step")
     shows = place.rank == 0 and console.is_terminal

@@ -1,5 +1,5 @@
-"""Sphinx's settings. In: the pages that build.py has prepared. Out: a site that needs no network to be read: its fonts
-are the reader's own, and its equations are MathML, which browsers draw themselves."""
+"""Sphinx's settings, for the pages that build.py prepares. The site needs no network to be read: it uses the reader's
+fonts, and equations are MathML, which browsers render."""
 
 from docutils import nodes
 from latex2mathml.converter import convert

@@ -1,4 +1,4 @@
-"""The two pictures of docs/kernels.md. In: nothing. Out: bytes.svg and channels.svg beside this file.
+"""Draws the two pictures of docs/kernels.md, bytes.svg and channels.svg, into the folder of this file.
 
 Usage: draw.py    (the standard library is enough)
 """

@@ -205,7 +205,7 @@ def test_cifar_is_trained_on(script, tmp_path):
 def test_two_ranks():
     done = started("--sync", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "fuse, synchronized; 96 made-up images, 2 x 16 a step" in done.stdout
+    assert "fuse, synchronized; 96 synthetic images, 2 x 16 a step" in done.stdout
     assert done.stdout.count("epoch 1/2") == 1, "the other rank prints, too"
     first, last = losses_of(done.stdout)
     assert last < first
