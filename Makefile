@@ -50,7 +50,8 @@ CXX ?= g++
 # Folders too: their time changes when a file is added or removed.
 SOURCES := $(shell find csrc fastbn -not -path '*/__pycache__*' -not -name '*.so') setup.py pyproject.toml
 C_SOURCES := $(shell find csrc benchmarks tests/arm tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-SAY := @printf '\n==> %s\n'
+# With the time of day, so that a log shows what took how long.
+SAY := @printf '\n==> %s  %s\n' "$$(date +%T)"
 
 # If $(PYTHON) is a virtual environment, one made from it does not see its packages until it is told where.
 PRINT_SITE := 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])'
@@ -131,9 +132,10 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	@touch $@
 
 test: lint build
-	$(SAY) "tests"
+	$(SAY) "quick tests of the CPU backend"
 	cd tests && $(IN_VENV) $(PY) -m pytest -m "not slow"
 	@$(MAKE) --no-print-directory simt-quick
+	$(SAY) "all of make test passed"
 
 test-slow: build
 	$(SAY) "slow tests"
@@ -206,7 +208,7 @@ asan: venv
 
 # A third build: the CUDA kernels by g++, every CUDA thread a fiber. tests/conftest.py says which tests are quick there.
 simt-build: venv
-	$(SAY) "building fastbn with the CUDA kernels for the CPU"
+	$(SAY) "building fastbn with the CUDA kernels for the CPU: up to two minutes on two cores"
 	$(IN_VENV) FASTBN_SIMT=1 $(PY) setup.py --quiet build --build-base build/simt --build-lib $(SIMT_SITE)
 
 simt: simt-build
