@@ -11,7 +11,7 @@ PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-
 # Formatters are pinned, because another version formats differently. These go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
 # mypy with what it needs, because tools are installed without their dependencies.
-TOOLS := ninja ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 ast-serialize librt mypy-extensions pathspec
+TOOLS := ninja ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 ast-serialize librt mypy-extensions pathspec pyright==1.1.414 nodeenv
 # Of `make docs`, which needs Python 3.11: pinned, because a warning of another version would fail the build.
 DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 latex2mathml==3.81.1
 # Which tests `make asan` runs, and whatever else pytest takes.
