@@ -218,3 +218,29 @@ def test_max_pooling_is_one_operator(name, layout):
 def test_max_pooling_without_a_batch_dimension():
     x = torch.randn(3, 8, 8)
     torch.testing.assert_close(pooling.max_pool2d(x, 3, 2), F.max_pool2d(x, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "expected"),
+    [
+        (torch.contiguous_format, None, {"layout_optimization": False}),
+        (torch.contiguous_format, {"layout_optimization": True}, {"layout_optimization": True}),
+        (torch.channels_last, None, {}),
+    ],
+)  # fmt: skip
+def test_options_for_training_on_a_cpu(layout, given, expected, monkeypatch):
+    """No layout conversions in a contiguous model, Inductor's choice in a channels_last one; the user's go first."""
+    seen = []
+
+    def wrapper(mode, options, dynamic):
+        seen.append(options)
+        return lambda graph, inputs: graph.forward
+
+    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", wrapper)
+    model = simple(lambda self, x: F.relu(self.bn(self.conv(x)))).to(memory_format=layout)
+    x = images(dtype=torch.float32).to(memory_format=layout)
+    torch.compile(model, backend="fastbn", options=given)(x)
+    assert seen == [expected]
+    with torch.no_grad():
+        torch.compile(model.eval(), backend="fastbn", options=given)(x)
+    assert seen[1] == given
