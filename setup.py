@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 OLDEST_TORCH = (2, 6)  # as in pyproject.toml's dependencies
 
@@ -212,11 +213,14 @@ class Build(BuildExtension):
             )
 
 
-def local_version() -> str:
-    """What this build is for, as a wheel's name should say: +torch2.13.cpu, or +torch2.11.cu130 with CUDA."""
-    cuda = "cu" + torch.version.cuda.replace(".", "") if want_cuda() else "cpu"
-    return f"+torch{'.'.join(torch.__version__.split('.')[:2])}.{cuda}"
+class Version(egg_info):
+    """Names in the version what this build is for: +torch2.13.cpu, or +torch2.11.cu130 with CUDA."""
+
+    def finalize_options(self) -> None:
+        if os.environ.get("FASTBN_LOCAL_VERSION") == "1":  # here, because the setup.cfg of an sdist has an empty tag
+            cuda = "cu" + torch.version.cuda.replace(".", "") if want_cuda() else "cpu"
+            self.tag_build = f"+torch{'.'.join(torch.__version__.split('.')[:2])}.{cuda}"
+        super().finalize_options()
 
 
-options = {"egg_info": {"tag_build": local_version()}} if os.environ.get("FASTBN_LOCAL_VERSION") == "1" else {}
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build}, options=options)
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build, "egg_info": Version})
