@@ -70,12 +70,16 @@ def builds(wide: bool) -> list[Build]:
     return found
 
 
+def is_stale(target: Path) -> bool:
+    """Whether an object is older than what it may be made from; the kernels include nothing of tests/arm."""
+    folders = ["csrc/core", "csrc/cpu"] + ["tests/arm"] * target.name.startswith("driver")
+    newest = max(path.stat().st_mtime for folder in folders for path in (ROOT / folder).rglob("*"))
+    return not target.exists() or target.stat().st_mtime < newest
+
+
 def compile_all(chosen: list[Build]) -> dict[Build, Path]:
     """The drivers. Objects are made once for the same compiler and flags, and only when a source is newer."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    newest = max(
-        path.stat().st_mtime for folder in ("csrc/core", "csrc/cpu", "tests/arm") for path in (ROOT / folder).rglob("*")
-    )
     commands: dict[Path, list[str]] = {}
     objects: dict[Build, list[Path]] = {}
     for build in chosen:
@@ -99,7 +103,7 @@ def compile_all(chosen: list[Build]) -> dict[Build, Path]:
             ]
             commands[target] = [*command, "-o", str(target)]
             objects.setdefault(build, []).append(target)
-    stale = [command for target, command in commands.items() if not target.exists() or target.stat().st_mtime < newest]
+    stale = [command for target, command in commands.items() if is_stale(target)]
     stale.sort(key=lambda command: "kernels_" not in command[-1])  # the long ones first
     print(f"compiling {len(stale)} of {len(commands)} files", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -133,9 +137,10 @@ def digests(build: Build, driver: Path, part: str) -> dict[str, str]:
     return dict(line.split() for line in lines if not line.startswith("#") and " passed" not in line)
 
 
-def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    """Cases whose bits differ; not those that call the C library, whose functions are not the same everywhere."""
-    return [case for case, digest in one.items() if other[case] != digest and not case.endswith("/libm")]
+def differing(one: dict[str, str], other: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Cases whose bits differ, and all that were compared: not those that call the C library, which is not the same."""
+    compared = [case for case in one if not case.endswith("/libm")]
+    return [case for case in compared if other[case] != one[case]], compared
 
 
 def main() -> None:
@@ -147,17 +152,19 @@ def main() -> None:
     found = {build.name: digests(build, driver, arguments.cases) for build, driver in drivers.items()}
     if "x86-64 baseline" not in found:
         return
-    different = differing(found["arm, not fused"], found["x86-64 baseline"])
-    print(f"bits of Arm and of x86-64 baseline, nothing fused: {len(different)} of {len(found['arm'])} cases differ")
+    different, compared = differing(found["arm, not fused"], found["x86-64 baseline"])
+    print(f"bits of Arm and of x86-64 baseline, nothing fused: {len(different)} of {len(compared)} cases differ")
     if different:
         sys.exit("tests/arm: the bits differ in\n" + "\n".join(different[:20]))
     for name in ("x86-64 baseline", "x86-64 avx2", "x86-64 avx512"):
-        if name in found:
-            kinds = ("train", "eval", "global")
-            of = {kind: [case for case in found["arm"] if case.startswith(kind)] for kind in kinds}
-            other = set(differing(found["arm"], found[name]))
-            words = ", ".join(f"{kind} {len(other & set(of[kind]))} of {len(of[kind])}" for kind in kinds)
-            print(f"bits of Arm as shipped and of {name}: cases that differ: {words}")
+        if name not in found:
+            continue
+        different, compared = differing(found["arm"], found[name])
+        words = []
+        for kind in ("train", "eval", "global"):
+            number, of = (sum(case.startswith(kind) for case in cases) for cases in (different, compared))
+            words.append(f"{kind} {number} of {of}")
+        print(f"bits of Arm as shipped and of {name}: cases that differ: {', '.join(words)}")
 
 
 if __name__ == "__main__":
