@@ -1,5 +1,5 @@
 // Chooses the widest instruction set at run time.
-#include "../core/backend.h"
+#include "backend.h"
 
 #include <unistd.h>
 
@@ -9,7 +9,6 @@
 #include <string>
 
 #include "capability.h"
-#include "plan.h"
 
 namespace fastbn::cpu {
 
@@ -19,8 +18,8 @@ struct Capability {
   const char* name;
   int64_t vector_bytes;
   bool present;
-  void (*forward)(const Forward&);
-  void (*backward)(const Backward&);
+  void (*forward)(const Plan&, const Forward&);
+  void (*backward)(const Plan&, const Backward&);
 };
 
 // From the widest to the baseline.
@@ -85,21 +84,20 @@ const int64_t third_level_bytes = third_level_cache();
 const char* capability() { return chosen().name; }
 const char* capability_of_processor() { return widest().name; }
 
-void forward(const Forward& args) { chosen().forward(args); }
-void backward(const Backward& args) { chosen().backward(args); }
-
-int64_t workspace_bytes(const Problem& problem) {
+Plan plan(const Problem& problem) {
+  Plan plan = make_plan(problem);
   const int64_t channels = problem.shape.C;
-  const int64_t coefficient = problem.dtype == DType::f64 ? 8 : 4;
-  return coefficients * padded_channels(channels) * coefficient +
-         make_plan(problem).batch_splits * 2 * channels * int64_t(sizeof(double));
+  const int64_t coefficient_bytes = problem.dtype == DType::f64 ? 8 : 4;
+  plan.workspace_bytes = coefficients * padded_channels(channels) * coefficient_bytes +
+                         plan.batch_splits * 2 * channels * int64_t(sizeof(double));
+  // One word of bits per pack, see Bits in epilogue.h.
+  const int64_t pack = chosen().vector_bytes / size_of(problem.dtype);
+  plan.mask_bytes = plan.slots(pack, problem.shape) * larger<int64_t>(1, pack / 8);
+  return plan;
 }
 
-// One word of bits per pack, see Bits in epilogue.h.
-int64_t mask_bytes(const Problem& problem) {
-  const int64_t size = chosen().vector_bytes / size_of(problem.dtype);
-  return make_plan(problem).slots(size, problem.shape) * larger<int64_t>(1, size / 8);
-}
+void forward(const Plan& plan, const Forward& args) { chosen().forward(plan, args); }
+void backward(const Plan& plan, const Backward& args) { chosen().backward(plan, args); }
 
 // In training the other pass needs as much cache. NOTES.md#streaming-stores has the measurements.
 int64_t cached_bytes(bool alone) { return alone ? third_level_bytes : third_level_bytes / 2; }

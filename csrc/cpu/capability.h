@@ -1,7 +1,7 @@
 // The kernels of each instruction set, which backend.cpp chooses from.
 #pragma once
 
-#include "../core/problem.h"
+#include "plan.h"
 
 // Instruction sets beyond the baseline. Not in the emulator build, which tests the CUDA kernels and compiles faster
 // without them.
@@ -18,10 +18,10 @@ constexpr int coefficients = 5;
 // reads or writes them around it.
 int64_t cached_bytes(bool alone);
 
-#define FASTBN_DECLARE(name)               \
-  namespace name {                         \
-  void run_forward(const Forward& args);   \
-  void run_backward(const Backward& args); \
+#define FASTBN_DECLARE(name)                                 \
+  namespace name {                                           \
+  void run_forward(const Plan& plan, const Forward& args);   \
+  void run_backward(const Plan& plan, const Backward& args); \
   }
 FASTBN_DECLARE(baseline)
 FASTBN_DECLARE(avx2)

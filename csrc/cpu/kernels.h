@@ -97,10 +97,8 @@ struct Pass {
   const int64_t all_parts;
 
   // `summed`: the inputs are reduced before the outputs are written.
-  Pass(const Problem& problem, bool summed)
-      : shape(problem.shape),
-        plan(summed ? make_plan(problem) : in_parts(make_plan(problem), problem, thread_count())),
-        all_parts(problem.parts) {}
+  Pass(const Plan& plan, const Problem& problem, bool summed)
+      : shape(problem.shape), plan(summed ? plan : in_parts(plan, problem, thread_count())), all_parts(problem.parts) {}
 
   int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
 
@@ -150,9 +148,9 @@ struct Pass {
 };
 
 template <class T, class Access>
-void forward(const Forward& args) {
+void forward(const Plan& plan, const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Access> pass(args.problem, args.training);
+  const Pass<T, Access> pass(plan, args.problem, args.training);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -223,12 +221,12 @@ void forward(const Forward& args) {
 }
 
 template <class T, class Access>
-void backward(const Backward& args) {
+void backward(const Plan& plan, const Backward& args) {
   using A = acc_t<T>;
   const bool global_sums = args.global_sums != nullptr;
   const bool reduce =
       !global_sums && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Access> pass(args.problem, reduce);
+  const Pass<T, Access> pass(plan, args.problem, reduce);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
@@ -341,19 +339,19 @@ void backward(const Backward& args) {
   pass.run(tensors, reduce, backward_reduce, finalize, backward_elemt);
 }
 
-void run_forward(const Forward& args) {
+void run_forward(const Plan& plan, const Forward& args) {
   dispatch_dtype(args.problem.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const bool rows = make_plan(args.problem).pattern == AccessPattern::rows;
-    rows ? forward<T, RowAccess<T>>(args) : forward<T, ColumnAccess<T>>(args);
+    const bool rows = plan.pattern == AccessPattern::rows;
+    rows ? forward<T, RowAccess<T>>(plan, args) : forward<T, ColumnAccess<T>>(plan, args);
   });
 }
 
-void run_backward(const Backward& args) {
+void run_backward(const Plan& plan, const Backward& args) {
   dispatch_dtype(args.problem.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const bool rows = make_plan(args.problem).pattern == AccessPattern::rows;
-    rows ? backward<T, RowAccess<T>>(args) : backward<T, ColumnAccess<T>>(args);
+    const bool rows = plan.pattern == AccessPattern::rows;
+    rows ? backward<T, RowAccess<T>>(plan, args) : backward<T, ColumnAccess<T>>(plan, args);
   });
 }
 

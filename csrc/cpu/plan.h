@@ -25,6 +25,8 @@ struct Plan {
   int64_t split_samples, split_positions;
   int64_t positions;  // rows: in a map
 
+  int64_t workspace_bytes, mask_bytes;
+
   // Distance in elements to the same place in the next channel tile.
   int64_t tile_width() const {
     return channels_per_tile * (pattern == AccessPattern::rows ? positions : columns_per_channel);

@@ -1,7 +1,9 @@
 // The CUDA backend: the plan of a call on the current device, and its launches.
 #include <array>
+#include <map>
 #include <mutex>
 
+#include "backend.h"
 #include "channel.cuh"
 #include "launch.cuh"
 
@@ -26,19 +28,50 @@ bool aligned(std::initializer_list<const void*> tensors) {
   return bits % 16 == 0;
 }
 
-// The plan, or one without groups of blocks if fewer of them are resident than the plan assumes.
+// What a plan depends on: device, shape, and in one word dtype, layout, pass and what selects the kernel.
+using Key = std::array<int64_t, 5>;
+
 template <class Args>
-Plan plan_that_fits(const Args& args, Pass pass, bool is_aligned, int64_t (*blocks_of)(const Plan&, const Args&)) {
-  const Plan plan = make_plan(args.problem, pass, args.training, is_aligned, device());
-  if (!plan.cooperative || blocks_of(plan, args) * plan.multiprocessors >= plan.blocks) return plan;
-  Device alone = device();
-  alone.cooperative = false;
-  return make_plan(args.problem, pass, args.training, is_aligned, alone);
+Key key_of(const Args& args, Pass pass, bool sums, bool is_aligned, const void* mask, const void* grad_residual) {
+  const Problem& p = args.problem;
+  int64_t word = int64_t(args.epilogue.activation);
+  for (const int64_t part : {int64_t(p.dtype), int64_t(p.shape.layout)}) word = word << 2 | part;
+  for (const bool bit : {pass == Pass::backward, sums, is_aligned, args.epilogue.residual != nullptr, mask != nullptr,
+                         grad_residual != nullptr}) {
+    word = word << 1 | int64_t(bit);
+  }
+  return {current_device(), p.shape.N, p.shape.C, p.shape.S, word};
 }
 
-void check_mask(const void* mask, const Plan& plan, DType dtype) {
-  if (mask == nullptr || (plan.vector > 1 && size_of(dtype) <= 4)) return;
-  throw std::runtime_error("fastbn: a mask where the kernels make none");
+// A plan whose kernel is ready: the limit of its shared memory is raised, and if fewer blocks are resident than the
+// plan assumes, it is one without groups of blocks. `sums`: the outputs need sums over the batch.
+template <class Args>
+Plan ready_plan(const Args& args, Pass pass, bool sums, bool is_aligned,
+                int64_t (*resident_blocks)(const Plan&, const Args&)) {
+  Device on = device();
+  Plan plan = make_plan(args.problem, pass, sums, is_aligned, on);
+  if (plan.strategy != Strategy::resident) return plan;
+  const int64_t blocks = resident_blocks(plan, args);
+  if (!plan.cooperative || blocks * plan.multiprocessors >= plan.blocks) return plan;
+  on.cooperative = false;
+  plan = make_plan(args.problem, pass, sums, is_aligned, on);
+  if (plan.strategy == Strategy::resident) resident_blocks(plan, args);
+  return plan;
+}
+
+template <class Make>
+Plan cached(const Key& key, const Make& make) {
+  constexpr size_t max_plans = 4096;
+  static std::mutex mutex;
+  static auto* const plans = new std::map<Key, Plan>;  // outlives other static objects
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = plans->find(key); found != plans->end()) return found->second;
+  if (plans->size() == max_plans) plans->clear();
+  return plans->emplace(key, make()).first->second;
+}
+
+void check_mask(const void* mask, const Plan& plan) {
+  if (mask != nullptr && plan.mask_bytes == 0) throw std::runtime_error("fastbn: a mask where the kernels make none");
 }
 
 __global__ void __launch_bounds__(threads_per_block)
@@ -93,55 +126,38 @@ Sums* sums_of(const Plan& plan, const Backward& args) {
   return reinterpret_cast<Sums*>(end) - args.problem.shape.C;
 }
 
-int64_t workspace_bytes(const Problem& problem, Pass pass, bool training) {
-  int64_t bytes = 0;
-  Device alone = device();
-  alone.cooperative = false;
-  for (const bool is_aligned : {false, true}) {
-    for (const Device& d : {device(), alone}) {
-      bytes = larger(bytes, make_plan(problem, pass, training, is_aligned, d).workspace_bytes);
-      // A training backward pass without grad_input is planned like one in eval.
-      if (pass == Pass::backward) bytes = larger(bytes, make_plan(problem, pass, false, is_aligned, d).workspace_bytes);
-    }
-  }
-  return bytes;
-}
-
-void forward(const Forward& args, const Stream& stream) {
+Plan plan(const Forward& args) {
   const bool is_aligned = aligned({args.input, args.output, args.epilogue.residual});
-  if (args.output == nullptr) {
-    launch_stats(make_plan(args.problem, Pass::forward, false, is_aligned, device()), args, stream);
-    return;
-  }
-  const Plan plan = plan_that_fits(args, Pass::forward, is_aligned, resident_blocks_of);
-  check_mask(args.mask, plan, args.problem.dtype);
-  if (plan.strategy == Strategy::resident) {
-    launch_resident(plan, args, stream);
-    return;
-  }
-  if (args.training) launch_stats(plan, args, stream);
-  launch_normalize(plan, args, stream);
+  // Without an output the reduction of the streaming strategy is all there is to do.
+  const bool sums = args.training && args.output != nullptr;
+  return cached(key_of(args, Pass::forward, sums, is_aligned, nullptr, nullptr),
+                [&] { return ready_plan(args, Pass::forward, sums, is_aligned, resident_blocks_of); });
 }
 
-void backward(const Backward& args, const Stream& stream) {
-  const bool wants_input = args.grad_input != nullptr;
-  // Without grad_input each element is read once anyway, so one streaming launch is enough.
+Plan plan(const Backward& args) {
   const bool is_aligned =
       aligned({args.grad_output, args.input, args.grad_input, args.epilogue.residual, args.grad_residual});
-  const bool precomputed = args.global_sums != nullptr;
-  const Plan plan = wants_input && !precomputed
-                        ? plan_that_fits(args, Pass::backward, is_aligned, backward_resident_blocks_of)
-                        : make_plan(args.problem, Pass::backward, false, is_aligned, device());
-  check_mask(args.mask, plan, args.problem.dtype);
-  if (!wants_input && args.grad_residual != nullptr) {
+  // Without grad_input, or with global sums, each element is read once anyway, so one streaming launch is enough.
+  const bool sums = args.training && args.grad_input != nullptr && args.global_sums == nullptr;
+  return cached(key_of(args, Pass::backward, sums, is_aligned, args.mask, args.grad_residual),
+                [&] { return ready_plan(args, Pass::backward, sums, is_aligned, backward_resident_blocks_of); });
+}
+
+void forward(const Plan& plan, const Forward& args, const Stream& stream) {
+  check_mask(args.mask, plan);
+  if (plan.strategy == Strategy::resident) return launch_resident(plan, args, stream);
+  if (args.training) launch_stats(plan, args, stream);
+  if (args.output != nullptr) launch_normalize(plan, args, stream);
+}
+
+void backward(const Plan& plan, const Backward& args, const Stream& stream) {
+  check_mask(args.mask, plan);
+  if (args.grad_input == nullptr && args.grad_residual != nullptr) {
     throw std::runtime_error("fastbn: the gradient of the residual is computed together with that of the input");
   }
-  if (plan.strategy == Strategy::resident) {
-    launch_backward_resident(plan, args, stream);
-    return;
-  }
-  if (!precomputed) launch_backward_reduce(plan, args, stream);
-  if (wants_input && args.training) launch_backward_elemt(plan, args, stream);
+  if (plan.strategy == Strategy::resident) return launch_backward_resident(plan, args, stream);
+  if (args.global_sums == nullptr) launch_backward_reduce(plan, args, stream);
+  if (args.grad_input != nullptr && args.training) launch_backward_elemt(plan, args, stream);
 }
 
 void update_running_stats(const double* moments, int64_t channels, double count, const Running& running,

@@ -57,18 +57,14 @@ struct Launch {
   void* stream;
 };
 
-// Opts in to more than 48 KB of shared memory.
-template <class Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  if (bytes <= (48 << 10)) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
-}
-
-// Blocks of a kernel that fit on one multiprocessor of the current device.
+// Raises the limit of a kernel's dynamic shared memory to that of the current device, and returns how many of its
+// blocks fit on one multiprocessor.
 template <class... P>
 int64_t resident_blocks(void (*kernel)(P...), int64_t threads, int64_t shared_bytes) {
-  allow_shared(kernel, shared_bytes);
-  int blocks = 0;
+  int device = 0, limit = 0, blocks = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "shared memory");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(threads), size_t(shared_bytes)),
         "occupancy");
   return blocks;
@@ -76,7 +72,6 @@ int64_t resident_blocks(void (*kernel)(P...), int64_t threads, int64_t shared_by
 
 template <class... P, class... A>
 void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
-  allow_shared(kernel, how.shared_bytes);
   cudaLaunchAttribute attribute[1];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(how.blocks));

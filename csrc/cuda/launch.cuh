@@ -3,6 +3,7 @@
 
 #include "../core/dispatch.h"
 #include "../core/problem.h"
+#include "backend.h"
 #include "reduce.cuh"
 
 namespace fastbn::cuda {

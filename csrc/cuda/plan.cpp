@@ -98,6 +98,15 @@ int64_t width_in_channels(const Cut& cut, const Shape& shape, int64_t vectors) {
   return smaller(smaller(channels, all), threads_per_block / cut.channels_per_step * cut.channels_per_step);
 }
 
+// One byte per vector.
+int64_t mask_bytes(const Problem& problem, const Cut& cut) {
+  if (cut.vector == 1 || problem.dtype == DType::f64) return 0;
+  Plan plan{};
+  set_channel_tile(plan, cut, problem.shape, cut.channels_per_step);
+  return cut.pattern == AccessPattern::rows ? plan.channel_tiles * plan.rows * plan.vectors_per_row
+                                            : plan.rows * plan.columns / plan.vector;
+}
+
 Plan streaming(const Problem& problem, const Cut& cut, Pass pass, bool training, const Device& device) {
   Plan plan{};
   plan.strategy = Strategy::streaming;
@@ -187,19 +196,7 @@ Plan resident(const Problem& problem, const Cut& cut, Pass pass, const Device& d
   return plan;
 }
 
-}  // namespace
-
-int64_t mask_bytes(const Problem& problem) {
-  const Cut cut = cut_of(problem, true);
-  if (cut.vector == 1 || problem.dtype == DType::f64) return 0;
-  Plan plan{};
-  set_channel_tile(plan, cut, problem.shape, cut.channels_per_step);
-  return cut.pattern == AccessPattern::rows ? plan.channel_tiles * plan.rows * plan.vectors_per_row
-                                            : plan.rows * plan.columns / plan.vector;
-}
-
-Plan make_plan(const Problem& problem, Pass pass, bool training, bool aligned, const Device& device) {
-  const Cut cut = cut_of(problem, aligned);
+Plan choose(const Problem& problem, const Cut& cut, Pass pass, bool training, const Device& device) {
   const Plan fallback = streaming(problem, cut, pass, training, device);
   const int64_t full = 16 / size_of(problem.dtype);
   if (!training || cut.vector != full) return fallback;
@@ -234,6 +231,15 @@ Plan make_plan(const Problem& problem, Pass pass, bool training, bool aligned, c
     }
   }
   return best;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, Pass pass, bool training, bool aligned, const Device& device) {
+  const Cut cut = cut_of(problem, aligned);
+  Plan plan = choose(problem, cut, pass, training, device);
+  plan.mask_bytes = mask_bytes(problem, cut);
+  return plan;
 }
 
 }  // namespace fastbn::cuda

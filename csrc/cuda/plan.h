@@ -2,7 +2,6 @@
 // that are not there.
 #pragma once
 
-#include "../core/backend.h"
 #include "../core/problem.h"
 
 namespace fastbn::cuda {
@@ -13,6 +12,11 @@ constexpr int64_t threads_per_block = 256;
 constexpr int64_t registers_per_thread = 64;
 // Each barrier counter has a 32-byte sector of its own.
 constexpr int64_t barrier_bytes = 32;
+
+enum class Pass : uint8_t { forward, backward };
+
+// Bytes of barrier counters and counters of finished blocks of a stream.
+constexpr int64_t counter_bytes = 64 << 10;
 
 enum class Strategy : uint8_t {
   streaming,  // sums in one launch, the output in the next, which reads the input again
@@ -57,6 +61,7 @@ struct Plan {
   int64_t stagger;  // resident: nanoseconds between the starts of the blocks of one multiprocessor
 
   int64_t workspace_bytes;
+  int64_t mask_bytes;          // of the mask that forward can fill for backward; 0: none
   int64_t bytes, least_bytes;  // DRAM traffic of this pass; if each tensor moved once
 };
 

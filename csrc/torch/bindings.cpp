@@ -7,7 +7,7 @@
 #include <map>
 #include <string>
 
-#include "../core/backend.h"
+#include "../cpu/backend.h"
 #include "../runtime/page_cache.h"
 #include "autograd.h"
 #include "operators.h"

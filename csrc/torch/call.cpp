@@ -109,22 +109,7 @@ Param param(const OptionalTensor& t, Tensor& keep) {
   return {row.const_data_ptr(), dtype_of(row)};
 }
 
-int64_t workspace_bytes([[maybe_unused]] const Context& context, const Problem& problem,
-                        [[maybe_unused]] cuda::Pass pass, [[maybe_unused]] bool training) {
-#if defined(FASTBN_GPU)
-  if (context.on_gpu()) return cuda::workspace_bytes(problem, pass, training);
-#endif
-  return cpu::workspace_bytes(problem);
-}
-
 bool on_vector(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-int64_t mask_bytes([[maybe_unused]] const Context& context, const Problem& problem) {
-#if defined(FASTBN_GPU)
-  if (context.on_gpu()) return cuda::mask_bytes(problem);
-#endif
-  return cpu::mask_bytes(problem);
-}
 
 namespace {
 
@@ -136,26 +121,42 @@ std::mutex& emulator() {
 }
 #endif
 
-}  // namespace
-
-void launch([[maybe_unused]] Context& context, const Forward& args) {
-#if defined(FASTBN_SIMT)
-  const std::lock_guard<std::mutex> lock(emulator());
-#endif
+template <class Args>
+PassPlan plan_pass([[maybe_unused]] const Context& context, const Args& args) {
+  const auto with_bytes = [](const auto& p) { return PassPlan{p, p.workspace_bytes, p.mask_bytes}; };
 #if defined(FASTBN_GPU)
-  if (context.on_gpu()) return cuda::forward(args, args.training ? context.stream_with_counters() : context.stream());
+  if (context.on_gpu()) return with_bytes(cuda::plan(args));
 #endif
-  cpu::forward(args);
+  return with_bytes(cpu::plan(args.problem));
 }
 
-void launch([[maybe_unused]] Context& context, const Backward& args) {
+}  // namespace
+
+PassPlan plan(const Context& context, const Forward& args) { return plan_pass(context, args); }
+PassPlan plan(const Context& context, const Backward& args) { return plan_pass(context, args); }
+
+void launch([[maybe_unused]] Context& context, const PassPlan& plan, const Forward& args) {
 #if defined(FASTBN_SIMT)
   const std::lock_guard<std::mutex> lock(emulator());
 #endif
 #if defined(FASTBN_GPU)
-  if (context.on_gpu()) return cuda::backward(args, context.stream_with_counters());
+  if (const auto* const on_gpu = std::get_if<cuda::Plan>(&plan.plan)) {
+    return cuda::forward(*on_gpu, args, args.training ? context.stream_with_counters() : context.stream());
+  }
 #endif
-  cpu::backward(args);
+  cpu::forward(std::get<cpu::Plan>(plan.plan), args);
+}
+
+void launch([[maybe_unused]] Context& context, const PassPlan& plan, const Backward& args) {
+#if defined(FASTBN_SIMT)
+  const std::lock_guard<std::mutex> lock(emulator());
+#endif
+#if defined(FASTBN_GPU)
+  if (const auto* const on_gpu = std::get_if<cuda::Plan>(&plan.plan)) {
+    return cuda::backward(*on_gpu, args, context.stream_with_counters());
+  }
+#endif
+  cpu::backward(std::get<cpu::Plan>(plan.plan), args);
 }
 
 void bump_version(const Tensor& t) {

@@ -6,7 +6,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 
-#include "../core/backend.h"
+#include <variant>
+
 #include "../core/dispatch.h"
 #include "context.h"
 #include "ops.h"
@@ -98,16 +99,21 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
-int64_t workspace_bytes(const Context& context, const Problem& problem, cuda::Pass pass, bool training);
+// The plan of a pass on the device of a call: made once, with the bytes to allocate.
+struct PassPlan {
+  std::variant<cpu::Plan, cuda::Plan> plan;
+  int64_t workspace_bytes, mask_bytes;
+};
+
+// args: complete but for workspace and mask.
+PassPlan plan(const Context& context, const Forward& args);
+PassPlan plan(const Context& context, const Backward& args);
+
+void launch(Context& context, const PassPlan& plan, const Forward& args);
+void launch(Context& context, const PassPlan& plan, const Backward& args);
 
 // Whether data is aligned for masks; other tensors are copied.
 bool on_vector(const void* data);
-
-int64_t mask_bytes(const Context& context, const Problem& problem);
-
-void launch(Context& context, const Forward& args);
-
-void launch(Context& context, const Backward& args);
 
 void bump_version(const Tensor& t);
 

@@ -5,7 +5,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
-#include "../core/backend.h"
+#include "../cpu/backend.h"
+#include "../cuda/backend.h"
 #include "../runtime/page_cache.h"
 
 #if defined(FASTBN_CUDA)

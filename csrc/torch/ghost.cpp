@@ -21,25 +21,33 @@ struct Chunks : ChunkSizes {
     return p;
   }
   int64_t bytes() const { return size * whole.shape.C * whole.shape.S * size_of(whole.dtype); }
-  // The last chunk may be larger than the others by one sample.
-  int64_t workspace(const Context& context, cuda::Pass pass) const {
-    const int64_t most = larger(workspace_bytes(context, problem(0), pass, true),
-                                workspace_bytes(context, problem(count - 1), pass, true));
-    return round_up(most, 256);
-  }
 
-  // Calls call(i, workspace) for every chunk: one after the other on a GPU, or on the CPU with few chunks; else one
-  // chunk per thread, because a chunk usually fits in its cache.
-  template <class Call>
-  void each(const Context& context, cuda::Pass pass, const Call& call) const {
+  // Runs args_of(i), the arguments of chunk i without its workspace, for every chunk: one after the other on a GPU, or
+  // on the CPU with few chunks; else one chunk per thread, because a chunk usually fits in its cache.
+  template <class At>
+  void run(Context& context, const At& args_of) const {
+    // One plan for the last chunk, which may have another size, and one for the others; on a GPU one for each, because
+    // chunks differ in alignment.
+    std::vector<PassPlan> plans;
+    for (int64_t i = 0; i < count; i += context.on_gpu() ? 1 : larger<int64_t>(1, count - 1)) {
+      plans.push_back(plan(context, args_of(i)));
+    }
+    const auto plan_of = [&](int64_t i) -> const PassPlan& {
+      return context.on_gpu() ? plans[size_t(i)] : i + 1 < count ? plans.front() : plans.back();
+    };
+    int64_t apart = 0;
+    for (const PassPlan& p : plans) apart = larger(apart, round_up(p.workspace_bytes, 256));
     const bool side_by_side = !context.on_gpu() && count >= at::get_num_threads();
-    const int64_t apart = workspace(context, pass);
     Scratch memory(context, side_by_side ? count * apart : apart);
-    char* const data = static_cast<char*>(memory.data());
+    const auto run_chunk = [&](int64_t i) {
+      auto args = args_of(i);
+      args.workspace = static_cast<char*>(memory.data()) + (side_by_side ? i * apart : 0);
+      launch(context, plan_of(i), args);
+    };
     if (side_by_side) {
-      cpu::parallel_for(count, count * bytes(), [&](int64_t i) { call(i, data + i * apart); });
+      cpu::parallel_for(count, count * bytes(), run_chunk);
     } else {
-      for (int64_t i = 0; i < count; ++i) call(i, data);
+      for (int64_t i = 0; i < count; ++i) run_chunk(i);
     }
   }
 };
@@ -116,14 +124,13 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
   whole.training = true;
   whole.eps = eps;
   const Chunks chunks{sizes, x.problem};
-  chunks.each(context, cuda::Pass::forward, [&](int64_t i, void* workspace) {
+  chunks.run(context, [&](int64_t i) {
     Forward args = whole;
     args.problem = chunks.problem(i);
     args.input = behind(whole.input, i * chunks.bytes());
     args.output = behind(whole.output, i * chunks.bytes());
     args.moments = whole.moments + i * 2 * channels;
-    args.workspace = workspace;
-    launch(context, args);
+    return args;
   });
   return {output, moments};
 }
@@ -169,7 +176,7 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
     whole.training = true;
     whole.eps = eps;
     const Chunks chunks{sizes, x.problem};
-    chunks.each(context, cuda::Pass::backward, [&](int64_t i, void* workspace) {
+    chunks.run(context, [&](int64_t i) {
       const int64_t row = i * channels * int64_t(sizeof(double));
       Backward args = whole;
       args.problem = chunks.problem(i);
@@ -179,8 +186,7 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
       args.moments = whole.moments + i * 2 * channels;
       args.grad_weight.data = behind(whole.grad_weight.data, row);
       args.grad_bias.data = behind(whole.grad_bias.data, row);
-      args.workspace = workspace;
-      launch(context, args);
+      return args;
     });
   }
   const auto param_dtype = present(weight)                ? weight->scalar_type()

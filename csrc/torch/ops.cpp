@@ -16,23 +16,22 @@ Tensor run_forward(Context& context, const Tensor& input, const OptionalTensor& 
   const Canonical x = canonicalize(input);
   Tensor output = context.empty_like(input, x.format);
   Tensor kept_weight, kept_bias, kept_residual;
-  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, args.training));
   args.problem = x.problem;
   args.input = x.tensor.const_data_ptr();
   args.output = output.data_ptr();
   args.weight = param(weight, kept_weight);
   args.bias = param(bias, kept_bias);
   args.epilogue = {epilogue.activation, epilogue.param, data_of(epilogue.residual, x, kept_residual)};
+  const PassPlan plan = fastbn::plan(context, args);
+  Scratch scratch(context, plan.workspace_bytes);
   args.workspace = scratch.data();
   // Without a residual z is recomputed from x, which the backward pass reads anyway.
-  if (mask != nullptr && has_mask(epilogue.activation) && args.epilogue.residual != nullptr && on_vector(args.input) &&
-      on_vector(args.epilogue.residual)) {
-    if (const int64_t bytes = mask_bytes(context, x.problem); bytes > 0) {
-      *mask = context.empty({bytes}, at::kByte);
-      args.mask = mask->data_ptr();
-    }
+  if (mask != nullptr && plan.mask_bytes > 0 && has_mask(epilogue.activation) && args.epilogue.residual != nullptr &&
+      on_vector(args.input) && on_vector(args.epilogue.residual)) {
+    *mask = context.empty({plan.mask_bytes}, at::kByte);
+    args.mask = mask->data_ptr();
   }
-  launch(context, args);
+  launch(context, plan, args);
   return output;
 }
 
@@ -197,13 +196,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
 
   const Canonical x = canonicalize(input);
   Tensor dy = contiguous_in(grad_output, x.format);
-  if (saved.mask.defined()) {
-    const int64_t bytes = mask_bytes(context, x.problem);
-    TORCH_CHECK(
-        saved.mask.is_contiguous() && saved.mask.nbytes() == size_t(bytes) && saved.mask.device() == input.device(),
-        "mask should have ", bytes, " bytes on ", input.device());
-    if (!on_vector(dy.const_data_ptr())) dy = dy.clone();
-  }
+  if (saved.mask.defined() && !on_vector(dy.const_data_ptr())) dy = dy.clone();
   const Tensor moments = saved.moments.contiguous();
   Tensor kept_weight, kept_bias, kept_residual;
   // Kernels compute the gradient of the residual on the way to that of the input.
@@ -216,9 +209,6 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   const auto output = [](const Tensor& t) {
     return t.defined() ? Output{t.data_ptr(), dtype_of(t)} : Output{nullptr, DType::f32};
   };
-  // Without a gradient of the input, or with global sums, the pass is one of eval: it only reduces, or only writes.
-  const bool both = makes_dx && global.sums == nullptr;
-  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::backward, training && both));
   Backward args{};
   args.problem = x.problem;
   args.grad_residual = makes_dz ? dz.data_ptr() : nullptr;  // before const_data_ptr of dy, which may be the same tensor
@@ -235,8 +225,16 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   args.grad_bias = output(db);
   args.training = training;
   args.eps = eps;
+  const PassPlan plan = fastbn::plan(context, args);
+  if (saved.mask.defined()) {
+    const int64_t bytes = plan.mask_bytes;
+    TORCH_CHECK(
+        saved.mask.is_contiguous() && saved.mask.nbytes() == size_t(bytes) && saved.mask.device() == input.device(),
+        "mask should have ", bytes, " bytes on ", input.device());
+  }
+  Scratch scratch(context, plan.workspace_bytes);
   args.workspace = scratch.data();
-  launch(context, args);
+  launch(context, plan, args);
   if (!wanted[0]) dx = Tensor();
   return grads;
 }

@@ -4,9 +4,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "../core/backend.h"
-#include "../cpu/plan.h"
-#include "../cuda/plan.h"
 #include "../cuda/query.h"
 #include "context.h"
 #include "ops.h"
@@ -37,13 +34,13 @@ Problem problem_of(const std::vector<int64_t>& sizes, bool channels_last, int64_
 
 py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t element_bytes) {
   const Problem problem = problem_of(sizes, channels_last, element_bytes);
-  const cpu::Plan p = cpu::make_plan(problem);
+  const cpu::Plan p = cpu::plan(problem);
   py::dict d;
   d["walk"] = p.pattern == cpu::AccessPattern::rows ? "runs" : "columns";
   d["items"] = p.channel_tiles;
   d["channels_an_item"] = p.channels_per_tile;
   d["segments"] = p.batch_splits;
-  d["workspace_bytes"] = cpu::workspace_bytes(problem);
+  d["workspace_bytes"] = p.workspace_bytes;
   return d;
 }
 

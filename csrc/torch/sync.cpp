@@ -27,15 +27,16 @@ Tensor stats(const Tensor& input) {
   Tensor batch_stats = context.empty({3, channels}, at::kDouble);
   if (input.numel() == 0) return batch_stats.zero_();
   const Canonical x = canonicalize(input);
-  Scratch scratch(context, workspace_bytes(context, x.problem, cuda::Pass::forward, false));
   Forward args{};
   args.problem = x.problem;
   args.input = x.tensor.const_data_ptr();
   args.moments = batch_stats.data_ptr<double>();
   args.training = true;
   args.eps = 1;  // unused: there is no output
+  const PassPlan plan = fastbn::plan(context, args);
+  Scratch scratch(context, plan.workspace_bytes);
   args.workspace = scratch.data();
-  launch(context, args);
+  launch(context, plan, args);
   batch_stats.select(0, 2).fill_(double(x.problem.shape.per_channel()));
   return batch_stats;
 }

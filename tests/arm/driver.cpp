@@ -5,7 +5,7 @@
 #include <sstream>
 #include <vector>
 
-#include "core/backend.h"
+#include "cpu/backend.h"
 #include "cpu/parallel.h"
 #include "reference.h"
 
@@ -118,8 +118,9 @@ class Test {
     moments_ = Tensor(DType::f64, 2 * shape_.C);
     running_mean_ = Tensor(DType::f32, shape_.C), running_var_ = Tensor(DType::f32, shape_.C);
     for (int64_t i = 0; i < shape_.C; ++i) running_mean_.set(i, 0.5), running_var_.set(i, 2);
-    const Memory workspace(cpu::workspace_bytes(problem()));
-    mask_ = std::make_unique<Memory>(e_.mask ? cpu::mask_bytes(problem()) : 0);
+    const cpu::Plan plan = cpu::plan(problem());
+    const Memory workspace(plan.workspace_bytes);
+    mask_ = std::make_unique<Memory>(e_.mask ? plan.mask_bytes : 0);
     Forward args{};
     args.problem = problem(), args.input = x_.data(), args.output = y_.data();
     args.weight = weight_.param(), args.bias = bias_.param();
@@ -129,7 +130,7 @@ class Test {
     args.moments = reinterpret_cast<double*>(moments_.data());
     args.running = {running_mean_.output(), running_var_.output(), momentum, nullptr, nullptr};
     args.training = c_.mode == Mode::train, args.eps = eps, args.workspace = workspace.data();
-    cpu::forward(args);
+    cpu::forward(plan, args);
     if (!workspace.margins_hold() || !y_.margins_hold() || !mask_->margins_hold() || !moments_.margins_hold()) {
       throw Wrong("forward wrote outside of its outputs");
     }
@@ -162,7 +163,8 @@ class Test {
   Gradients call_backward(const Tensor& dy, bool with_mask, bool in_place, bool wants_dz) {
     Gradients g{activations(), in_place ? dy : activations(), Tensor(DType::f32, shape_.C),
                 Tensor(DType::f32, shape_.C)};
-    const Memory workspace(cpu::workspace_bytes(problem()));
+    const cpu::Plan plan = cpu::plan(problem());
+    const Memory workspace(plan.workspace_bytes);
     Backward args{};
     args.problem = problem(), args.grad_output = dy.data(), args.input = x_.data(), args.grad_input = g.input.data();
     args.weight = weight_.param(), args.bias = bias_.param();
@@ -176,7 +178,7 @@ class Test {
       args.grad_weight = g.weight.output(), args.grad_bias = g.bias.output();
     }
     args.training = c_.mode != Mode::eval, args.eps = eps, args.workspace = workspace.data();
-    cpu::backward(args);
+    cpu::backward(plan, args);
     if (!workspace.margins_hold() || !g.input.margins_hold() || !g.residual.margins_hold()) {
       throw Wrong("backward wrote outside of its outputs");
     }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastbn._C import cuda_plan
 
 KB = 1024
-COUNTER_BYTES, BARRIER_BYTES = 64 * KB, 32  # core/backend.h, cuda/plan.h
+COUNTER_BYTES, BARRIER_BYTES = 64 * KB, 32  # cuda/plan.h
 REGISTERS_A_THREAD = 64  # cuda/plan.h
 LARGEST_GRID = 2**31 - 1
 LARGEST_TENSOR = 2**56  # elements; 8 bytes each, five times over, can still be counted

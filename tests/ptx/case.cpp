@@ -8,8 +8,8 @@
 #include <map>
 #include <random>
 
-#include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/backend.h"
 #include "cuda/device.cuh"
 #include "cuda/plan.h"
 
@@ -80,7 +80,10 @@ void run() {
   fill(x, dtype, 1, 2), fill(dy, dtype, 0, 1), fill(residual, dtype, 0, 1);
   fill(weight, DType::f32, 1, 1), fill(bias, DType::f32, 0, 1), fill(mean, DType::f32, 1, 0.5);
   Memory counters(size_t(cuda::counter_bytes), 0);
-  const size_t mask_bytes = number("mask") != 0 ? size_t(cuda::mask_bytes(problem)) : 0;
+  const size_t mask_bytes =
+      number("mask") != 0
+          ? size_t(cuda::make_plan(problem, cuda::Pass::forward, training, true, cuda::query_device()).mask_bytes)
+          : 0;
   Memory y(bytes), moments(size_t(C) * 16), mask(mask_bytes, 0), dx(bytes), dr(bytes), dw(size_t(C) * 4),
       db(size_t(C) * 4);
   if (auto* const name = reinterpret_cast<NameTensor*>(simt::translated_symbol("ptx_name_tensor"))) {
@@ -90,8 +93,6 @@ void run() {
   }
 
   const cuda::Stream stream{nullptr, static_cast<unsigned*>(counters.data())};
-  const Memory forward_space(size_t(cuda::workspace_bytes(problem, cuda::Pass::forward, training)) + 1);
-  const Memory backward_space(size_t(cuda::workspace_bytes(problem, cuda::Pass::backward, training)) + 1);
   Forward f{};
   f.problem = problem, f.input = x.data(), f.output = y.data(), f.moments = static_cast<double*>(moments.data());
   f.weight = {weight.data(), DType::f32}, f.bias = {bias.data(), DType::f32}, f.training = training, f.eps = 1e-5;
@@ -101,18 +102,25 @@ void run() {
   }
   f.epilogue = {activation, 0.25, number("residual") != 0 ? residual.data() : nullptr};
   f.mask = mask_bytes > 0 ? mask.data() : nullptr;
+  const cuda::Plan forward_plan = cuda::plan(f);
+  const Memory forward_space(size_t(forward_plan.workspace_bytes) + 1);
   f.workspace = forward_space.data();
-  cuda::forward(f, stream);
+  cuda::forward(forward_plan, f, stream);
   const uint64_t forward_launches = simt::stats.launches;
 
   Backward b{};
   b.problem = problem, b.grad_output = dy.data(), b.input = x.data(), b.grad_input = dx.data();
   b.weight = f.weight, b.bias = f.bias, b.moments = f.moments, b.grad_weight = {dw.data(), DType::f32};
-  b.grad_bias = {db.data(), DType::f32}, b.training = training, b.eps = 1e-5, b.workspace = backward_space.data();
+  b.grad_bias = {db.data(), DType::f32}, b.training = training, b.eps = 1e-5;
   b.epilogue = f.epilogue, b.mask = f.mask;
   if (f.mask != nullptr) b.epilogue.residual = nullptr;
   if (f.epilogue.residual != nullptr && activation != Activation::identity) b.grad_residual = dr.data();
-  if (number("backward") != 0) cuda::backward(b, stream);
+  if (number("backward") != 0) {
+    const cuda::Plan backward_plan = cuda::plan(b);
+    const Memory backward_space(size_t(backward_plan.workspace_bytes) + 1);
+    b.workspace = backward_space.data();
+    cuda::backward(backward_plan, b, stream);
+  }
 
   FILE* const out = settings["output"].empty() ? nullptr : std::fopen(settings["output"].c_str(), "wb");
   std::cout << "{\"forward_launches\": " << forward_launches

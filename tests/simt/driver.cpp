@@ -50,15 +50,11 @@ void test_case(const Case& c, const EpilogueCase* chosen) {
   const int64_t batches = 4;
   const bool cumulative = below(2), tracked = below(4) != 0;
 
-  const auto plan_of = [&](Pass pass, bool of_training) {
-    return cuda::make_plan(c.problem, pass, of_training, aligned, cuda::query_device());
-  };
-  const int64_t mask_bytes = e.mask && aligned ? cuda::mask_bytes(c.problem) : 0;
+  const int64_t mask_bytes =
+      e.mask ? cuda::make_plan(c.problem, Pass::forward, training, aligned, cuda::query_device()).mask_bytes : 0;
   const Scratch mask(mask_bytes, 0xa5);
   Epilogue epilogue{e.activation, e.param, residual.data()};
   {
-    const Plan plan = plan_of(Pass::forward, training);
-    const Scratch workspace(cuda::workspace_bytes(c.problem, Pass::forward, training), 0xff);
     const simt::Watch watch_x(x.data(), x.bytes()), watch_y(y.data(), y.bytes());
     const simt::Watch watch_residual(residual.data(), residual.bytes()), watch_mask(mask.data(), size_t(mask_bytes));
     Forward args{};
@@ -73,9 +69,12 @@ void test_case(const Case& c, const EpilogueCase* chosen) {
       args.running = {running_mean.output(), running_var.output(), momentum, cumulative ? &batches : nullptr,
                       cumulative ? nullptr : &counter};
     }
-    args.training = training, args.eps = eps, args.workspace = workspace.data();
+    args.training = training, args.eps = eps;
+    const Plan plan = cuda::plan(args);
+    const Scratch workspace(plan.workspace_bytes, 0xff);
+    args.workspace = workspace.data();
     call(c, plan, Pass::forward, training, kernel_of(plan, dtype, epilogue, nullptr, nullptr, Pass::forward),
-         [&](const cuda::Stream& stream) { cuda::forward(args, stream); });
+         [&](const cuda::Stream& stream) { cuda::forward(plan, args, stream); });
     if (!workspace.margins_hold()) wrong(c, "written beside the workspace of forward");
     if (!mask.margins_hold()) wrong(c, "written beside the mask");
     written_once(c, "y", watch_y);
@@ -135,8 +134,6 @@ void test_case(const Case& c, const EpilogueCase* chosen) {
   const Tensor dw = wanted & 2 ? random_param(c, 1 + below(2)) : Tensor();
   const Tensor db = wanted & 4 ? random_param(c, 1 + below(2)) : Tensor();
   {
-    const Plan plan = plan_of(Pass::backward, training && wanted & 1);
-    const Scratch workspace(cuda::workspace_bytes(c.problem, Pass::backward, training), 0xff);
     const simt::Watch watch_x(x.data(), x.bytes()), watch_dy(dy.data(), dy.bytes());
     const simt::Watch watch_dx(dx.data(), dx.bytes()), watch_dr(dr.data(), dr.bytes());
     const simt::Watch watch_residual(residual.data(), residual.bytes()), watch_mask(mask.data(), size_t(mask_bytes));
@@ -146,10 +143,13 @@ void test_case(const Case& c, const EpilogueCase* chosen) {
     args.epilogue = epilogue, args.mask = mask_bytes > 0 ? mask.data() : nullptr, args.grad_residual = dz_out.data();
     args.moments = static_cast<const double*>(moments.data());
     args.grad_weight = dw.output(), args.grad_bias = db.output();
-    args.training = training, args.eps = eps, args.workspace = workspace.data();
+    args.training = training, args.eps = eps;
+    const Plan plan = cuda::plan(args);
+    const Scratch workspace(plan.workspace_bytes, 0xff);
+    args.workspace = workspace.data();
     call(c, plan, Pass::backward, training && wanted & 1,
          kernel_of(plan, dtype, epilogue, args.mask, dr.data(), Pass::backward),
-         [&](const cuda::Stream& stream) { cuda::backward(args, stream); });
+         [&](const cuda::Stream& stream) { cuda::backward(plan, args, stream); });
     if (!workspace.margins_hold()) wrong(c, "written beside the workspace of backward");
     written_once(c, "dx", watch_dx);
     if (!in_place) written_once(c, "dresidual", watch_dr);

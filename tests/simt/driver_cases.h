@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/backend.h"
 #include "cuda/device.cuh"
 
 namespace driver {
