@@ -1,6 +1,5 @@
 """The extension. Bad arguments raise RuntimeError, ValueError, TypeError or IndexError."""
 
-from collections.abc import Callable
 from types import NotImplementedType
 from typing import Any, TypedDict
 
@@ -129,12 +128,6 @@ def backward_elemt(
 
 def is_watched() -> bool:
     """Whether a dispatch mode, functorch or tracing is active, which intercepts operators."""
-
-def set_differentiable_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """Set what the autograd node calls in double backward and under modes, with the arguments of `backward`."""
-
-def set_differentiable_ghost_backward(function: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """The same for ghost batch norm, with the arguments of fastbn::ghost_backward."""
 
 def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, Any]:
     """The CPU kernels' plan for a tensor of these sizes: those fields of fastbn.Plan that it decides."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops import _C
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -21,12 +23,10 @@ class Activation:
     Attributes:
         forward: (z, param) -> act(z).
         derivative: (z, param) -> act'(z).
-        default: the default of the parameter; None if the activation has none.
     """
 
     forward: Callable[[Tensor, float], Tensor]
     derivative: Callable[[Tensor, float], Tensor]
-    default: float | None = None
 
 
 def _silu_derivative(z: Tensor, _: float) -> Tensor:
@@ -42,15 +42,16 @@ def _gelu_derivative(z: Tensor, _: float) -> Tensor:
     return torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
+# The default of the parameter of each activation; None if it has none.
+DEFAULTS = _C.activations()
+
 # Where act has a kink, the derivative is the one that torch's autograd uses: 0 for relu and relu6.
 ACTIVATIONS = {
     "identity": Activation(lambda z, _: z, lambda z, _: torch.ones_like(z)),
     "relu": Activation(lambda z, _: F.relu(z), lambda z, _: torch.where(z <= 0, 0.0, 1.0).to(z.dtype)),
-    "leaky_relu": Activation(F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, torch.full_like(z, slope)), 0.01),
+    "leaky_relu": Activation(F.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, torch.full_like(z, slope))),
     "relu6": Activation(lambda z, _: F.relu6(z), lambda z, _: torch.where((z <= 0) | (z >= 6), 0.0, 1.0).to(z.dtype)),
-    "elu": Activation(
-        F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z.clamp(max=0))).to(z.dtype), 1.0
-    ),
+    "elu": Activation(F.elu, lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(z.clamp(max=0))).to(z.dtype)),
     "silu": Activation(lambda z, _: F.silu(z), _silu_derivative),
     "hardswish": Activation(lambda z, _: F.hardswish(z), _hardswish_derivative),
     "gelu": Activation(lambda z, _: F.gelu(z), _gelu_derivative),
@@ -71,13 +72,12 @@ def check(activation: str, param: float | None) -> float:
     """
     if not isinstance(activation, str):
         raise TypeError(f"batch_norm(): argument 'activation' must be str, not {type(activation).__name__}")
-    row = ACTIVATIONS.get(activation)
-    if row is None:
+    if activation not in ACTIVATIONS:
         raise ValueError(f"batch_norm(): activation should be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if param is None:
-        return 0.0 if row.default is None else row.default
+        return DEFAULTS[activation] or 0.0
     if not isinstance(param, (float, Real)):
         raise TypeError(f"batch_norm(): argument 'activation_param' must be float, not {type(param).__name__}")
-    if row.default is None:
+    if DEFAULTS[activation] is None:
         raise ValueError(f"batch_norm(): activation_param should be None for {activation}, which has none, not {param}")
     return float(param)

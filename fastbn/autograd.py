@@ -223,8 +223,6 @@ def differentiable_backward(
     )
 
 
-ops._C.set_differentiable_backward(differentiable_backward)
-
 # torch.compile and torch.export see the operator instead of the Function, with the same derivative.
 torch.library.register_autograd(
     "fastbn::forward", BatchNormFunction.backward, setup_context=BatchNormFunction.setup_context

@@ -5,9 +5,11 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 // torch 2.6 has another interface.
@@ -20,14 +22,23 @@ namespace fastbn {
 
 namespace {
 
-DifferentiableBackward& differentiable_backward() {
-  static DifferentiableBackward f;
-  return f;
+// N gradients by a function of Python, for a backward pass that is itself differentiated, mapped or traced.
+template <size_t N, class... Args>
+std::array<Tensor, N> gradients_of_python(const char* module, const char* function, const Args&... args) {
+  namespace py = pybind11;
+  py::gil_scoped_acquire gil;
+  const py::object made = py::module_::import(module).attr(function)(args...);
+  const auto found = made.template cast<std::array<OptionalTensor, N>>();
+  std::array<Tensor, N> gradients;
+  for (size_t i = 0; i < N; ++i) gradients[i] = found[i].value_or(Tensor());
+  return gradients;
 }
 
-DifferentiableGhostBackward& differentiable_ghost_backward() {
-  static DifferentiableGhostBackward f;
-  return f;
+Gradients differentiable_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& w, const OptionalTensor& b,
+                                  const Tensor& moments, double eps, bool training, std::array<bool, 4> wanted,
+                                  const EpilogueArgs& epilogue) {
+  return gradients_of_python<4>("fastbn.autograd", "differentiable_backward", dy, x, w, moments, eps, training, wanted,
+                                name_of(epilogue), param_of(epilogue), b, epilogue.residual);
 }
 
 constexpr c10::DispatchKeySet fast_path_keys{
@@ -131,9 +142,8 @@ struct BatchNormBackward : torch::autograd::Node {
   torch::autograd::variable_list differentiable(const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                                                 const OptionalTensor& b, std::array<bool, 4> wanted,
                                                 const EpilogueArgs& epilogue) {
-    const auto& f = differentiable_backward();
     if (!saved.mask.defined()) {
-      auto [dx, dw, db, dr] = f(dy, x, w, b, saved.moments, eps, training, wanted, epilogue);
+      auto [dx, dw, db, dr] = differentiable_backward(dy, x, w, b, saved.moments, eps, training, wanted, epilogue);
       return {dx, dw, db, dr};
     }
     check_memory_of_any(dy, "grad_output");
@@ -144,7 +154,8 @@ struct BatchNormBackward : torch::autograd::Node {
       factor = backward(at::ones_like(x), x, w, b, saved, eps, false, {false, false, false, true}, epilogue)[3];
     }
     const Tensor dz = dy.masked_fill(factor.eq(0), 0).mul(factor);  // an infinite dy times zero would be NaN
-    auto [dx, dw, db, _] = f(dz, x, w, b, saved.moments, eps, training, {wanted[0], wanted[1], wanted[2], false}, {});
+    auto [dx, dw, db, _] = differentiable_backward(dz, x, w, b, saved.moments, eps, training,
+                                                   {wanted[0], wanted[1], wanted[2], false}, {});
     return {dx, dw, db, wanted[3] ? dz : Tensor()};
   }
 
@@ -215,7 +226,8 @@ struct GhostBatchNormBackward : torch::autograd::Node {
                                                   const Tensor& moments, int64_t chunk_size, double eps,
                                                   std::array<bool, 3> wanted) {
     auto [dx, dw, db] = in_operators(dy, x)
-                            ? differentiable_ghost_backward()(dy, x, w, moments, chunk_size, eps, wanted)
+                            ? gradients_of_python<3>("fastbn.functional.ghost", "differentiable_backward_of_chunks", dy,
+                                                     x, w, moments, chunk_size, eps, wanted)
                             : ghost_backward(dy, x, w, moments, chunk_size, eps, wanted);
     return {dx, dw, db};
   }
@@ -256,12 +268,6 @@ struct GhostBatchNormBackward : torch::autograd::Node {
 
 }  // namespace
 
-void set_differentiable_backward(DifferentiableBackward f) { differentiable_backward() = std::move(f); }
-
-void set_differentiable_ghost_backward(DifferentiableGhostBackward f) {
-  differentiable_ghost_backward() = std::move(f);
-}
-
 bool is_fast_path_tensor(const Tensor& t) { return is_dense(t) && !t._fw_grad(0).defined(); }
 
 void check_memory_of_any(const Tensor& t, const char* name) {
@@ -274,10 +280,10 @@ bool is_watched() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-bool fast_path_eligible(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                        const OptionalTensor& num_batches_tracked, bool training, double eps,
-                        const OptionalTensor& residual) {
+bool fast_path_eligible(const BatchNormArgs& args) {
+  const auto& [input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, epilogue] =
+      args;
+  const OptionalTensor& residual = epilogue.residual;
   check_memory(input, "input");
   for (const auto& [t, name] : {std::pair(&weight, "weight"),
                                 {&bias, "bias"},
@@ -307,22 +313,20 @@ bool fast_path_eligible(const Tensor& input, const OptionalTensor& weight, const
          dtypes_agree(input, {&weight, &bias, &running_mean, &running_var});
 }
 
-Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  const EpilogueArgs& epilogue) {
-  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor()), r = epilogue.residual.value_or(Tensor());
+Tensor batch_norm(const BatchNormArgs& args) {
+  const Tensor& input = args.input;
+  const Tensor w = args.weight.value_or(Tensor()), b = args.bias.value_or(Tensor());
+  const Tensor r = args.epilogue.residual.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b, r);
 
   Tensor output;
   Saved saved;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Statistics statistics{running_mean, running_var, num_batches_tracked, momentum};
-    std::tie(output, saved) = forward(input, weight, bias, statistics, training, eps, epilogue, wants_grad);
+    std::tie(output, saved) = forward(args, wants_grad);
   }
   if (wants_grad) {
-    const bool needs_z = epilogue.activation != Activation::identity && !saved.mask.defined();
+    const bool needs_z = args.epilogue.activation != Activation::identity && !saved.mask.defined();
     const auto node = make_node<BatchNormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(input, w, b, r));
     node->input = torch::autograd::SavedVariable(input, false);
@@ -332,25 +336,25 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
       node->residual = torch::autograd::SavedVariable(r, false);
     }
     node->saved = std::move(saved);
-    node->epilogue = {epilogue.activation, epilogue.param, std::nullopt};
-    node->eps = eps;
-    node->training = training;
+    node->epilogue = {args.epilogue.activation, args.epilogue.param, std::nullopt};
+    node->eps = args.eps;
+    node->training = args.training;
     torch::autograd::set_history(output, node);
   }
   return output;
 }
 
-Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const Statistics& statistics, int64_t chunk_size, double eps) {
-  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+Tensor ghost_batch_norm(const BatchNormArgs& args, int64_t chunk_size) {
+  const Tensor& input = args.input;
+  const Tensor w = args.weight.value_or(Tensor()), b = args.bias.value_or(Tensor());
   const bool wants_grad = torch::autograd::compute_requires_grad(input, w, b);
   Tensor output, moments;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(output, moments) = ghost_forward(input, weight, bias, chunk_size, eps);
+    std::tie(output, moments) = ghost_forward(input, args.weight, args.bias, chunk_size, args.eps);
     const int64_t positions = input.numel() / (input.size(0) * input.size(1));
     const ChunkSizes chunks = ghost_chunks(input.sizes(), chunk_size);
-    ghost_update(moments, chunks.size * positions, chunks.last * positions, statistics);
+    ghost_update(moments, chunks.size * positions, chunks.last * positions, args.statistics());
   }
   if (wants_grad) {
     const auto node = make_node<GhostBatchNormBackward>();
@@ -359,7 +363,7 @@ Tensor ghost_batch_norm(const Tensor& input, const OptionalTensor& weight, const
     node->weight = torch::autograd::SavedVariable(w, false);
     node->moments = std::move(moments);
     node->chunk_size = chunk_size;
-    node->eps = eps;
+    node->eps = args.eps;
     torch::autograd::set_history(output, node);
   }
   return output;

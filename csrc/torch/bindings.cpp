@@ -60,29 +60,30 @@ std::string_view text(py::handle object) {
   return {data, size_t(size)};
 }
 
-// The arguments of a fast-path call.
+// The arguments of a call; `ok` if it can take the fast path.
 struct Call {
-  bool ok, train;
-  OptionalTensor x, w, b, mean, var, counter, residual;
-  std::optional<EpilogueArgs> epilogue;
-  std::optional<double> momentum;
-  double eps;
+  bool ok;
+  BatchNormArgs args;
 
   Call(py::handle input, py::handle weight, py::handle bias, py::handle running_mean, py::handle running_var,
-       py::handle num_batches_tracked, py::handle training, py::handle factor, py::handle epsilon,
-       py::handle activation, py::handle activation_param, py::handle added) {
+       py::handle num_batches_tracked, py::handle training, py::handle momentum, py::handle eps, py::handle activation,
+       py::handle activation_param, py::handle residual) {
     ok = !input.is_none() && PyBool_Check(training.ptr()) && !is_watched() && !at::impl::torch_function_mode_enabled();
-    x = fast_path_tensor(input, ok), w = fast_path_tensor(weight, ok), b = fast_path_tensor(bias, ok);
-    mean = fast_path_tensor(running_mean, ok), var = fast_path_tensor(running_var, ok),
-    counter = fast_path_tensor(num_batches_tracked, ok);
-    residual = fast_path_tensor(added, ok);
+    args.input = fast_path_tensor(input, ok).value_or(Tensor());
+    args.weight = fast_path_tensor(weight, ok), args.bias = fast_path_tensor(bias, ok);
+    args.running_mean = fast_path_tensor(running_mean, ok), args.running_var = fast_path_tensor(running_var, ok);
+    args.num_batches_tracked = fast_path_tensor(num_batches_tracked, ok);
+    const OptionalTensor added = fast_path_tensor(residual, ok);
+    args.training = training.ptr() == Py_True;
+    if (!momentum.is_none()) args.momentum = number(momentum, ok);
+    args.eps = number(eps, ok);
     const std::optional<double> param =
         activation_param.is_none() ? std::nullopt : std::optional(number(activation_param, ok));
-    if (ok && PyUnicode_Check(activation.ptr())) epilogue = find_epilogue(text(activation), param, residual);
-    momentum = factor.is_none() ? std::nullopt : std::optional(number(factor, ok));
-    eps = number(epsilon, ok);
-    train = training.ptr() == Py_True;
-    ok = ok && epilogue && fast_path_eligible(*x, w, b, mean, var, counter, train, eps, residual);
+    ok = ok && PyUnicode_Check(activation.ptr());
+    if (!ok) return;
+    const auto epilogue = find_epilogue(text(activation), param, added);
+    if (epilogue) args.epilogue = *epilogue;
+    ok = epilogue && fast_path_eligible(args);
   }
 
   template <class Body>
@@ -94,10 +95,6 @@ struct Call {
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
   }
-  py::object run() const {
-    return run([&] { return batch_norm(*x, w, b, mean, var, counter, train, momentum, eps, *epilogue); });
-  }
-
   static py::object refused() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 };
 
@@ -107,7 +104,7 @@ py::object eager_batch_norm(py::handle input, py::handle weight, py::handle bias
                             py::handle residual) {
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                   activation, activation_param, residual);
-  return call.ok ? call.run() : call.refused();
+  return call.ok ? call.run([&] { return batch_norm(call.args); }) : call.refused();
 }
 
 py::object eager_ghost_batch_norm(py::handle input, py::handle weight, py::handle bias, py::handle running_mean,
@@ -116,18 +113,9 @@ py::object eager_ghost_batch_norm(py::handle input, py::handle weight, py::handl
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
                   identity, py::none(), py::none());
   if (!call.ok || virtual_batch_size < 1) return call.refused();
-  if (virtual_batch_size == 1 && call.x->numel() == call.x->size(0) * call.x->size(1)) return call.refused();
-  return call.run([&] {
-    const Statistics statistics{call.mean, call.var, call.counter, call.momentum};
-    return ghost_batch_norm(*call.x, call.w, call.b, statistics, virtual_batch_size, call.eps);
-  });
-}
-
-std::string_view name_of(const EpilogueArgs& epilogue) { return activations()[size_t(epilogue.activation)].first; }
-// The parameter in Python: None for activations without one.
-std::optional<double> param_of(const EpilogueArgs& epilogue) {
-  const double standard = activations()[size_t(epilogue.activation)].second;
-  return standard == standard ? std::optional(epilogue.param) : std::nullopt;
+  const Tensor& x = call.args.input;
+  if (virtual_batch_size == 1 && x.numel() == x.size(0) * x.size(1)) return call.refused();
+  return call.run([&] { return ghost_batch_norm(call.args, virtual_batch_size); });
 }
 
 std::array<OptionalTensor, 4> optional(const Gradients& grads) {
@@ -136,27 +124,6 @@ std::array<OptionalTensor, 4> optional(const Gradients& grads) {
     if (grads[i].defined()) result[i] = grads[i];
   }
   return result;
-}
-
-// Gradients returned by Python.
-template <size_t N>
-std::array<Tensor, N> gradients_of(const py::object& given) {
-  const auto found = given.cast<std::array<OptionalTensor, N>>();
-  std::array<Tensor, N> grads;
-  for (size_t i = 0; i < N; ++i) grads[i] = found[i].value_or(Tensor());
-  return grads;
-}
-
-// Called when a backward pass is itself differentiated, mapped or traced.
-void set_python_backward(py::function function) {
-  auto* kept = new py::function(std::move(function));  // not destroyed: the interpreter may end first
-  set_differentiable_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
-                                     const OptionalTensor& b, const Tensor& moments, double eps, bool training,
-                                     std::array<bool, 4> wanted, const EpilogueArgs& epilogue) {
-    py::gil_scoped_acquire gil;
-    return gradients_of<4>(
-        (*kept)(dy, x, w, moments, eps, training, wanted, name_of(epilogue), param_of(epilogue), b, epilogue.residual));
-  });
 }
 
 py::dict build_info() {
@@ -179,17 +146,6 @@ py::dict build_info() {
   d["cpu_capability"] = cpu::capability();
   d["cpu_capability_of_processor"] = cpu::capability_of_processor();
   return d;
-}
-
-// set_python_backward for ghost batch norm.
-void set_python_ghost_backward(py::function function) {
-  auto* kept = new py::function(std::move(function));  // not destroyed
-  set_differentiable_ghost_backward([kept](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
-                                           const Tensor& moments, int64_t chunk_size, double eps,
-                                           std::array<bool, 3> wanted) {
-    py::gil_scoped_acquire gil;
-    return gradients_of<3>((*kept)(dy, x, w, moments, chunk_size, eps, wanted));
-  });
 }
 
 }  // namespace
@@ -259,8 +215,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("activation") = "identity", py::arg("activation_param") = py::none(), py::arg("bias") = py::none(),
         py::arg("residual") = py::none(), without_gil);
   m.def("is_watched", &is_watched);
-  m.def("set_differentiable_backward", &set_python_backward, py::arg("function"));
-  m.def("set_differentiable_ghost_backward", &set_python_ghost_backward, py::arg("function"));
   bind_plans(m);
 #if defined(FASTBN_SIMT)
   py::module_ simulator = m.def_submodule("simt");

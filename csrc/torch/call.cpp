@@ -26,6 +26,11 @@ DType dtype_of(const Tensor& t) {
 
 bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
+at::ScalarType param_dtype(const Tensor& input, const OptionalTensor& weight) {
+  if (present(weight)) return weight->scalar_type();
+  return is_half(input.scalar_type()) ? at::kFloat : input.scalar_type();
+}
+
 bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 
 void check_dense(const Tensor& t, const char* name) {

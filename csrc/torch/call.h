@@ -37,6 +37,9 @@ DType dtype_of(const Tensor& t);
 
 bool is_half(at::ScalarType t);
 
+// The dtype of the gradients of weight and bias.
+at::ScalarType param_dtype(const Tensor& input, const OptionalTensor& weight);
+
 bool present(const OptionalTensor& t);
 
 // Checks that the tensor is strided; says nothing about its device or memory.

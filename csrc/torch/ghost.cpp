@@ -189,11 +189,9 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
       return args;
     });
   }
-  const auto param_dtype = present(weight)                ? weight->scalar_type()
-                           : is_half(input.scalar_type()) ? at::kFloat
-                                                          : input.scalar_type();
+  const at::ScalarType dtype = param_dtype(input, weight);
   for (Tensor* t : {&dw, &db}) {
-    if (t->defined()) *t = sum_over_chunks(context, *t, param_dtype);
+    if (t->defined()) *t = sum_over_chunks(context, *t, dtype);
   }
   return {dx, dw, db};
 }

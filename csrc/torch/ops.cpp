@@ -76,6 +76,13 @@ EpilogueArgs parse_epilogue(std::string_view activation, std::optional<double> p
   TORCH_CHECK_VALUE(false, "activation should be one of ", names, ", not '", activation, "'");
 }
 
+std::string_view name_of(const EpilogueArgs& epilogue) { return activations()[size_t(epilogue.activation)].first; }
+
+std::optional<double> param_of(const EpilogueArgs& epilogue) {
+  const double standard = activations()[size_t(epilogue.activation)].second;
+  return standard == standard ? std::optional(epilogue.param) : std::nullopt;
+}
+
 std::vector<std::pair<std::string_view, double>> activations() {
   std::vector<std::pair<std::string_view, double>> all;
   for (const auto& a : named_activations) all.emplace_back(a.name, a.param);
@@ -118,37 +125,39 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
   return {output, kept};
 }
 
-std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                  const Statistics& statistics, bool training, double eps, const EpilogueArgs& epilogue,
-                                  bool wants_backward) {
+std::tuple<Tensor, Saved> forward(const BatchNormArgs& call, bool wants_backward) {
   const ProfilerEvent event(
       "fastbn::batch_norm",
-      [&] { return std::vector<c10::IValue>{input, weight, bias, statistics.mean, statistics.var, epilogue.residual}; },
+      [&] {
+        return std::vector<c10::IValue>{call.input,        call.weight,      call.bias,
+                                        call.running_mean, call.running_var, call.epilogue.residual};
+      },
       wants_backward);
-  const int64_t channels = input.size(1);
-  Context context(input);
+  const Statistics statistics = call.statistics();
+  const bool training = call.training;
+  Context context(call.input);
   // The kernel increments the counter, which saves a launch, unless the momentum depends on it.
   const bool kernel_counts = training && context.on_gpu() && statistics.batches && statistics.mean &&
-                             statistics.momentum && statistics.batches->device() == input.device();
+                             statistics.momentum && statistics.batches->device() == call.input.device();
   if (statistics.batches && !kernel_counts) count_batches(*statistics.batches, 1);
   Saved saved;
-  if (training || wants_backward) saved.moments = context.empty({2, channels}, at::kDouble);
+  if (training || wants_backward) saved.moments = context.empty({2, call.input.size(1)}, at::kDouble);
   Tensor* const mask = wants_backward ? &saved.mask : nullptr;
   Forward args{};
   args.training = training;
-  args.eps = eps;
+  args.eps = call.eps;
   args.moments = saved.moments.defined() ? saved.moments.data_ptr<double>() : nullptr;
   if (!training) {
     Tensor kept_mean, kept_var;
     args.mean = param(statistics.mean, kept_mean);
     args.var = param(statistics.var, kept_var);
-    Tensor output = run_forward(context, input, weight, bias, epilogue, args, mask);
+    Tensor output = run_forward(context, call.input, call.weight, call.bias, call.epilogue, args, mask);
     return {output, saved};
   }
   RunningArgument running(statistics, context);
   args.running = running.get();
   if (kernel_counts) args.running.counter = statistics.batches->data_ptr<int64_t>();
-  Tensor output = run_forward(context, input, weight, bias, epilogue, args, mask);
+  Tensor output = run_forward(context, call.input, call.weight, call.bias, call.epilogue, args, mask);
   running.store();
   if (kernel_counts) bump_version(*statistics.batches);
   return {output, saved};
@@ -157,7 +166,7 @@ std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& wei
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
                    std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite,
-                   const GlobalSums& global, std::optional<at::ScalarType> param_dtype) {
+                   const GlobalSums& global, std::optional<at::ScalarType> dtype) {
   const ProfilerEvent event("fastbn::batch_norm_backward", [&] {
     return std::vector<c10::IValue>{grad_output, input, weight, bias, epilogue.residual};
   });
@@ -175,14 +184,12 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   check_same_device(saved.moments, "moments", input);
   check_moments(saved.moments, {2, channels});
 
-  const auto own_dtype = present(weight)                ? weight->scalar_type()
-                         : is_half(input.scalar_type()) ? at::kFloat
-                                                        : input.scalar_type();
+  const at::ScalarType grads_dtype = dtype.value_or(param_dtype(input, weight));
   Context context(input);
   Gradients grads;
   auto& [dx, dw, db, dz] = grads;
-  if (wanted[1]) dw = context.empty({channels}, param_dtype.value_or(own_dtype));
-  if (wanted[2]) db = context.empty({channels}, param_dtype.value_or(own_dtype));
+  if (wanted[1]) dw = context.empty({channels}, grads_dtype);
+  if (wanted[2]) db = context.empty({channels}, grads_dtype);
   if (input.numel() == 0) {
     if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
     if (wanted[1]) dw.zero_();

@@ -38,7 +38,11 @@ struct EpilogueArgs {
 std::optional<EpilogueArgs> find_epilogue(std::string_view activation, std::optional<double> param,
                                           const OptionalTensor& residual);
 
-// The same, but raises an error that names the activations.
+// The name of its activation and the parameter in Python: nullopt for activations without one.
+std::string_view name_of(const EpilogueArgs& epilogue);
+std::optional<double> param_of(const EpilogueArgs& epilogue);
+
+// find_epilogue, but raises an error that names the activations.
 EpilogueArgs parse_epilogue(std::string_view activation, std::optional<double> param, const OptionalTensor& residual);
 
 // Name and default parameter of every activation; NaN if it has none.
@@ -81,12 +85,22 @@ struct Saved {
   Tensor moments, mask;
 };
 
+// The arguments of a batch norm, in the order of Python's.
+struct BatchNormArgs {
+  Tensor input;
+  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  bool training = true;
+  std::optional<double> momentum;
+  double eps = 0;
+  EpilogueArgs epilogue;
+
+  Statistics statistics() const { return {running_mean, running_var, num_batches_tracked, momentum}; }
+};
+
 // Counts and normalizes a batch: in training by its own moments, which also update mean and var, in eval by mean and
 // var. Returns the output and what backward needs, which is undefined in eval without wants_backward. For eligible
 // calls (autograd.h): validates the dtype of input alone.
-std::tuple<Tensor, Saved> forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                  const Statistics& statistics, bool training, double eps, const EpilogueArgs& epilogue,
-                                  bool wants_backward);
+std::tuple<Tensor, Saved> forward(const BatchNormArgs& args, bool wants_backward);
 
 // Of input, weight, bias and residual; undefined if not wanted.
 using Gradients = std::array<Tensor, 4>;
@@ -97,11 +111,11 @@ struct GlobalSums {
 };
 
 // epilogue: without its residual if `saved` has a mask. may_overwrite: nobody else reads grad_output, so its memory can
-// hold the gradient of the residual. param_dtype: of the gradients of weight and bias; default: that of weight.
+// hold the gradient of the residual. dtype: of the gradients of weight and bias; default: that of weight.
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
                    std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite = false,
-                   const GlobalSums& global = {}, std::optional<at::ScalarType> param_dtype = std::nullopt);
+                   const GlobalSums& global = {}, std::optional<at::ScalarType> dtype = std::nullopt);
 
 // Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of chunk_size samples, each normalized by its own moments; the
 // last one has the rest, and joins the one before it if it has a single value per channel.

@@ -75,7 +75,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _gradients(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     wanted = tuple(ctx.needs_input_grad[:3])
     # In double backward, each chunk is a batch norm whose gradients can be differentiated.
-    gradients = _chunk_by_chunk if torch.is_grad_enabled() else _backward
+    gradients = differentiable_backward_of_chunks if torch.is_grad_enabled() else _backward
     input, weight, moments = ctx.saved_tensors
     grads = gradients(grad_output, input, weight, moments, ctx.virtual_batch_size, ctx.eps, wanted)
     return *(g if m else None for g, m in zip(grads, wanted, strict=True)), None, None
@@ -84,7 +84,7 @@ def _gradients(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ..
 torch.library.register_autograd("fastbn::ghost_forward", _gradients, setup_context=_setup)
 
 
-def _chunk_by_chunk(
+def differentiable_backward_of_chunks(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, virtual_batch_size: int, eps: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
@@ -97,9 +97,6 @@ def _chunk_by_chunk(
     dx, *of_parameters = zip(*parts, strict=True)
     grads = [sum(d) if m else None for d, m in zip(of_parameters, wanted[1:], strict=True)]
     return torch.cat(dx) if wanted[0] else None, *grads
-
-
-ops._C.set_differentiable_ghost_backward(_chunk_by_chunk)
 
 
 def ghost_batch_norm(

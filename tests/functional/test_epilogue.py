@@ -192,7 +192,7 @@ def test_the_same_bits_with_any_number_of_threads(threads, activation):
 
 
 def test_python_and_the_kernels_have_the_same_table():
-    assert _C.activations() == {name: row.default for name, row in ACTIVATIONS.items()}
+    assert list(_C.activations()) == sorted(ACTIVATIONS)
 
 
 @each_activation

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastbn
-from fastbn.activations import ACTIVATIONS
+from fastbn.activations import ACTIVATIONS, DEFAULTS
 from fastbn.graph.fusing import is_fused
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -90,7 +90,7 @@ def test_masked_says_that_it_does_not_run():
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation(name):
     x, residual = torch.randn(2, 5, 4, 3, 3) * 3
-    params = (None,) if ACTIVATIONS[name].default is None else (None, 0.3, 2)
+    params = (None,) if DEFAULTS[name] is None else (None, 0.3, 2)
     for param in params:
         module = fastbn.BatchNormAct2d(4, activation=name, activation_param=param)
         assert_same(module, x)
