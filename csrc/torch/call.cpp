@@ -60,6 +60,20 @@ void check_same_device(const Tensor& t, const char* name, const Tensor& input) {
   check_memory(t, name);
 }
 
+bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
+  const auto type = input.scalar_type();
+  std::optional<at::ScalarType> shared;
+  for (const OptionalTensor* t : params) {
+    if (!present(*t)) continue;
+    const auto own = (*t)->scalar_type();
+    if (!(own == type || (is_half(type) && own == at::kFloat)) || shared.value_or(own) != own) return false;
+    shared = own;
+  }
+  return true;
+}
+
+namespace {
+
 void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input) {
   if (!present(t)) return;
   check_same_device(*t, name, input);
@@ -70,6 +84,36 @@ void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTenso
   dtype_of(input);
   TORCH_CHECK(dtypes_agree(input, params), "mixed dtype: weight and bias should have the dtype of input, ",
               input.scalar_type(), ", or both be Float beside a half input");
+}
+
+void check_residual(const OptionalTensor& residual, const Tensor& input) {
+  if (!present(residual)) return;
+  check_same_device(*residual, "residual", input);
+  TORCH_CHECK(residual->sizes() == input.sizes(), "residual should have the sizes of input, ", input.sizes(), ", not ",
+              residual->sizes());
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual should have the dtype of input, ",
+              input.scalar_type(), ", not ", residual->scalar_type());
+}
+
+}  // namespace
+
+int64_t checked_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, const Tensor* grad_output) {
+  check_input(input);
+  if (grad_output != nullptr) check_same_device(*grad_output, "grad_output", input);
+  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ", input.dim());
+  const int64_t channels = input.size(1);
+  if (grad_output != nullptr) {
+    TORCH_CHECK(grad_output->sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
+                ", not ", grad_output->sizes());
+    TORCH_CHECK(grad_output->scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
+                input.scalar_type(), ", not ", grad_output->scalar_type());
+  }
+  check_channels(weight, "weight", channels, input);
+  check_channels(bias, "bias", channels, input);
+  check_dtypes(input, {&weight, &bias});
+  check_residual(residual, input);
+  return channels;
 }
 
 void check_moments(const Tensor& moments, at::IntArrayRef sizes) {
@@ -184,15 +228,6 @@ void check_counter(const Statistics& statistics) {
   if (t.layout() == at::kStrided && has_kernels(t.device())) check_memory(t, "num_batches_tracked");
 }
 
-void check_residual(const OptionalTensor& residual, const Tensor& input) {
-  if (!present(residual)) return;
-  check_same_device(*residual, "residual", input);
-  TORCH_CHECK(residual->sizes() == input.sizes(), "residual should have the sizes of input, ", input.sizes(), ", not ",
-              residual->sizes());
-  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual should have the dtype of input, ",
-              input.scalar_type(), ", not ", residual->scalar_type());
-}
-
 void check_running(const Statistics& statistics, int64_t channels, const Tensor& other, const char* other_name) {
   for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
     check_dense(**t, name);
@@ -221,18 +256,6 @@ void check_device(const Tensor& input) {
               " CUDA are: FASTBN_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fastbn"
 #endif
   );
-}
-
-bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
-  const auto type = input.scalar_type();
-  std::optional<at::ScalarType> shared;
-  for (const OptionalTensor* t : params) {
-    if (!present(*t)) continue;
-    const auto own = (*t)->scalar_type();
-    if (!(own == type || (is_half(type) && own == at::kFloat)) || shared.value_or(own) != own) return false;
-    shared = own;
-  }
-  return true;
 }
 
 }  // namespace fastbn

@@ -49,9 +49,9 @@ void check_input(const Tensor& input);
 
 void check_same_device(const Tensor& t, const char* name, const Tensor& input);
 
-void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input);
-
-void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
+// The number of channels of a call whose tensors go together; raises otherwise.
+int64_t checked_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, const Tensor* grad_output = nullptr);
 
 void check_moments(const Tensor& moments, at::IntArrayRef sizes);
 
@@ -176,8 +176,6 @@ class RunningArgument {
 
 // Checks the memory of a batch counter, if it is one that can be checked.
 void check_counter(const Statistics& statistics);
-
-void check_residual(const OptionalTensor& residual, const Tensor& input);
 
 // Checks running_mean and running_var, both present, against C channels on the device of `other`.
 void check_running(const Statistics& statistics, int64_t channels, const Tensor& other, const char* other_name);

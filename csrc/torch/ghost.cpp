@@ -102,11 +102,7 @@ ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t chunk_size) {
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                          int64_t chunk_size, double eps) {
   const ProfilerEvent event("fastbn::batch_norm", [&] { return std::vector<c10::IValue>{input, weight, bias}; });
-  check_input(input);
-  const int64_t channels = channels_of(input);
-  check_channels(weight, "weight", channels, input);
-  check_channels(bias, "bias", channels, input);
-  check_dtypes(input, {&weight, &bias});
+  const int64_t channels = checked_channels(input, weight, bias, std::nullopt);
   const ChunkSizes sizes = ghost_chunks(input.sizes(), chunk_size);
 
   Context context(input);
@@ -140,18 +136,10 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
                                      std::array<bool, 3> wanted) {
   const ProfilerEvent event("fastbn::batch_norm_backward",
                             [&] { return std::vector<c10::IValue>{grad_output, input, weight}; });
-  check_input(input);
-  check_same_device(grad_output, "grad_output", input);
+  const int64_t channels = checked_channels(input, weight, std::nullopt, std::nullopt, &grad_output);
   check_same_device(moments, "moments", input);
-  const int64_t channels = channels_of(input);
   const ChunkSizes sizes = ghost_chunks(input.sizes(), chunk_size);
   const int64_t count = sizes.count;
-  TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
-              ", not ", grad_output.sizes());
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
-              input.scalar_type(), ", not ", grad_output.scalar_type());
-  check_channels(weight, "weight", channels, input);
-  check_dtypes(input, {&weight});
   check_moments(moments, {count, 2, channels});
 
   Context context(input);

@@ -93,13 +93,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
                                    const OptionalTensor& moments, double eps, const EpilogueArgs& epilogue) {
   const ProfilerEvent event("fastbn::batch_norm",
                             [&] { return std::vector<c10::IValue>{input, weight, bias, moments, epilogue.residual}; });
-  check_input(input);
-  const int64_t channels = channels_of(input);
+  const int64_t channels = checked_channels(input, weight, bias, epilogue.residual);
   const bool training = !present(moments);
-  check_channels(weight, "weight", channels, input);
-  check_channels(bias, "bias", channels, input);
-  check_dtypes(input, {&weight, &bias});
-  check_residual(epilogue.residual, input);
   if (!training) check_same_device(*moments, "moments", input);
   const bool with_counts = !training && moments->dim() == 2 && moments->size(0) == 3;  // BatchStats, with counts
   const Tensor given = training ? Tensor() : with_counts ? moments->narrow(0, 0, 2).clone() : *moments;
@@ -170,17 +165,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   const ProfilerEvent event("fastbn::batch_norm_backward", [&] {
     return std::vector<c10::IValue>{grad_output, input, weight, bias, epilogue.residual};
   });
-  check_input(input);
-  check_same_device(grad_output, "grad_output", input);
-  const int64_t channels = channels_of(input);
-  TORCH_CHECK(grad_output.sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
-              ", not ", grad_output.sizes());
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
-              input.scalar_type(), ", not ", grad_output.scalar_type());
-  check_channels(weight, "weight", channels, input);
-  check_channels(bias, "bias", channels, input);
-  check_dtypes(input, {&weight, &bias});
-  check_residual(epilogue.residual, input);
+  const int64_t channels = checked_channels(input, weight, bias, epilogue.residual, &grad_output);
   check_same_device(saved.moments, "moments", input);
   check_moments(saved.moments, {2, channels});
 
