@@ -1,6 +1,5 @@
-"""The paper's figures 2 and 3 in small: six variants under two protocols. P has the paper's learning rates, T multiples
-of the rate that suits the control, Inception without batch norm, best on the validation set.
-"""
+"""The paper's figures 2 and 3 in small: six variants at the paper's learning rates (protocol P), and at multiples of
+the rate that is best for the control, Inception without batch norm, on the validation set (T)."""
 
 from matplotlib.figure import Figure
 from networks import Variant

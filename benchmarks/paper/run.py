@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,9 +65,10 @@ def page(paper: dict) -> str:
     spread.counted = 0
     texts, (mnist, fashion) = Path(__file__).parent / "text", paper["data"]
     common = {**paper["settings"], "mnist": mnist["name"], "fashion": fashion["name"]}
-    parts = [(texts / f"{name}.md").read_text().format(**EXPERIMENTS[name].words(found, paper), **common)
-             for name, found in paper["results"].items()]  # fmt: skip
-    head = {**paper, **paper["environment"], **common, "tests": spread.counted, "chance": round(spread.counted / 20)}
+    words = {name: EXPERIMENTS[name].words(found, paper) for name, found in paper["results"].items()}
+    parts = [(texts / f"{name}.md").read_text().format(**said, **common) for name, said in words.items()]
+    head = {**paper, **paper["environment"], **common, "tests": spread.counted, "chance": round(spread.counted / 20),
+            "said": defaultdict(lambda: defaultdict(lambda: "(not run)"), words)}  # fmt: skip
     head |= {f"{name}_took": clock(paper["run"][f"{name}_s"]) for name in ("wall", "cpu")}
     return "\n".join([(texts / "head.md").read_text().format(**head), *parts])
 

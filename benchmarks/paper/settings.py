@@ -1,7 +1,6 @@
-"""All that may be chosen, in one place: `FULL` is what `make paper` does, `QUICK` is for the tests.
-
-The budget: 15 minutes on two cores, 1800 core seconds, of which the plans below take about 1500 (`SECONDS`). A training
-step costs, in one thread of an EPYC (Genoa) whose other core is busy, forward, backward and update, in milliseconds:
+"""All that may be chosen, in one place: `FULL` is what `make paper` does, `QUICK` is for tests. The budget: 15 minutes
+on two cores, 1800 core seconds, of which the plans below take about 1500 (`SECONDS`). In one thread of an EPYC (Genoa)
+whose other core is busy a training step costs, in milliseconds,
 
     perceptron, batch 60                             0.5
     Inception, width 24, six modules, batch 32      11.3   (0.12 an image at inference)

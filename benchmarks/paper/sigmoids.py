@@ -112,7 +112,8 @@ def words(found: dict, paper: dict) -> dict[str, str]:
     for number_, level in enumerate(LEVELS):
         a, b = ([r[number_] for r in network["reached"]] for network in (without, with_))
         times, sign = ratio(a, b) if None not in a + b else (0, 0)
-        faster.append(f"{times:.1f} times fewer to {level:.0%}{'' if sign else ' (which does not show)'}")
+        shows = "" if sign else " (which does not show)"
+        faster.append(f"{times:.1f} times fewer to {level:.0%}{shows}" if times else f"in some seeds never {level:.0%}")
     end = paired([c[-1] for c in with_["curve"]], [c[-1] for c in without["curve"]])
     moves = paired(with_["range"], without["range"])
     grid = [[NORM[n], *(f"{100 * v:.1f} %" for v in values.values())] for n, values in found["search"].items()]

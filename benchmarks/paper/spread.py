@@ -1,8 +1,7 @@
 """Statistics over seeds: what is a number's spread, and does a difference show?
 
 Networks with the same seed begin with the same weights and see the same batches, so differences are taken seed by seed:
-paired t tests. A difference "shows" if its 95 % interval leaves out zero. One in twenty tests of equals does, too: the
-page counts its tests.
+paired t tests. A difference "shows" if its 95 % interval leaves out zero, as one in twenty does that is none.
 """
 
 import math
