@@ -71,6 +71,7 @@ def plot(found: dict, paper: dict) -> Figure:
         axes.set_xlabel(f"top-{top[-1]} error on the test set (dots: repetitions)")
         axes.set_yticks(range(len(rows)), list(rows))
         percent_axis(axes, "x")
+        axes.locator_params(axis="x", nbins=6)
     return drawing
 
 

@@ -92,15 +92,13 @@ def words(found: dict, paper: dict) -> dict[str, str]:
     head = ["protocol", "", "rate", "steps to the control's best", "times fewer", "paper: times fewer",
             "test accuracy", "over the control", "paper: highest accuracy"]  # fmt: skip
     checks = {protocol: claims(variants) for protocol, variants in parts.items()}
-    tuned = paired(parts["T"][CONTROL]["top1"], parts["P"][CONTROL]["top1"])
-    missing = {p: "; ".join(c for c, said in checks[p].items() if not said.startswith("yes")) for p in checks}
+    tuned, rate = paired(parts["T"][CONTROL]["top1"], parts["P"][CONTROL]["top1"]), found["rates"]["T"]
+    lists = {f"{key}_{p}": "; ".join(f'"{c}"' for c, said in checks[p].items() if said.startswith(start)) or "nothing"
+             for p in checks for key, start in (("missing", "**"), ("open", "does"))}  # fmt: skip
     most = {p: max([(fewer(v, n, CONTROL) or (0, 0))[0], n] for n in list(v)[1:]) for p, v in parts.items()}
     return {
-        **{f"missing_{p}": text or "nothing" for p, text in missing.items()},
-        **{f"most_{p}": f"{times:.1f} times fewer ({name})" for p, (times, name) in most.items()},
-        "table": table(head, rows),
+        **lists, **{f"most_{p}": f"{times:.1f} times fewer steps ({name})" for p, (times, name) in most.items()},
+        "table": table(head, rows), "rate": f"{rate:g}", "times": f"{rate / PAPER_RATE:.0f}",
         "claims": table(["the paper's finding", "P", "T"], [[c, checks["P"][c], checks["T"][c]] for c in checks["P"]]),
         "tuned": tuned.points() + verdict(tuned, "", " (less!)", " (which does not show)"),
-        "rate": f"{found['rates']['T']:g}",
-        "times": f"{found['rates']['T'] / PAPER_RATE:.0f}",
     }  # fmt: skip

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
              "results": results}  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(paper, allow_nan=False) + "\n")
+    beside.write_text(json.dumps(paper, allow_nan=False, separators=(",", ":")) + "\n")
     beside.replace(file)  # so that a run that is stopped here does not lose the old file
     show(json.loads(file.read_text()), chosen.output)
     print(f"\n{clock(spent['wall_s'])} ({clock(workers.cpu_s)} of CPU time in trainings): {file.with_suffix('.md')}")

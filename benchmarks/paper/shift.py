@@ -133,17 +133,19 @@ def plot(found: dict, paper: dict) -> Figure:
 
 
 def words(found: dict, paper: dict) -> dict[str, str]:
-    rows, said = [], {}
+    rows, said = [], {f"{kind}_rate": f"{rate:g}" for kind, rate in found["rates"].items()}
+    half = paper["settings"]["shift"]["steps"] // paper["settings"]["shift"]["every"] // 2
     for kind, networks in found["networks"].items():
-        means = {(n, m): [fmean(run_) for run_ in networks[n][m]] for n in NORM for m in MEASURES}
-        for name in NORM:
-            loss = [fmean(run_[-5:]) for run_ in networks[name]["loss"]]
-            rows.append([f"{kind} {NORM[name]}", *(number(means[name, m], 3) for m in MEASURES), number(loss, 2)])
-        for measure in ("moments", "change"):
-            times, sign = ratio(means["with", measure], means["without", measure])
-            said[f"{kind}_{measure}"] = f"{times:.2g} times{'' if sign else ' (no difference shows)'}"
-        turns = paired(means["with", "cosine"], means["without", "cosine"])
-        said[f"{kind}_cosine"] = verdict(turns, "higher", "lower", "no different")
-        said[f"{kind}_cosine"] += f" ({turns.mean:+.3f} ± {turns.half:.3f})"
-    return {"table": table(["", *MEASURES.values(), "loss at the end"], rows), **said,
-            **{f"{kind}_rate": f"{rate:g}" for kind, rate in found["rates"].items()}}  # fmt: skip
+        parts: dict = {"moments": [], "change": [], "cosine": []}
+        for part, steps in (("first half", slice(half)), ("second half", slice(half, None))):
+            means = {(n, m): [fmean(run_[steps]) for run_ in networks[n][m]] for n in NORM for m in (*MEASURES, "loss")}
+            for n in NORM:
+                rows.append([kind, NORM[n], part, *(number(means[n, m], 3) for m in (*MEASURES, "loss"))])
+            for measure in ("moments", "change"):
+                times, sign = ratio(means["with", measure], means["without", measure])
+                parts[measure].append(f"{times:.2g} times{'' if sign else ' (no difference shows)'} in the {part}")
+            turns = paired(means["with", "cosine"], means["without", "cosine"])
+            text = f"{verdict(turns, 'higher', 'lower', 'no different')} in the {part}"
+            parts["cosine"].append(f"{text} ({turns.mean:+.3f} ± {turns.half:.3f})")
+        said |= {f"{kind}_{measure}": " and ".join(texts) for measure, texts in parts.items()}
+    return {"table": table(["", "", "steps", *MEASURES.values(), "loss"], rows), **said}

@@ -21,7 +21,7 @@ class Difference(NamedTuple):
         return 0 if abs(self.mean) <= self.half else int(math.copysign(1, self.mean))
 
     def points(self) -> str:
-        return f"{100 * self.mean:+.1f} ± {100 * self.half:.1f} points"
+        return f"{round(100 * self.mean, 1) + 0.0:+.1f} ± {100 * self.half:.1f} points"  # + 0.0: no -0.0
 
 
 counted = 0  # tests made since the page was begun

@@ -69,7 +69,7 @@ def plot(found: dict, paper: dict) -> Figure:
     for name, values in found.items():
         axes.plot([float(r) for r in values], [fmean(v) for v in values.values()], marker="o", color=COLOURS[name],
                   label=name)  # fmt: skip
-    for protocol, rate, height, line in (("P", PAPER_RATE, 1.0, "--"), ("T", best(found["Inception"]), 0.95, ":")):
+    for protocol, rate, height, line in (("P", PAPER_RATE, 1.0, "--"), ("T", best(found["Inception"]), 0.5, ":")):
         for multiple in (1, 5, 30):
             axes.axvline(multiple * rate, color=GREY, linewidth=1, linestyle=line)
             axes.annotate(f"{protocol} x{multiple}", (multiple * rate, height), xytext=(3, 0), fontsize=9,
