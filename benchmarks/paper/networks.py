@@ -2,7 +2,7 @@
 
 `Perceptron` is the network of its section 4.1. `Inception` has the modules of its section 4.2 and appendix: branches of
 1x1, 1x1 -> 3x3, 1x1 -> 3x3 -> 3x3 (in place of 5x5) and pooling -> 1x1; modules with stride 2 have no 1x1 branch and
-pass the maximum through. Batch norm stands before each nonlinearity, and what it precedes has no bias.
+pass the maximum through. Batch norm stands before each nonlinearity, and what it follows has no bias.
 """
 
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ def train(images: Path, plan: Plan, variant: Variant, rate: float, seed: int, pa
     data, curve = load_small(images, "Fashion-MNIST"), []
     network = make_inception(variant, plan, data.train[0], seed)
     watched = tuple(t[: plan.watched] for t in data.validation)
-    at = marks(min(20, plan.steps), plan.steps, plan.evaluations)
+    at = marks(min(20, plan.steps), plan.steps, plan.evaluations) if part == "test" and not keep else [plan.steps]
     fit(network, batches(data.train, plan.batch, seed), rate, plan.steps,
         observe=lambda _: curve.append(accuracy(network, watched)), at=at)  # fmt: skip
     some, labels = getattr(data, part)

@@ -16,12 +16,11 @@ def marks(first: int, last: int, count: int) -> list[int]:
 
 def fit(network: nn.Module, batches: Iterable, rate: float, steps: int, momentum: float = 0.9, last: float = 0.1,
         decay: float = 0.0, observe: Callable[[int], None] | None = None, at: Iterable[int] = ()) -> None:  # fmt: skip
-    """Train for so many steps, to a learning rate of ``rate`` times ``last``; ``decay`` is of L2. ``observe`` is called
-    with the step after each of ``at``."""
+    """Train, to ``rate * last`` at the end; ``decay`` is of L2; ``observe`` gets the steps ``at`` after them."""
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum, weight_decay=decay, fused=True)
     at = set(at)
+    network.train()
     for step, (images, labels) in enumerate(itertools.islice(batches, steps), 1):
-        network.train()
         optimizer.param_groups[0]["lr"] = rate * last ** ((step - 1) / steps)
         loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
@@ -29,6 +28,7 @@ def fit(network: nn.Module, batches: Iterable, rate: float, steps: int, momentum
         optimizer.step()
         if step in at:
             observe(step)
+            network.train()
 
 
 @torch.no_grad()

@@ -77,7 +77,15 @@ def test_the_rate_falls_and_steps_are_observed():
     moves = {}
     for last in (1.0, 0.01):
         copied = copy.deepcopy(network)
-        fit(copied, [(1e-3 * x, label)] * 100, 1.0, 100, momentum=0.0, last=last, observe=seen.append, at=[3, 100])
+        modes = []
+        copied.register_forward_pre_hook(lambda module, _, modes=modes: modes.append(module.training))
+
+        def see(step, copied=copied):
+            seen.append(step)
+            copied.eval()
+
+        fit(copied, [(1e-3 * x, label)] * 100, 1.0, 100, momentum=0.0, last=last, observe=see, at=[3, 100])
+        assert modes == [True] * 100
         moves[last] = copied.weight[0, 0].item()
     assert seen == [3, 100] * 2
     # the gradient hardly changes, so the way is the sum of the rates
