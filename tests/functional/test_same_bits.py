@@ -1,5 +1,7 @@
 """Results have the same bits as when same_bits.txt was written, for each instruction set and in the emulator."""
 
+import platform
+
 import pytest
 import same_bits
 
@@ -11,6 +13,8 @@ SIMT_COLUMN = pytest.param("simt", marks=[pytest.mark.simt, pytest.mark.simt_qui
 def test_bits_are_those_of_the_file(backend, column):
     if backend.name == "ptx":
         pytest.skip("nvcc fuses other operations than g++")
+    if platform.machine() != "x86_64":
+        pytest.skip("the digests are of x86-64, and other architectures fuse other operations (make arm)")
     header, digests = same_bits.stored()
     environment = same_bits.environment()
     if environment["compiler"] != header["compiler"]:
