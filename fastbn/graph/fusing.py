@@ -144,7 +144,7 @@ def _is_observed(module: nn.Module) -> bool:
     return (
         module._compiled_call_impl is not None
         or _C.is_watched()
-        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or (torch.fx._symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling())
         or in_forward_mode()
         or _torch_module._has_any_global_hook()
         or "_is_replica" in module.__dict__
