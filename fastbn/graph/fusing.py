@@ -138,6 +138,16 @@ def _restore(module: nn.Module, state: dict[str, Any]) -> None:
     module.__class__ = _fused_class(cls)
 
 
+def _has_global_hook() -> bool:
+    """torch's _has_any_global_hook, which torch 2.6 does not have; the other dicts of hooks only describe these."""
+    return bool(
+        _torch_module._global_backward_pre_hooks
+        or _torch_module._global_backward_hooks
+        or _torch_module._global_forward_pre_hooks
+        or _torch_module._global_forward_hooks
+    )
+
+
 def _is_observed(module: nn.Module) -> bool:
     """Whether to run the module's own forward: something records or intercepts the operations of this call, the module
     is compiled (module.compile()), or it is a replica of DataParallel, which lives for one call."""
@@ -146,7 +156,7 @@ def _is_observed(module: nn.Module) -> bool:
         or _C.is_watched()
         or (torch.fx._symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling())
         or in_forward_mode()
-        or _torch_module._has_any_global_hook()
+        or _has_global_hook()
         or "_is_replica" in module.__dict__
     )
 
