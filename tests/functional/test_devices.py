@@ -161,6 +161,20 @@ def test_the_kernels_move_the_bytes_of_their_plan(shape, training):
 
 
 @pytest.mark.simt
+@pytest.mark.simt_quick
+def test_a_plan_queries_the_device_once():
+    """How many blocks of its kernel are resident. Plans are cached, for each pass."""
+    x = torch.randn(3, 2, 53, 59, requires_grad=True)
+    assert fastbn.explain(x).strategy == ("resident", "resident")
+    queries = []
+    for _ in range(2):
+        _C.simt.take_stats()
+        batch_norm(x, None, None, training=True).sum().backward()
+        queries.append(_C.simt.take_stats()["queries"])
+    assert queries[0] >= 2 and queries[1] == 0, queries
+
+
+@pytest.mark.simt
 def test_the_simulated_build_uses_no_other_kernels(backend):
     assert ops.SIMULATED
     _C.simt.take_stats()

@@ -71,6 +71,7 @@ py::dict take_stats() {
   d["fresh_bytes"] = s.fresh_bytes;
   d["atomics"] = s.atomics;
   d["translated"] = s.translated;
+  d["queries"] = s.queries;
   return d;
 }
 

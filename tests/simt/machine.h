@@ -56,6 +56,7 @@ struct Stats {
   uint64_t bytes_read, bytes_written;  // by load*, copy16 and store*
   uint64_t fresh_bytes, atomics;       // by load_fresh; add, increment_until and load_acquire
   uint64_t translated;                 // launches of translated PTX (translated.h)
+  uint64_t queries;                    // of the numbers of the device and of resident blocks
 };
 inline Stats stats;
 

@@ -75,6 +75,7 @@ struct Launch {
 
 template <class... P>
 int64_t resident_blocks(void (*)(P...), int64_t threads, int64_t shared_bytes) {
+  ++simt::stats.queries;
   if (shared_bytes > simt::config.shared_per_block) simt::fail("too much shared memory");
   return simt::blocks_per_multiprocessor(threads, shared_bytes);
 }
@@ -96,6 +97,7 @@ void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
 }
 
 inline Device query_device() {
+  ++simt::stats.queries;
   const simt::Config& c = simt::config;
   return {c.multiprocessors, c.shared_per_multiprocessor,    c.shared_per_block,
           c.shared_reserved, c.registers_per_multiprocessor, c.threads_per_multiprocessor,
