@@ -289,7 +289,7 @@ def columns():
 def compute(column):
     """{case: digest}, by a fresh process with that capability."""
     variables = {**os.environ, "FASTBN_CPU_CAPABILITY": "baseline" if column == "simt" else column}
-    done = subprocess.run([sys.executable, __file__], env=variables, cwd=FILE.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__], env=variables, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return dict(line.split() for line in done.stdout.splitlines())
