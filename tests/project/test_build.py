@@ -199,14 +199,14 @@ def test_the_version_of_a_wheel_names_torch_and_cuda(source_tree, tmp_path):
     """Also from an sdist, whose setup.cfg says that there is no tag."""
     (source_tree / "setup.cfg").write_text("[egg_info]\ntag_build = \ntag_date = 0\n")
     code = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
-    for local, ending in (("1", r"\+torch\d+\.\d+\.(cpu|cu\d+)"), ("", "")):
+    for local, suffix in (("1", r"\+torch\d+\.\d+\.(cpu|cu\d+)"), ("", "")):
         folder = tmp_path / f"metadata{local}"
         folder.mkdir()
         done = run("-c", code.replace("'.'", repr(str(folder))), cwd=source_tree, FASTBN_LOCAL_VERSION=local)
         assert done.returncode == 0, done.stderr[-2000:]
         (metadata,) = folder.glob("*.dist-info/METADATA")
         version = re.search(r"^Version: (.*)$", metadata.read_text(), re.MULTILINE)[1]
-        assert re.fullmatch(re.escape(fastbn.__version__) + ending, version), version
+        assert re.fullmatch(re.escape(fastbn.__version__) + suffix, version), version
     (source_tree / "setup.cfg").unlink()
 
 
