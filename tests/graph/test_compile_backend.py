@@ -225,11 +225,11 @@ def test_max_pooling_without_a_batch_dimension():
     [
         (torch.contiguous_format, None, {"layout_optimization": False}),
         (torch.contiguous_format, {"layout_optimization": True}, {"layout_optimization": True}),
-        (torch.channels_last, None, {}),
+        (torch.channels_last, None, {"force_layout_optimization": True}),
     ],
 )  # fmt: skip
 def test_options_for_training_on_a_cpu(layout, given, expected, monkeypatch):
-    """No layout conversions in a contiguous model, Inductor's choice in a channels_last one; the user's go first."""
+    """No layout conversions in a contiguous model, all in one layout in a channels_last one; the user's go first."""
     seen = []
 
     def wrapper(mode, options, dynamic):
