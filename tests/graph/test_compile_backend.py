@@ -220,16 +220,22 @@ def test_max_pooling_without_a_batch_dimension():
     torch.testing.assert_close(pooling.max_pool2d(x, 3, 2), F.max_pool2d(x, 3, 2))
 
 
+ALL_CHANNELS_LAST = {"force_layout_optimization": True}
+AS_THEY_ARE = {"layout_optimization": False}
+
+
 @pytest.mark.parametrize(
-    ("layout", "given", "expected"),
+    ("layout", "groups", "given", "expected"),
     [
-        (torch.contiguous_format, None, {"layout_optimization": False}),
-        (torch.contiguous_format, {"layout_optimization": True}, {"layout_optimization": True}),
-        (torch.channels_last, None, {"force_layout_optimization": True}),
+        (torch.contiguous_format, 1, None, AS_THEY_ARE),
+        (torch.contiguous_format, 2, None, AS_THEY_ARE),
+        (torch.contiguous_format, 1, {"layout_optimization": True}, {"layout_optimization": True}),
+        (torch.contiguous_format, 6, None, ALL_CHANNELS_LAST),
+        (torch.channels_last, 1, None, ALL_CHANNELS_LAST),
     ],
-)  # fmt: skip
-def test_options_for_training_on_a_cpu(layout, given, expected, monkeypatch):
-    """No layout conversions in a contiguous model, all in one layout in a channels_last one; the user's go first."""
+)
+def test_options_for_training_on_a_cpu(layout, groups, given, expected, monkeypatch):
+    """A contiguous model without depthwise convolutions keeps its layouts; the options of the user go first."""
     seen = []
 
     def wrapper(mode, options, dynamic):
@@ -237,7 +243,7 @@ def test_options_for_training_on_a_cpu(layout, given, expected, monkeypatch):
         return lambda graph, inputs: graph.forward
 
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", wrapper)
-    model = simple(lambda self, x: F.relu(self.bn(self.conv(x)))).to(memory_format=layout)
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=groups), nn.BatchNorm2d(6), nn.ReLU()).to(memory_format=layout)
     x = images(dtype=torch.float32).to(memory_format=layout)
     torch.compile(model, backend="fastbn", options=given)(x)
     assert seen == [expected]
