@@ -284,9 +284,9 @@ def test_it_is_what_tools_look_for():
 
 @pytest.mark.slow
 def test_the_example_runs_under_torchrun():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "ranks.md").read_text()
     command = re.search(r"^torchrun (--\S+ )+(benchmarks/\S+\.py)$", text, re.MULTILINE)
-    assert command is not None, "README.md has no line that starts torchrun"
+    assert command is not None, "docs/ranks.md has no line that starts torchrun"
     arguments = command[0].split()[1:]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments[:-1], str(ROOT / arguments[-1]), "--steps", "20"],
