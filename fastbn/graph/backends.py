@@ -86,4 +86,5 @@ def _is_depthwise(node: fx.Node) -> bool:
         return False
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    return bool(groups != 1) and isinstance(weight, fx.Node) and bool(weight.meta["example_value"].size(1) == 1)
+    value = weight.meta.get("example_value") if isinstance(weight, fx.Node) else None
+    return bool(groups != 1) and isinstance(value, Tensor) and bool(value.size(1) == 1)

@@ -6,6 +6,7 @@ strides alone), so there is nothing to put back.
 """
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -44,8 +45,25 @@ def left_alone() -> Iterator[None]:
         with _lock:
             _active -= 1
             if _active == 0:
-                for module, original in zip(_MODULES, _originals, strict=True):
-                    setattr(module, _FUNCTION, original)
+                _restore()
+
+
+def _restore() -> None:
+    for module, original in zip(_MODULES, _originals, strict=True):
+        setattr(module, _FUNCTION, original)
+
+
+def _after_fork_in_child() -> None:
+    """The child has the thread that forked, and the regions of that thread alone."""
+    global _active
+    replaced, _active = _active > 0, getattr(_thread, "depth", 0)
+    if replaced and not _active:
+        _restore()
+    _lock.release()
+
+
+# A child must not inherit the lock from a thread that it does not have.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork_in_child)
 
 
 def _replace(module: ModuleType) -> Callable[..., None]:

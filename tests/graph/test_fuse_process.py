@@ -2,6 +2,8 @@
 
 import copy
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -74,6 +76,43 @@ def test_a_capture_leaves_the_draws_of_other_threads():
         other.join()
     assert len(drawn) > 100 and len(set(drawn)) == len(drawn)
     assert (torch.random.set_rng_state, torch.cuda.set_rng_state) == functions
+
+
+FORKS = """
+import os, signal, threading, torch
+from fastbn.graph.generators import left_alone
+
+function, stop = torch.random.set_rng_state, threading.Event()
+
+def open_regions():
+    while not stop.is_set():
+        with left_alone():
+            pass
+
+others = [threading.Thread(target=open_regions) for _ in range(2)]
+for other in others:
+    other.start()
+right = 0
+for _ in range(100):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(5)  # ends a child that waits for a lock
+        alone = torch.random.set_rng_state is function
+        with left_alone():
+            replaced = torch.random.set_rng_state is not function
+        os._exit(0 if alone and replaced and torch.random.set_rng_state is function else 1)
+    right += os.waitpid(pid, 0)[1] == 0
+stop.set()
+for other in others:
+    other.join()
+print(right, torch.random.set_rng_state is function)
+"""
+
+
+def test_a_fork_during_captures_of_other_threads():
+    """The child neither waits for a lock of a thread that it does not have, nor keeps what that thread replaced."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True)
+    assert done.stdout == "100 True\n", (done.stdout, done.stderr[-2000:])
 
 
 def test_a_forward_that_draws_gets_the_numbers_of_the_unfused_one():

@@ -1,14 +1,11 @@
 """The import check passes on the package, and fails on every rule broken on purpose."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from checks import assert_no_sources, assert_one_problem, run, write
 
 pytestmark = pytest.mark.cpu
 
-SCRIPT = Path(__file__).parents[1] / "check_imports.py"
+SCRIPT = "check_imports.py"
 
 PACKAGE = {
     "__init__.py": "from . import functional\nfrom .nn.modules import BatchNorm1d\n",
@@ -41,12 +38,6 @@ BROKEN = {
 }
 
 
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.returncode, result.stdout + result.stderr
-
-
 @pytest.fixture
 def package(tmp_path):
     for name, text in PACKAGE.items():
@@ -54,18 +45,13 @@ def package(tmp_path):
     return tmp_path
 
 
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 def test_package_holds():
-    status, output = run()
+    status, output = run(SCRIPT)
     assert status == 0, output
 
 
 def test_good_package_passes(package):
-    status, output = run(package)
+    status, output = run(SCRIPT, package)
     assert status == 0, output
 
 
@@ -73,13 +59,8 @@ def test_good_package_passes(package):
 def test_broken_rule_is_found(package, name, line):
     write(package / "explain.py", "import math\n")
     write(package / name, f"import math\n{line}\n")
-    status, output = run(package)
-    assert status == 1
-    assert name in output
-    assert len(output.splitlines()) == 1, "one rule was broken, one line is due"
+    assert_one_problem(SCRIPT, package, name)
 
 
 def test_empty_folder_is_an_error(tmp_path):
-    status, output = run(tmp_path)
-    assert status == 1
-    assert "no sources found" in output
+    assert_no_sources(SCRIPT, tmp_path)

@@ -1,14 +1,11 @@
 """The include check passes on the tree, and fails on every rule broken on purpose."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from checks import assert_no_sources, assert_one_problem, run, write
 
 pytestmark = pytest.mark.cpu
 
-SCRIPT = Path(__file__).parents[1] / "check_includes.py"
+SCRIPT = "check_includes.py"
 
 TREE = {
     "core/moments.h": "#include <cmath>\n",
@@ -45,12 +42,6 @@ BROKEN = {
 }
 
 
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.returncode, result.stdout + result.stderr
-
-
 @pytest.fixture
 def tree(tmp_path):
     (tmp_path / "outside.h").touch()
@@ -59,31 +50,21 @@ def tree(tmp_path):
     return tmp_path / "csrc"
 
 
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 def test_tree_holds():
-    status, output = run()
+    status, output = run(SCRIPT)
     assert status == 0, output
 
 
 def test_good_tree_passes(tree):
-    status, output = run(tree)
+    status, output = run(SCRIPT, tree)
     assert status == 0, output
 
 
 @pytest.mark.parametrize(("name", "line"), BROKEN.values(), ids=BROKEN.keys())
 def test_broken_rule_is_found(tree, name, line):
     write(tree / name, f"#include <vector>\n{line}\n")
-    status, output = run(tree)
-    assert status == 1
-    assert name in output
-    assert len(output.splitlines()) == 1, "one rule was broken, one line is due"
+    assert_one_problem(SCRIPT, tree, name)
 
 
 def test_empty_folder_is_an_error(tmp_path):
-    status, output = run(tmp_path)
-    assert status == 1
-    assert "no sources found" in output
+    assert_no_sources(SCRIPT, tmp_path)

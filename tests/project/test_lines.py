@@ -1,23 +1,15 @@
 """The check of line limits passes on the tree, and finds what is too long."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from checks import assert_no_sources, run, write
 
 pytestmark = pytest.mark.cpu
 
-SCRIPT = Path(__file__).parents[1] / "check_lines.py"
-
-
-def run(*arguments):
-    result = subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
-    return result.returncode, result.stdout + result.stderr
+SCRIPT = "check_lines.py"
 
 
 def test_the_tree_is_within_the_limits():
-    status, output = run()
+    status, output = run(SCRIPT)
     assert status == 0, output
 
 
@@ -35,11 +27,10 @@ def test_the_tree_is_within_the_limits():
 )
 def test_limits(tmp_path, name, lines, right):
     for path in ("csrc/core/moments.h", name):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("\n" * (lines if path == name else 1))
-    status, output = run(tmp_path)
+        write(tmp_path / path, "\n" * (lines if path == name else 1))
+    status, output = run(SCRIPT, tmp_path)
     assert (status == 0) == right and (name in output) != right, output
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    assert run(tmp_path)[0] == 1
+    assert_no_sources(SCRIPT, tmp_path)

@@ -21,7 +21,8 @@ FASTBN_HD void store_bits(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// Streaming store: does not read the line that is overwritten. p is aligned to the vector.
+// Streaming store: does not read the line that is overwritten. An ordinary store on 64-bit Arm, NOTES.md#arm. p is
+// aligned to the vector.
 FASTBN_HD void stream_bits(void* p, Vec<float> v) {
 #if FASTBN_VECTOR_BYTES == 64
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
@@ -29,9 +30,6 @@ FASTBN_HD void stream_bits(void* p, Vec<float> v) {
   _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
 #elif defined(__SSE2__)
   _mm_stream_ps(static_cast<float*>(p), (__m128)v);
-#elif defined(__aarch64__)
-  const uint64x2_t halves = (uint64x2_t)v;
-  asm("stnp %d1, %d2, %0" : "=Q"(*static_cast<char (*)[16]>(p)) : "w"(halves[0]), "w"(halves[1]));
 #else
   store_bits(p, v);
 #endif
