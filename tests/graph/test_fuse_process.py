@@ -101,7 +101,9 @@ for _ in range(100):
         with left_alone():
             replaced = torch.random.set_rng_state is not function
         os._exit(0 if alone and replaced and torch.random.set_rng_state is function else 1)
-    right += os.waitpid(pid, 0)[1] == 0
+    if os.waitpid(pid, 0)[1] != 0:
+        break
+    right += 1
 stop.set()
 for other in others:
     other.join()
