@@ -8,11 +8,11 @@ percent at 99 % confidence (null for a single repetition). Accuracy has plain nu
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from files import replace_text
 
 Record = dict
 # The fields by which the cases of a group differ, and the values that a record may have of each variant.
@@ -147,7 +147,4 @@ def load(path: Path) -> list[Record]:
 
 
 def write(path: Path, lines: list[Record]) -> None:
-    """All at once, so that a run that is stopped meanwhile does not lose the old file."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text("".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))
-    os.replace(beside, path)
+    replace_text(path, "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))

@@ -1,9 +1,13 @@
 """The extension. Bad arguments raise RuntimeError, ValueError, TypeError or IndexError."""
 
-from types import NotImplementedType
+from types import ModuleType, NotImplementedType
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
+
+fakes: ModuleType
+"""The fake implementation of each operator, by its name."""
 
 def batch_norm(
     input: Tensor,
@@ -34,6 +38,28 @@ def ghost_batch_norm(
 ) -> Tensor | NotImplementedType:
     """`batch_norm` in training, with statistics of their own for chunks of virtual_batch_size samples."""
 
+def validate(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    residual: Tensor | None = None,
+    whole_batch: bool = True,
+    by_kernels: bool = True,
+) -> None:
+    """Raise torch's exception unless this is a valid batch norm, of tensors of any kind.
+
+    Args:
+        whole_batch: False if other ranks have more of the batch, so that one value per channel is no error.
+        by_kernels: False if torch's kernels compute the call, which check parameters and statistics themselves.
+    """
+
+def validate_chunks(input: Tensor, virtual_batch_size: int) -> None:
+    """Raise ValueError if chunks of virtual_batch_size samples have one value per channel."""
+
 def check_device(input: Tensor) -> None:
     """Raise RuntimeError, with advice, if this build has no kernels for the device of input."""
 
@@ -43,91 +69,17 @@ def check_memory(tensor: Tensor, name: str) -> None:
     Tensors without a storage of their own (fake, meta, sparse, those that torch.func wraps) pass.
     """
 
-def forward(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    eps: float,
-    activation: str = "identity",
-    activation_param: float | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output, and the moments used: float64 (2, C), mean and biased variance, of the batch if none are given."""
-
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    moments: Tensor,
-    eps: float,
-    training: bool,
-    output_mask: tuple[bool, bool, bool, bool],
-    activation: str = "identity",
-    activation_param: float | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight, bias and residual; None where output_mask is False.
-
-    bias and residual are those of the forward pass; they are read where there is an activation.
-    """
-
 def activations() -> dict[str, float | None]:
     """The activations that kernels know, each with the default of its parameter, None where it has none."""
 
-def update_running_stats(
-    moments: Tensor,
-    count: int,
-    momentum: float | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    """Blend the moments of count values a channel into the running statistics, in place; the variance unbiased."""
-
-def stats(input: Tensor) -> Tensor:
-    """Float64 (3, C): mean, biased variance and count of the values of each channel."""
-
-def gather_stats(
-    all_stats: Tensor,
-    momentum: float | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """The `stats` (K, 3, C) of K ranks merged in their order, (3, C); updates the running statistics with them."""
-
-def backward_reduce(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    batch_stats: Tensor,
-    eps: float,
-    activation: str = "identity",
-    activation_param: float | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Float64 (2, C): the gradients of weight and bias; batch_stats: what `gather_stats` returned."""
-
-def backward_elemt(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    batch_stats: Tensor,
-    total: Tensor,
-    eps: float,
-    wants_residual: bool,
-    activation: str = "identity",
-    activation_param: float | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of input and residual (empty if not wanted); total: `backward_reduce`, summed over the ranks."""
-
 def is_watched() -> bool:
     """Whether a dispatch mode, functorch or tracing is active, which intercepts operators."""
+
+def output_format(input: Tensor) -> torch.memory_format:
+    """The memory format of the output: that of input, or the one that torch suggests."""
+
+def param_dtype(input: torch.dtype, weight: torch.dtype | None) -> torch.dtype:
+    """The dtype of the gradients of weight and bias: that of weight, or without one float32 for a half input."""
 
 def plan(sizes: list[int], channels_last: bool, element_bytes: int) -> dict[str, Any]:
     """The CPU kernels' plan for a tensor of these sizes: those fields of fastbn.Plan that it decides."""

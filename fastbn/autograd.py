@@ -5,7 +5,6 @@ vmap, forward-mode AD, double backward, torch.compile, fake tensors) takes the s
 which calls the operators fastbn::forward and fastbn::backward.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -262,12 +261,15 @@ def batch_norm(
 
     momentum None stands for 1 / num_batches_tracked: running statistics are cumulative averages.
     """
-    tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-    epilogue = (activation, activation_param, residual)
     if not is_compiling():
-        output = ops._C.batch_norm(*tensors, training, momentum, eps, *epilogue)
+        output = ops._C.batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
+            activation_param, residual,
+        )  # fmt: skip
         if output is not NotImplemented:
             return output
+    tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+    epilogue = (activation, activation_param, residual)
     if has_torch_function_variadic(*tensors, residual):
         return handle_torch_function(batch_norm, (*tensors, residual), *tensors, training, momentum, eps, *epilogue)
     return _slow_path(*tensors, training, momentum, eps, *epilogue)
@@ -278,18 +280,21 @@ def _slow_path(
     running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float,
     activation: str, activation_param: float | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Check every argument, and call operators, which torch.compile, functorch, dispatch modes and fake tensors see."""
+    """Validate the call and compute it by operators, which torch.compile, functorch and dispatch modes see."""
     arguments.check_memory(
         input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         num_batches_tracked=num_batches_tracked, residual=residual,
     )  # fmt: skip
     try:
-        momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        momentum, eps = arguments.check_types(
+            input, weight, bias, running_mean, running_var, training, momentum, eps, residual
+        )
         param = activations.check(activation, activation_param)
-        arguments.check_residual(residual, input)
         by_torch = interop.is_torchs(input, weight, bias, running_mean, running_var)
-        if input.numel() > 0 and not by_torch:
-            arguments.check_together(input, weight, bias, running_mean, running_var, training)
+        if not is_compiling():  # there, the operator does it
+            ops._C.validate(
+                input, weight, bias, running_mean, running_var, training, eps, residual, by_kernels=not by_torch
+            )
     except Exception:
         _count_batch(num_batches_tracked)  # torch's modules count a batch before they check it
         raise
@@ -299,11 +304,6 @@ def _slow_path(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
             param, residual,
         )  # fmt: skip
-    weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
-    if input.numel() == 0:
-        _count_batch(num_batches_tracked)
-        z = batch_norm_of_nothing(input, weight, bias)
-        return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     rest = (training, momentum, eps, activation, activation_param, residual)
     if is_compiling():  # captured as one node
         return ops.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
@@ -311,17 +311,35 @@ def _slow_path(
     return _by_operators(forward, input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
 
 
+def batch_norm_op(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float,
+    activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The operator fastbn::batch_norm: a whole batch norm, which `graph.matching` finds as one node of a graph."""
+    ops._C.validate(input, weight, bias, running_mean, running_var, training, eps, residual)
+    rest = (training, momentum, eps, activation, activation_param, residual)
+    return _by_operators(ops.forward, input, weight, bias, running_mean, running_var, num_batches_tracked, *rest)
+
+
+ops.implement("batch_norm", batch_norm_op)
+
+
 def _by_operators(
     forward: Callable[..., tuple[Tensor, Tensor]], input: Tensor, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool,
-    momentum: float | None, eps: float, activation: str = "identity", activation_param: float | None = None,
-    residual: Tensor | None = None,
+    momentum: float | None, eps: float, activation: str, activation_param: float | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Batch norm without argument checks. forward: the operator fastbn::forward, or `BatchNormFunction.apply`."""
+    """A valid batch norm. forward: the operator fastbn::forward, or `BatchNormFunction.apply`."""
+    weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
+    if input.numel() == 0:
+        _count_batch(num_batches_tracked)
+        z = batch_norm_of_nothing(input, weight, bias)
+        param = activations.check(activation, activation_param)
+        return ACTIVATIONS[activation].forward(z if residual is None else z + residual, param)
     moments = None
     if not training:
-        if running_mean is None or running_var is None:
-            raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+        assert running_mean is not None and running_var is not None  # validated
         moments = torch.stack([running_mean.flatten(), running_var.flatten()]).double()
     output, used = forward(input, weight, bias, moments, eps, activation, activation_param, residual)
     # Both updates stay together, after forward: torch.utils.checkpoint stops a recomputation at the last tensor that is
@@ -331,9 +349,6 @@ def _by_operators(
         count = input.numel() // input.size(1)
         ops.update_running_stats(used, count, momentum, running_mean, running_var, num_batches_tracked)
     return output
-
-
-ops.implement("batch_norm", functools.partial(_by_operators, ops.forward))
 
 
 def _count_batch(num_batches_tracked: Tensor | None) -> None:

@@ -28,11 +28,11 @@ class Plan(_Table):
     Attributes:
         device: the device of the tensor.
         capability: the instruction set of the kernels: baseline, avx2 or avx512.
-        walk: the access pattern: "runs" (contiguous rows of one channel: large maps in contiguous layout) or "columns"
-            (channels are adjacent: channels_last, (N, C), small maps).
-        items: the number of channel tiles, which the threads share.
-        channels_an_item: channels in a tile.
-        segments: parts that the batch is split into. With 1, the second read of a tile comes from the cache.
+        access_pattern: "rows" (a channel is contiguous rows: large maps in contiguous layout) or "columns" (channels
+            are adjacent: channels_last, (N, C), small maps).
+        channel_tiles: the number of channel tiles, which the threads share.
+        channels_per_tile: channels in a tile.
+        batch_splits: parts that the batch is split into. With 1, the second read of a tile comes from the cache.
         forward_bytes, backward_bytes: memory traffic of a pass if only one tile at a time stays in the cache.
         least_forward_bytes, least_backward_bytes: memory traffic if each tensor is read or written once.
         workspace_bytes: scratch memory.
@@ -40,10 +40,10 @@ class Plan(_Table):
 
     device: str
     capability: str
-    walk: str
-    items: int
-    channels_an_item: int
-    segments: int
+    access_pattern: str
+    channel_tiles: int
+    channels_per_tile: int
+    batch_splits: int
     forward_bytes: int
     least_forward_bytes: int
     backward_bytes: int
@@ -59,12 +59,12 @@ class CudaPlan(_Table):
         device: the device of the tensor.
         strategy: "resident" (one kernel, which reads each tensor once and keeps it in shared memory) or "streaming"
             (two kernels; the second reads the input again).
-        walk: the access pattern: "rows" (a tile is one channel) or "columns" (a tile is some adjacent channels).
+        access_pattern: "rows" (a tile is one channel) or "columns" (a tile is some adjacent channels).
         vector: elements of one memory access: as many as 16 bytes hold, or 1.
         threads: threads in a block.
-        items: the number of channel tiles.
-        channels_an_item: channels in a tile.
-        blocks_an_item: blocks that share a tile.
+        channel_tiles: the number of channel tiles.
+        channels_per_tile: channels in a tile.
+        batch_splits: parts that the batch of a tile is split into, a block each.
         groups: (resident) tiles that are processed at the same time.
         waves: (resident) how often a group takes a new tile.
         blocks: blocks in the grid.
@@ -76,12 +76,12 @@ class CudaPlan(_Table):
 
     device: str
     strategy: tuple[str, str]
-    walk: tuple[str, str]
+    access_pattern: tuple[str, str]
     vector: tuple[int, int]
     threads: tuple[int, int]
-    items: tuple[int, int]
-    channels_an_item: tuple[int, int]
-    blocks_an_item: tuple[int, int]
+    channel_tiles: tuple[int, int]
+    channels_per_tile: tuple[int, int]
+    batch_splits: tuple[int, int]
     groups: tuple[int, int]
     waves: tuple[int, int]
     blocks: tuple[int, int]
@@ -110,12 +110,12 @@ def explain(input: torch.Tensor, *, training: bool = True) -> Plan | CudaPlan:
         ops._C.check_device(input)
     if not input.is_floating_point():
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{input.dtype}'")
-    sizes, channels_last = list(input.shape), ops.output_format(input) != torch.contiguous_format
+    sizes, channels_last = list(input.shape), ops._C.output_format(input) != torch.contiguous_format
     if input.is_cuda or (input.is_cpu and ops.SIMULATED):
         return _explain_cuda(input, sizes, channels_last, training)
     plan = ops._C.plan(sizes, channels_last, input.element_size())
     size = math.prod(sizes) * input.element_size()
-    reads_twice = training and plan["segments"] > 1  # x, and dy in backward, come from memory again
+    reads_twice = training and plan["batch_splits"] > 1  # x, and dy in backward, come from memory again
     return Plan(
         device=str(input.device),
         capability=ops._C.cpu_capability(),
@@ -129,7 +129,7 @@ def explain(input: torch.Tensor, *, training: bool = True) -> Plan | CudaPlan:
 
 def _explain_cuda(input: torch.Tensor, sizes: list[int], channels_last: bool, training: bool) -> CudaPlan:
     # A tensor that is neither contiguous nor channels_last is copied first, to memory that is aligned.
-    dense = input.is_contiguous(memory_format=ops.output_format(input))
+    dense = input.is_contiguous(memory_format=ops._C.output_format(input))
     aligned = not dense or input.data_ptr() % 16 == 0
     device = ops._C.cuda_device(input)
     plans = [

@@ -1,13 +1,15 @@
-"""The extension `_C`, and the operators of the namespace fastbn that it registers, with their fake implementations.
+"""The extension `_C`, and the operators of the namespace fastbn that it registers (csrc/torch/operators.cpp).
 
 An eager call of a plain tensor calls `_C` directly. Whatever traces operators (torch.compile, torch.export, fake
 tensors, functorch) sees the operators, which call the same functions of csrc/torch.
 
+batch_norm is a whole batch norm as one node of a captured graph; its implementation, in autograd.py, calls the others.
 forward, backward and update_running_stats are batch norm in one process; stats, gather_stats, backward_reduce and
 backward_elemt are its parts for a batch that is distributed over ranks.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +40,12 @@ gather_stats = torch.ops.fastbn.gather_stats.default
 backward_reduce = torch.ops.fastbn.backward_reduce.default
 backward_elemt = torch.ops.fastbn.backward_elemt.default
 
-# A whole batch norm as one node of a captured graph, for `graph.matching`. Its implementation, in autograd.py, calls
-# the operators above.
-_library = torch.library.Library("fastbn", "FRAGMENT")
-_library.define(
-    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, str activation='identity', "
-    "float? activation_param=None, Tensor? residual=None) -> Tensor"
-)
 batch_norm = torch.ops.fastbn.batch_norm.default
+ghost_forward = torch.ops.fastbn.ghost_forward.default
+ghost_backward = torch.ops.fastbn.ghost_backward.default
+ghost_update = torch.ops.fastbn.ghost_update.default
+
+_library = torch.library.Library("fastbn", "FRAGMENT")
 
 
 def implement(name: str, function: Callable[..., Tensor]) -> None:
@@ -54,6 +53,7 @@ def implement(name: str, function: Callable[..., Tensor]) -> None:
     _library.impl(name, function, "CompositeImplicitAutograd")
 
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in torch 2.7
 
 
@@ -63,94 +63,33 @@ def is_compiling() -> bool:
     Not torch.compiler.is_compiling(), which is one flag for the whole process (torch 2.13): it is set while any thread
     compiles, and stays set after two threads compiled at the same time.
     """
-    return torch.compiler.is_dynamo_compiling() or _is_exporting()
+    return _is_dynamo_compiling() or _is_exporting()
 
 
-def output_format(input: Tensor) -> torch.memory_format:
-    """The memory format of the output, as in csrc/torch/ops.cpp: that of input, or the one that torch suggests."""
-    if input.is_contiguous():
-        return torch.contiguous_format
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-    if last is not None and input.is_contiguous(memory_format=last):
-        return last
-    return torch._prims_common.suggest_memory_format(input)
+def _register_fake(name: str) -> None:
+    """Register the function of `_C.fakes` with the name of an operator as its fake implementation."""
+    fake = getattr(_C.fakes, name)
+    arguments = getattr(torch.ops.fastbn, name).default._schema.arguments
+
+    def with_defaults(*given: Any, **by_name: Any) -> Any:
+        return fake(*given, *(by_name.get(a.name, a.default_value) for a in arguments[len(given) :]))
+
+    torch.library.register_fake(f"fastbn::{name}", with_defaults)
 
 
-@torch.library.register_fake("fastbn::forward")
-def _forward_fake(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None, eps: float,
-    activation: str = "identity", activation_param: float | None = None, residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    output = torch.empty_like(input, memory_format=output_format(input))
-    return output, input.new_empty((2, input.size(1)), dtype=torch.float64)
-
-
-@torch.library.register_fake("fastbn::backward")
-def _backward_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, eps: float, training: bool,
-    output_mask: list[bool], activation: str = "identity", activation_param: float | None = None,
-    bias: Tensor | None = None, residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    not_wanted = input.new_empty(0)
-    dtype = param_dtype(input, weight)
-    grad_weight, grad_bias = (
-        input.new_empty(input.size(1), dtype=dtype) if wanted else not_wanted for wanted in output_mask[1:3]
-    )
-    grad_input = grad_input_like(input) if output_mask[0] else not_wanted
-    grad_residual = torch.empty_like(input, memory_format=output_format(input)) if output_mask[3] else not_wanted
-    return grad_input, grad_weight, grad_bias, grad_residual
-
-
-@torch.library.register_fake("fastbn::update_running_stats")
-def _update_running_stats_fake(
-    moments: Tensor, count: int, momentum: float | None, running_mean: Tensor | None, running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> None:  # fmt: skip
-    pass
-
-
-def grad_input_like(input: Tensor) -> Tensor:
-    """An uninitialized tensor with the strides of the gradient of input, as in csrc/torch/ops.cpp."""
-    memory_format = output_format(input)
-    if memory_format == torch.contiguous_format:
-        memory_format = torch._prims_common.suggest_memory_format(input)
-    return torch.empty_like(input, memory_format=memory_format)
-
-
-@torch.library.register_fake("fastbn::stats")
-def _stats_fake(input: Tensor) -> Tensor:
-    return input.new_empty((3, input.size(1)), dtype=torch.float64)
-
-
-@torch.library.register_fake("fastbn::gather_stats")
-def _gather_stats_fake(
-    all_stats: Tensor, momentum: float | None, running_mean: Tensor | None, running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return all_stats.new_empty(all_stats.shape[1:])
-
-
-@torch.library.register_fake("fastbn::backward_reduce")
-def _backward_reduce_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, batch_stats: Tensor, eps: float,
-    activation: str = "identity", activation_param: float | None = None, bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return batch_stats.new_empty((2, input.size(1)))
-
-
-@torch.library.register_fake("fastbn::backward_elemt")
-def _backward_elemt_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, batch_stats: Tensor, total: Tensor, eps: float,
-    wants_residual: bool, activation: str = "identity", activation_param: float | None = None,
-    bias: Tensor | None = None, residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    residual_gradient = torch.empty_like(input, memory_format=output_format(input))
-    return grad_input_like(input), residual_gradient if wants_residual else input.new_empty(0)
+for _name in vars(_C.fakes):
+    if not _name.startswith("_"):
+        _register_fake(_name)
 
 
 def param_dtype(input: Tensor, weight: Tensor | None) -> torch.dtype:
-    """The dtype of the parameters and of their gradients: that of weight, else float32 for half-precision inputs."""
-    if weight is not None:
-        return weight.dtype
-    return torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    """The dtype of the gradients of weight and bias."""
+    return _param_dtype(input.dtype, None if weight is None else weight.dtype)
+
+
+def _param_dtype(input: torch.dtype, weight: torch.dtype | None) -> torch.dtype:
+    return _C.param_dtype(input, weight)
+
+
+# As torch.compiler.assume_constant_result does: Dynamo cannot trace into the extension.
+_param_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -66,7 +66,7 @@ class Kernel:
 
     @property
     def vectors(self) -> bool:
-        """Whether it is the variant of a walk in whole vectors."""
+        """Whether it is the variant for an access pattern in whole vectors."""
         return (access := re.search(r"Access<\w+, (\d+)\b", self.name)) is not None and int(access[1]) > 1
 
     def count(self, names: Iterable[str], width: str = "") -> int:

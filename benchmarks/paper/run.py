@@ -21,6 +21,7 @@ from workers import Workers, clock
 
 sys.path.append(str(Path(__file__).parents[1]))  # behind this folder, which has files of the same names
 from environment import environment
+from files import replace_text
 
 EXPERIMENTS = {name: importlib.import_module(name) for name in SECONDS}
 
@@ -108,9 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     paper = {"data": data, "environment": about, "run": {**short(spent), "jobs": chosen.jobs}, "settings": settings,
              "results": results}  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(paper, allow_nan=False, separators=(",", ":")) + "\n")
-    beside.replace(file)  # so that a run that is stopped here does not lose the old file
+    replace_text(file, json.dumps(paper, allow_nan=False, separators=(",", ":")) + "\n")
     show(json.loads(file.read_text()), chosen.output)
     print(f"\n{clock(spent['wall_s'])} ({clock(workers.cpu_s)} of CPU time in trainings): {file.with_suffix('.md')}")
     return 0

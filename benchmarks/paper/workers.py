@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -17,6 +16,9 @@ from pathlib import Path
 
 import torch
 from networks import Variant
+
+sys.path.append(str(Path(__file__).parents[1]))  # behind this folder, which has files of the same names
+from files import replace_text
 
 SHARED = ("data", "networks", "training", "sweep", "sigmoids")  # modules that trainings of others use
 
@@ -40,9 +42,7 @@ def work(function: Callable, images: Path, job: dict, path: Path) -> dict:
         return {**json.loads(path.read_text()), "found": True}
     start = time.thread_time()
     done = json.dumps({"value": function(images, **job), "cpu_s": time.thread_time() - start})
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(done)
-    os.replace(beside, path)
+    replace_text(path, done)
     return {**json.loads(done), "found": False}
 
 

@@ -12,6 +12,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "arguments.h"
+
 // torch 2.6 has another interface.
 #define FASTBN_COMPILED_AUTOGRAD (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 7)
 #if FASTBN_COMPILED_AUTOGRAD
@@ -281,36 +283,27 @@ bool is_watched() {
 }
 
 bool fast_path_eligible(const BatchNormArgs& args) {
-  const auto& [input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, epilogue] =
-      args;
-  const OptionalTensor& residual = epilogue.residual;
+  const auto& [input, weight, bias, running_mean, running_var, batches, training, momentum, eps, epilogue] = args;
   check_memory(input, "input");
   for (const auto& [t, name] : {std::pair(&weight, "weight"),
                                 {&bias, "bias"},
                                 {&running_mean, "running_mean"},
                                 {&running_var, "running_var"},
-                                {&num_batches_tracked, "num_batches_tracked"},
-                                {&residual, "residual"}}) {
+                                {&batches, "num_batches_tracked"},
+                                {&epilogue.residual, "residual"}}) {
     if (*t) check_memory(**t, name);
   }
-  if (input.dim() < 2 || input.numel() == 0) return false;
-  const int64_t channels = input.size(1);
+  if (input.numel() == 0) return false;
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
-    if (*t && ((*t)->dim() != 1 || (*t)->size(0) != channels || (*t)->device() != input.device())) return false;
+    if (*t && (*t)->dim() != 1) return false;
   }
-  for (const OptionalTensor* t : {&running_mean, &running_var}) {
-    if (*t ? (*t)->requires_grad() : !training) return false;
-  }
-  if (residual && (residual->sizes() != input.sizes() || residual->scalar_type() != input.scalar_type() ||
-                   residual->device() != input.device())) {
+  if (batches && !(batches->scalar_type() == at::kLong && batches->numel() == 1)) return false;
+  try {
+    validate_plain(args);
+  } catch (const c10::Error&) {
     return false;
   }
-  if (running_mean.has_value() != running_var.has_value()) return false;
-  if (num_batches_tracked && !(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1)) {
-    return false;
-  }
-  return (training ? eps > 0 && input.numel() > channels : eps >= 0) &&
-         dtypes_agree(input, {&weight, &bias, &running_mean, &running_var});
+  return true;
 }
 
 Tensor batch_norm(const BatchNormArgs& args) {
@@ -352,9 +345,7 @@ Tensor ghost_batch_norm(const BatchNormArgs& args, int64_t chunk_size) {
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(output, moments) = ghost_forward(input, args.weight, args.bias, chunk_size, args.eps);
-    const int64_t positions = input.numel() / (input.size(0) * input.size(1));
-    const ChunkSizes chunks = ghost_chunks(input.sizes(), chunk_size);
-    ghost_update(moments, chunks.size * positions, chunks.last * positions, args.statistics());
+    ghost_update(moments, input.size(0), positions_of(input).expect_int(), chunk_size, args.statistics());
   }
   if (wants_grad) {
     const auto node = make_node<GhostBatchNormBackward>();

@@ -16,9 +16,9 @@ void check_memory_of_any(const Tensor& t, const char* name);
 // Whether a mode (functorch, a dispatch mode, tracing) intercepts operators.
 bool is_watched();
 
-// Whether a call can take the fast path: every argument is valid and common, with (C,) parameters and statistics and
-// enough values per channel. The others go to Python, which knows torch's error messages and the rarer forms. Raises
-// for a tensor whose memory was freed.
+// Whether a call can take the fast path: it is valid (arguments.h) and of a common form, with elements and (C,)
+// parameters and statistics. The others take the slow path, which validates them again and raises. Raises for a tensor
+// whose memory was freed.
 bool fast_path_eligible(const BatchNormArgs& args);
 
 // For eligible calls with fast-path tensors outside of all modes.

@@ -9,6 +9,7 @@
 
 #include "../cpu/backend.h"
 #include "../runtime/page_cache.h"
+#include "arguments.h"
 #include "autograd.h"
 #include "operators.h"
 #include "plans.h"
@@ -113,17 +114,22 @@ py::object eager_ghost_batch_norm(py::handle input, py::handle weight, py::handl
   const Call call(input, weight, bias, running_mean, running_var, num_batches_tracked, py::bool_(true), momentum, eps,
                   identity, py::none(), py::none());
   if (!call.ok || virtual_batch_size < 1) return call.refused();
-  const Tensor& x = call.args.input;
-  if (virtual_batch_size == 1 && x.numel() == x.size(0) * x.size(1)) return call.refused();
+  validate_chunks(call.args.input, virtual_batch_size);
   return call.run([&] { return ghost_batch_norm(call.args, virtual_batch_size); });
 }
 
-std::array<OptionalTensor, 4> optional(const Gradients& grads) {
-  std::array<OptionalTensor, 4> result;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (grads[i].defined()) result[i] = grads[i];
-  }
-  return result;
+// The slow path's validation, of tensors of any kind.
+void validate_call(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double eps,
+                   const OptionalTensor& residual, bool whole_batch, bool by_kernels) {
+  BatchNormArgs args;
+  args.input = input;
+  args.weight = weight, args.bias = bias;
+  args.running_mean = running_mean, args.running_var = running_var;
+  args.training = training;
+  args.eps = eps;
+  args.epilogue.residual = residual;
+  validate(args, whole_batch, by_kernels);
 }
 
 py::dict build_info() {
@@ -162,31 +168,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("ghost_batch_norm", &eager_ghost_batch_norm, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"),
         py::arg("eps"), py::arg("virtual_batch_size"));
+  m.def("validate", &validate_call, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
+        py::arg("running_var"), py::arg("training"), py::arg("eps"), py::arg("residual") = py::none(),
+        py::arg("whole_batch") = true, py::arg("by_kernels") = true);
+  m.def("validate_chunks", &validate_chunks, py::arg("input"), py::arg("virtual_batch_size"));
   m.def("check_device", &check_device, py::arg("input"));
   m.def("check_memory", &check_memory_of_any, py::arg("tensor"), py::arg("name"));
-  m.def(
-      "forward",
-      [](const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& moments,
-         double eps, std::string_view activation, std::optional<double> param, const OptionalTensor& residual) {
-        const EpilogueArgs epilogue = parse_epilogue(activation, param, residual);
-        py::gil_scoped_release release;
-        return forward(input, weight, bias, moments, eps, epilogue);
-      },
-      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("moments"), py::arg("eps"),
-      py::arg("activation") = "identity", py::arg("activation_param") = py::none(), py::arg("residual") = py::none());
-  m.def(
-      "backward",
-      [](const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& moments,
-         double eps, bool training, std::array<bool, 4> output_mask, std::string_view activation,
-         std::optional<double> param, const OptionalTensor& bias, const OptionalTensor& residual) {
-        const EpilogueArgs epilogue = parse_epilogue(activation, param, residual);
-        py::gil_scoped_release release;
-        return optional(
-            backward(grad_output, input, weight, bias, {moments, Tensor()}, eps, training, output_mask, epilogue));
-      },
-      py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("moments"), py::arg("eps"),
-      py::arg("training"), py::arg("output_mask"), py::arg("activation") = "identity",
-      py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none());
   m.def("activations", [] {
     std::map<std::string, std::optional<double>> all;
     for (const auto& [name, param] : activations()) {
@@ -194,27 +181,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
     return all;
   });
-  m.def(
-      "update_running_stats",
-      [](const Tensor& moments, int64_t count, std::optional<double> momentum, const OptionalTensor& running_mean,
-         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked) {
-        update_running_stats(moments, count, {running_mean, running_var, num_batches_tracked, momentum});
-      },
-      py::arg("moments"), py::arg("count"), py::arg("momentum"), py::arg("running_mean"), py::arg("running_var"),
-      py::arg("num_batches_tracked"), py::call_guard<py::gil_scoped_release>());
-  const auto without_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("stats", &stats, py::arg("input"), without_gil);
-  m.def("gather_stats", &gather_stats_op, py::arg("all_stats"), py::arg("momentum"), py::arg("running_mean"),
-        py::arg("running_var"), py::arg("num_batches_tracked"), without_gil);
-  m.def("backward_reduce", &backward_reduce_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
-        py::arg("batch_stats"), py::arg("eps"), py::arg("activation") = "identity",
-        py::arg("activation_param") = py::none(), py::arg("bias") = py::none(), py::arg("residual") = py::none(),
-        without_gil);
-  m.def("backward_elemt", &backward_elemt_op, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
-        py::arg("batch_stats"), py::arg("total"), py::arg("eps"), py::arg("wants_residual"),
-        py::arg("activation") = "identity", py::arg("activation_param") = py::none(), py::arg("bias") = py::none(),
-        py::arg("residual") = py::none(), without_gil);
   m.def("is_watched", &is_watched);
+  m.def("output_format", &output_format, py::arg("input"));
+  m.def(
+      "param_dtype",
+      [](at::ScalarType input, std::optional<at::ScalarType> weight) { return param_dtype(input, weight); },
+      py::arg("input"), py::arg("weight"));
+  bind_fakes(m);
   bind_plans(m);
 #if defined(FASTBN_SIMT)
   py::module_ simulator = m.def_submodule("simt");

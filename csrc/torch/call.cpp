@@ -1,4 +1,4 @@
-// Validation, canonical layouts and launches.
+// Canonical layouts and launches.
 #include "call.h"
 
 #include <ATen/EmptyTensor.h>
@@ -24,106 +24,28 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
+at::ScalarType param_dtype(at::ScalarType input, std::optional<at::ScalarType> weight) {
+  return weight.value_or(is_half(input) ? at::kFloat : input);
+}
 
 at::ScalarType param_dtype(const Tensor& input, const OptionalTensor& weight) {
-  if (present(weight)) return weight->scalar_type();
-  return is_half(input.scalar_type()) ? at::kFloat : input.scalar_type();
+  return param_dtype(input.scalar_type(), present(weight) ? std::optional(weight->scalar_type()) : std::nullopt);
 }
 
-bool present(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-
-void check_dense(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.layout() == at::kStrided, "fastbn: ", name, " must be a dense tensor, but its layout is ", t.layout());
-}
-
-size_t storage_bytes(const Tensor& t) {
-  return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), size_t(t.storage_offset()));
-}
-
-void refuse_memory(const Tensor& t, const char* name) {
-  TORCH_CHECK(false, "fastbn: the memory of ", name, " was freed, or is too small: its sizes ", t.sizes(),
-              " and strides ", t.strides(), " need a storage of ", storage_bytes(t), " bytes, but it has ",
-              t.storage().nbytes());
-}
-
-void check_input(const Tensor& input) {
-  check_dense(input, "input");
-  check_device(input);
-  check_memory(input, "input");
-}
-
-void check_same_device(const Tensor& t, const char* name, const Tensor& input) {
-  check_dense(t, name);
-  TORCH_CHECK(t.device() == input.device(), "fastbn: ", name, " is on device ", t.device(), ", but input is on device ",
-              input.device());
-  check_memory(t, name);
-}
-
-bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
-  const auto type = input.scalar_type();
-  std::optional<at::ScalarType> shared;
-  for (const OptionalTensor* t : params) {
-    if (!present(*t)) continue;
-    const auto own = (*t)->scalar_type();
-    if (!(own == type || (is_half(type) && own == at::kFloat)) || shared.value_or(own) != own) return false;
-    shared = own;
-  }
-  return true;
-}
-
-namespace {
-
-void check_channels(const OptionalTensor& t, const char* name, int64_t channels, const Tensor& input) {
-  if (!present(t)) return;
-  check_same_device(*t, name, input);
-  TORCH_CHECK(t->numel() == channels, name, " should contain ", channels, " elements not ", t->numel());
-}
-
-void check_dtypes(const Tensor& input, std::initializer_list<const OptionalTensor*> params) {
-  dtype_of(input);
-  TORCH_CHECK(dtypes_agree(input, params), "mixed dtype: weight and bias should have the dtype of input, ",
-              input.scalar_type(), ", or both be Float beside a half input");
-}
-
-void check_residual(const OptionalTensor& residual, const Tensor& input) {
-  if (!present(residual)) return;
-  check_same_device(*residual, "residual", input);
-  TORCH_CHECK(residual->sizes() == input.sizes(), "residual should have the sizes of input, ", input.sizes(), ", not ",
-              residual->sizes());
-  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual should have the dtype of input, ",
-              input.scalar_type(), ", not ", residual->scalar_type());
-}
-
-}  // namespace
-
-int64_t checked_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& residual, const Tensor* grad_output) {
-  check_input(input);
-  if (grad_output != nullptr) check_same_device(*grad_output, "grad_output", input);
-  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ", input.dim());
-  const int64_t channels = input.size(1);
-  if (grad_output != nullptr) {
-    TORCH_CHECK(grad_output->sizes() == input.sizes(), "grad_output should have the sizes of input, ", input.sizes(),
-                ", not ", grad_output->sizes());
-    TORCH_CHECK(grad_output->scalar_type() == input.scalar_type(), "grad_output should have the dtype of input, ",
-                input.scalar_type(), ", not ", grad_output->scalar_type());
-  }
-  check_channels(weight, "weight", channels, input);
-  check_channels(bias, "bias", channels, input);
-  check_dtypes(input, {&weight, &bias});
-  check_residual(residual, input);
+int64_t readable_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual, const Tensor* grad_output) {
+  check_readable(input, "input");
+  const int64_t channels = checked_channels(input, weight, bias, residual, grad_output).expect_int();
+  if (grad_output != nullptr) check_memory(*grad_output, "grad_output");
+  if (present(weight)) check_memory(*weight, "weight");
+  if (present(bias)) check_memory(*bias, "bias");
+  if (present(residual)) check_memory(*residual, "residual");
   return channels;
 }
 
-void check_moments(const Tensor& moments, at::IntArrayRef sizes) {
-  TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments should be float64, not ", moments.scalar_type());
-  TORCH_CHECK(moments.sizes() == sizes, "moments should have sizes ", sizes, ", not ", moments.sizes());
-}
-
-int64_t channels_of(const Tensor& input) {
-  TORCH_CHECK_INDEX(input.dim() >= 2, "fastbn: input should have at least 2 dimensions (N, C, ...), not ", input.dim());
-  return input.size(1);
+void check_readable_given(const Tensor& t, const char* name, c10::SymIntArrayRef sizes, const Tensor& input) {
+  check_given(t, name, sizes, input);
+  check_memory(t, name);
 }
 
 Tensor contiguous_in(const Tensor& t, at::MemoryFormat format) {
@@ -142,8 +64,8 @@ Canonical canonicalize(const Tensor& input) {
   return f;
 }
 
-at::MemoryFormat gradient_format(const Canonical& x, const Tensor& input) {
-  return x.format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : x.format;
+at::MemoryFormat gradient_format(at::MemoryFormat format, const Tensor& input) {
+  return format == at::MemoryFormat::Contiguous ? input.suggest_memory_format() : format;
 }
 
 const void* data_of(const OptionalTensor& residual, const Canonical& x, Tensor& keep) {
@@ -222,20 +144,18 @@ void count_batches(const Tensor& counter, int64_t number) {
   bump_version(counter);
 }
 
-void check_counter(const Statistics& statistics) {
-  if (!present(statistics.batches)) return;
-  const Tensor& t = *statistics.batches;
-  if (t.layout() == at::kStrided && has_kernels(t.device())) check_memory(t, "num_batches_tracked");
-}
-
-void check_running(const Statistics& statistics, int64_t channels, const Tensor& other, const char* other_name) {
-  for (const auto& [t, name] : {std::pair(&statistics.mean, "running_mean"), {&statistics.var, "running_var"}}) {
-    check_dense(**t, name);
-    TORCH_CHECK((*t)->device() == other.device(), "fastbn: ", name, " is on device ", (*t)->device(), ", but ",
-                other_name, " is on device ", other.device());
-    TORCH_CHECK((*t)->numel() == channels, name, " should contain ", channels, " elements not ", (*t)->numel());
-    check_memory(**t, name);
+int64_t checked_statistics(const Statistics& statistics, const Tensor& other, const char* other_name) {
+  const int64_t channels = other.size(-1);
+  check_running(statistics, channels, other, other_name);
+  if (present(statistics.mean)) {
+    check_memory(*statistics.mean, "running_mean");
+    check_memory(*statistics.var, "running_var");
   }
+  if (present(statistics.batches)) {
+    const Tensor& t = *statistics.batches;
+    if (t.layout() == at::kStrided && has_kernels(t.device())) check_memory(t, "num_batches_tracked");
+  }
+  return channels;
 }
 
 at::MemoryFormat output_format(const Tensor& input) {
@@ -244,18 +164,6 @@ at::MemoryFormat output_format(const Tensor& input) {
     if (input.is_contiguous(format)) return format;
   }
   return input.suggest_memory_format();
-}
-
-void check_device(const Tensor& input) {
-  TORCH_CHECK(has_kernels(input.device()), "fastbn: input is on ", input.device(),
-              ", and this build of fastbn has kernels for ",
-#if defined(FASTBN_CUDA)
-              "CPU and CUDA only. Move the model there, or use torch.nn's batch norm."
-#else
-              "the CPU only. Use torch.nn's batch norm there, or build fastbn with CUDA, where nvcc and a torch for"
-              " CUDA are: FASTBN_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fastbn"
-#endif
-  );
 }
 
 }  // namespace fastbn

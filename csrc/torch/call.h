@@ -1,5 +1,4 @@
-// The parts of a call: validation, canonical layout, arguments, workspace and launch. Internal to ops.cpp, ghost.cpp
-// and sync.cpp.
+// The parts of a call: canonical layout, arguments, workspace and launch. Internal to ops.cpp, ghost.cpp and sync.cpp.
 #pragma once
 
 #include <ATen/SequenceNumber.h>
@@ -9,8 +8,8 @@
 #include <variant>
 
 #include "../core/dispatch.h"
+#include "arguments.h"
 #include "context.h"
-#include "ops.h"
 
 namespace fastbn {
 
@@ -35,27 +34,14 @@ class ProfilerEvent {
 
 DType dtype_of(const Tensor& t);
 
-bool is_half(at::ScalarType t);
+inline bool is_half(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
-// The dtype of the gradients of weight and bias.
-at::ScalarType param_dtype(const Tensor& input, const OptionalTensor& weight);
+// checked_channels of tensors that kernels are about to read.
+int64_t readable_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual, const Tensor* grad_output = nullptr);
 
-bool present(const OptionalTensor& t);
-
-// Checks that the tensor is strided; says nothing about its device or memory.
-void check_dense(const Tensor& t, const char* name);
-
-void check_input(const Tensor& input);
-
-void check_same_device(const Tensor& t, const char* name, const Tensor& input);
-
-// The number of channels of a call whose tensors go together; raises otherwise.
-int64_t checked_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& residual, const Tensor* grad_output = nullptr);
-
-void check_moments(const Tensor& moments, at::IntArrayRef sizes);
-
-int64_t channels_of(const Tensor& input);
+// check_given of a tensor that kernels are about to read.
+void check_readable_given(const Tensor& t, const char* name, c10::SymIntArrayRef sizes, const Tensor& input);
 
 // The tensor in one of the two layouts that kernels support; copied if it is in neither.
 struct Canonical {
@@ -68,10 +54,6 @@ struct Canonical {
 Tensor contiguous_in(const Tensor& t, at::MemoryFormat format);
 
 Canonical canonicalize(const Tensor& input);
-
-// If both formats describe the same memory order (one channel, for example), torch's gradient has the strides of the
-// suggested format while its output does not.
-at::MemoryFormat gradient_format(const Canonical& x, const Tensor& input);
 
 // The residual in the memory order of x.
 const void* data_of(const OptionalTensor& residual, const Canonical& x, Tensor& keep);
@@ -101,6 +83,17 @@ class Scratch {
   void* pages_ = nullptr;
   int64_t bytes_ = 0;
 };
+
+// Gradients of weight and bias, [2, C], and counts, [C], of a batch of which the input is a part.
+struct GlobalSums {
+  const double *sums = nullptr, *counts = nullptr;
+};
+
+// `backward` with valid arguments. dtype: of the gradients of weight and bias.
+Gradients run_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Saved& saved, double eps, bool training,
+                       std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite,
+                       const GlobalSums& global, at::ScalarType dtype);
 
 // The plan of a pass on the device of a call: made once, with the bytes to allocate.
 struct PassPlan {
@@ -174,10 +167,7 @@ class RunningArgument {
   Tensor copy_[2], batches_;
 };
 
-// Checks the memory of a batch counter, if it is one that can be checked.
-void check_counter(const Statistics& statistics);
-
-// Checks running_mean and running_var, both present, against C channels on the device of `other`.
-void check_running(const Statistics& statistics, int64_t channels, const Tensor& other, const char* other_name);
+// Checks the statistics of an operator that updates them with `other`, [..., C]; returns C.
+int64_t checked_statistics(const Statistics& statistics, const Tensor& other, const char* other_name);
 
 }  // namespace fastbn

@@ -11,7 +11,7 @@ namespace fastbn {
 namespace {
 
 // The chunks, cut along the samples: each is contiguous in both layouts.
-struct Chunks : ChunkSizes {
+struct Chunks : ChunkSizes<int64_t> {
   Problem whole;
 
   Problem problem(int64_t i) const {
@@ -52,6 +52,10 @@ struct Chunks : ChunkSizes {
   }
 };
 
+ChunkSizes<int64_t> chunks_of(const Tensor& input, int64_t chunk_size) {
+  return ghost_chunks<int64_t>(input.size(0), positions_of(input).expect_int(), chunk_size);
+}
+
 template <class T>
 T* behind(T* data, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -90,20 +94,17 @@ Tensor sum_over_chunks(const Context& context, const Tensor& of_chunks, at::Scal
 
 }  // namespace
 
-ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t chunk_size) {
-  TORCH_CHECK_VALUE(chunk_size > 0, "virtual_batch_size should be positive, not ", chunk_size);
-  const int64_t batch = sizes[0], positions = c10::multiply_integers(sizes.slice(2));
-  int64_t count = batch == 0 ? 0 : (batch - 1) / chunk_size + 1;  // no overflow for the largest chunk_size
-  if (count > 1 && (batch - (count - 1) * chunk_size) * positions == 1) --count;
-  if (count < 2) return {count, batch, batch};
-  return {count, chunk_size, batch - (count - 1) * chunk_size};
+c10::SymInt positions_of(const Tensor& input) {
+  c10::SymInt positions = 1;
+  for (const auto& size : input.sym_sizes().slice(2)) positions *= size;
+  return positions;
 }
 
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                          int64_t chunk_size, double eps) {
   const ProfilerEvent event("fastbn::batch_norm", [&] { return std::vector<c10::IValue>{input, weight, bias}; });
-  const int64_t channels = checked_channels(input, weight, bias, std::nullopt);
-  const ChunkSizes sizes = ghost_chunks(input.sizes(), chunk_size);
+  const int64_t channels = readable_channels(input, weight, bias, std::nullopt);
+  const ChunkSizes sizes = chunks_of(input, chunk_size);
 
   Context context(input);
   Tensor moments = context.empty({sizes.count, 2, channels}, at::kDouble);
@@ -136,11 +137,10 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
                                      std::array<bool, 3> wanted) {
   const ProfilerEvent event("fastbn::batch_norm_backward",
                             [&] { return std::vector<c10::IValue>{grad_output, input, weight}; });
-  const int64_t channels = checked_channels(input, weight, std::nullopt, std::nullopt, &grad_output);
-  check_same_device(moments, "moments", input);
-  const ChunkSizes sizes = ghost_chunks(input.sizes(), chunk_size);
+  const int64_t channels = readable_channels(input, weight, std::nullopt, std::nullopt, &grad_output);
+  const ChunkSizes sizes = chunks_of(input, chunk_size);
   const int64_t count = sizes.count;
-  check_moments(moments, {count, 2, channels});
+  check_readable_given(moments, "moments", {count, 2, channels}, input);
 
   Context context(input);
   Tensor dx, dw, db;  // dw and db for each chunk, so that their sum is rounded once
@@ -151,7 +151,7 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
   } else if (wanted[0] || wanted[1] || wanted[2]) {
     const Canonical x = canonicalize(input);
     const Tensor dy = contiguous_in(grad_output, x.format), given = moments.contiguous();
-    if (wanted[0]) dx = context.empty_like(input, gradient_format(x, input));
+    if (wanted[0]) dx = context.empty_like(input, gradient_format(x.format, input));
     Tensor kept_weight;
     Backward whole{};
     whole.grad_output = dy.const_data_ptr();
@@ -184,19 +184,21 @@ std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& in
   return {dx, dw, db};
 }
 
-void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics) {
-  check_dense(moments, "moments");
-  check_device(moments);
-  check_memory(moments, "moments");
-  check_counter(statistics);
+void ghost_update(const Tensor& moments, int64_t samples, int64_t positions, int64_t chunk_size,
+                  const Statistics& statistics) {
+  check_readable(moments, "moments");
   TORCH_CHECK(moments.dim() == 3, "moments should have sizes [chunks, 2, C], not ", moments.sizes());
-  check_moments(moments, {moments.size(0), 2, moments.size(2)});
-  TORCH_CHECK_VALUE(values > 1 && last > 1, "a chunk should have at least 2 values in a channel, not ",
+  TORCH_CHECK_VALUE(samples >= 0 && positions >= 0, "samples and positions should not be negative, but are ", samples,
+                    " and ", positions);
+  int64_t total;
+  TORCH_CHECK_VALUE(!__builtin_mul_overflow(samples, positions, &total),
+                    "samples and positions are too large: ", samples, " and ", positions);
+  const ChunkSizes chunks = ghost_chunks(samples, positions, chunk_size);
+  const int64_t count = chunks.count, values = chunks.size * positions, last = chunks.last * positions;
+  check_float64(moments, "moments", {count, 2, moments.size(2)});
+  const int64_t channels = checked_statistics(statistics, moments, "moments");
+  TORCH_CHECK_VALUE(count == 0 || (values > 1 && last > 1), "a chunk should have at least 2 values in a channel, not ",
                     smaller(values, last));
-  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
-                    "running_mean and running_var must either both be None or neither be None");
-  const int64_t count = moments.size(0), channels = moments.size(2);
-  if (present(statistics.mean)) check_running(statistics, channels, moments, "moments");
 
   const Context context(moments);
   if (context.on_gpu()) {

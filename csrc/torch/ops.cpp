@@ -93,12 +93,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& we
                                    const OptionalTensor& moments, double eps, const EpilogueArgs& epilogue) {
   const ProfilerEvent event("fastbn::batch_norm",
                             [&] { return std::vector<c10::IValue>{input, weight, bias, moments, epilogue.residual}; });
-  const int64_t channels = checked_channels(input, weight, bias, epilogue.residual);
+  const int64_t channels = readable_channels(input, weight, bias, epilogue.residual);
   const bool training = !present(moments);
-  if (!training) check_same_device(*moments, "moments", input);
   const bool with_counts = !training && moments->dim() == 2 && moments->size(0) == 3;  // BatchStats, with counts
+  if (!training) check_readable_given(*moments, "moments", {with_counts ? 3 : 2, channels}, input);
   const Tensor given = training ? Tensor() : with_counts ? moments->narrow(0, 0, 2).clone() : *moments;
-  if (!training) check_moments(given, {2, channels});
 
   Context context(input);
   Tensor kept = training ? context.empty({2, channels}, at::kDouble) : given.contiguous();
@@ -160,21 +159,25 @@ std::tuple<Tensor, Saved> forward(const BatchNormArgs& call, bool wants_backward
 
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite,
-                   const GlobalSums& global, std::optional<at::ScalarType> dtype) {
+                   std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite) {
+  const int64_t channels = readable_channels(input, weight, bias, epilogue.residual, &grad_output);
+  check_readable_given(saved.moments, "moments", {2, channels}, input);
+  return run_backward(grad_output, input, weight, bias, saved, eps, training, wanted, epilogue, may_overwrite, {},
+                      param_dtype(input, weight));
+}
+
+Gradients run_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Saved& saved, double eps, bool training,
+                       std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite,
+                       const GlobalSums& global, at::ScalarType dtype) {
   const ProfilerEvent event("fastbn::batch_norm_backward", [&] {
     return std::vector<c10::IValue>{grad_output, input, weight, bias, epilogue.residual};
   });
-  const int64_t channels = checked_channels(input, weight, bias, epilogue.residual, &grad_output);
-  check_same_device(saved.moments, "moments", input);
-  check_moments(saved.moments, {2, channels});
-
-  const at::ScalarType grads_dtype = dtype.value_or(param_dtype(input, weight));
   Context context(input);
   Gradients grads;
   auto& [dx, dw, db, dz] = grads;
-  if (wanted[1]) dw = context.empty({channels}, grads_dtype);
-  if (wanted[2]) db = context.empty({channels}, grads_dtype);
+  if (wanted[1]) dw = context.empty({input.size(1)}, dtype);
+  if (wanted[2]) db = context.empty({input.size(1)}, dtype);
   if (input.numel() == 0) {
     if (wanted[0]) dx = context.empty_like(input, input.suggest_memory_format());
     if (wanted[1]) dw.zero_();
@@ -193,7 +196,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
   Tensor kept_weight, kept_bias, kept_residual;
   // Kernels compute the gradient of the residual on the way to that of the input.
   const bool makes_dz = wanted[3] && !plain, makes_dx = wanted[0] || makes_dz;
-  if (makes_dx) dx = context.empty_like(input, gradient_format(x, input));
+  if (makes_dx) dx = context.empty_like(input, gradient_format(x.format, input));
   // dz may overwrite dy unless it is scaled: packs may overlap and a pass may read dy twice, but masking twice is the
   // same as once.
   const bool in_place = saved.mask.defined() && epilogue.param == 0 && (may_overwrite || !dy.is_same(grad_output));
@@ -232,17 +235,11 @@ Gradients backward(const Tensor& grad_output, const Tensor& input, const Optiona
 }
 
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics) {
-  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
-                    "running_mean and running_var must either both be None or neither be None");
-  if (!present(statistics.mean)) return;
-  check_dense(moments, "moments");
-  check_device(moments);
-  check_memory(moments, "moments");
-  check_counter(statistics);
+  check_readable(moments, "moments");
   TORCH_CHECK(moments.dim() == 2, "moments should have sizes [2, C], not ", moments.sizes());
-  const int64_t channels = moments.size(1);
-  check_moments(moments, {2, channels});
-  check_running(statistics, channels, moments, "moments");
+  check_float64(moments, "moments", {2, moments.size(1)});
+  const int64_t channels = checked_statistics(statistics, moments, "moments");
+  if (!present(statistics.mean)) return;
   TORCH_CHECK_VALUE(count >= 0, "count should be the number of values in a channel, not ", count);
   if (count == 0 || channels == 0) return;
 

@@ -48,30 +48,16 @@ EpilogueArgs parse_epilogue(std::string_view activation, std::optional<double> p
 // Name and default parameter of every activation; NaN if it has none.
 std::vector<std::pair<std::string_view, double>> activations();
 
-// Raises for a tensor on a device without kernels in this build.
-void check_device(const Tensor& input);
-
-// The bytes of storage that the sizes and strides of a tensor need.
-size_t storage_bytes(const Tensor& t);
-
-[[noreturn]] void refuse_memory(const Tensor& t, const char* name);
-
-// Raises, and names the argument, if the storage of a dense tensor is too small for it, as after
-// untyped_storage().resize_(0), with which FSDP and offloading free the memory of live tensors.
-inline void check_memory(const Tensor& t, const char* name) {
-  const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
-  if (impl.numel() == 0) return;
-  const c10::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
-  const size_t needed =
-      impl.is_contiguous() ? size_t(impl.storage_offset() + impl.numel()) * impl.itemsize() : storage_bytes(t);
-  if (storage == nullptr || storage->data() == nullptr || storage->nbytes() < needed) refuse_memory(t, name);
-}
+// The dtype of the gradients of weight and bias: that of weight, or float32 for a half input without a weight.
+at::ScalarType param_dtype(at::ScalarType input, std::optional<at::ScalarType> weight);
+at::ScalarType param_dtype(const Tensor& input, const OptionalTensor& weight);
 
 // The memory format of torch's output: that of the input, or what torch suggests if it has none.
 at::MemoryFormat output_format(const Tensor& input);
 
-// Whether params have the dtype of input, or are all float32 for a half input.
-bool dtypes_agree(const Tensor& input, std::initializer_list<const OptionalTensor*> params);
+// The memory format of the gradient of an input whose output has `format`. If both formats describe the same memory
+// order (one channel, for example), torch's gradient has the strides of the suggested format while its output does not.
+at::MemoryFormat gradient_format(at::MemoryFormat format, const Tensor& input);
 
 // All forward and backward passes appear in torch.profiler as fastbn::batch_norm and fastbn::batch_norm_backward, with
 // the sizes of their arguments.
@@ -98,31 +84,39 @@ struct BatchNormArgs {
 };
 
 // Counts and normalizes a batch: in training by its own moments, which also update mean and var, in eval by mean and
-// var. Returns the output and what backward needs, which is undefined in eval without wants_backward. For eligible
-// calls (autograd.h): validates the dtype of input alone.
+// var. Returns the output and what backward needs, which is undefined in eval without wants_backward. Validates
+// nothing: for calls that fast_path_eligible (autograd.h) accepted.
 std::tuple<Tensor, Saved> forward(const BatchNormArgs& args, bool wants_backward);
 
 // Of input, weight, bias and residual; undefined if not wanted.
 using Gradients = std::array<Tensor, 4>;
 
-// Gradients of weight and bias, [2, C], and counts, [C], of a batch of which the input is a part.
-struct GlobalSums {
-  const double *sums = nullptr, *counts = nullptr;
-};
-
 // epilogue: without its residual if `saved` has a mask. may_overwrite: nobody else reads grad_output, so its memory can
-// hold the gradient of the residual. dtype: of the gradients of weight and bias; default: that of weight.
+// hold the gradient of the residual.
 Gradients backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& bias, const Saved& saved, double eps, bool training,
-                   std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite = false,
-                   const GlobalSums& global = {}, std::optional<at::ScalarType> dtype = std::nullopt);
+                   std::array<bool, 4> wanted, const EpilogueArgs& epilogue, bool may_overwrite = false);
 
 // Ghost batch norm (Hoffer, Hubara, Soudry 2017): chunks of chunk_size samples, each normalized by its own moments; the
 // last one has the rest, and joins the one before it if it has a single value per channel.
+template <class Int>  // int64_t, or SymInt for fake tensors
 struct ChunkSizes {
-  int64_t count, size, last;  // chunks, samples in each of them, and in the last one
+  Int count, size, last;  // chunks, samples in each of them, and in the last one
 };
-ChunkSizes ghost_chunks(at::IntArrayRef sizes, int64_t chunk_size);
+
+// samples: of the batch; positions: values of a channel in one sample.
+template <class Int>
+ChunkSizes<Int> ghost_chunks(const Int& samples, const Int& positions, int64_t chunk_size) {
+  TORCH_CHECK_VALUE(chunk_size > 0, "virtual_batch_size should be positive, not ", chunk_size);
+  Int count = 0;
+  if (samples != 0) count = (samples - 1) / chunk_size + 1;  // no overflow for the largest chunk_size
+  if (count > 1 && (samples - (count - 1) * chunk_size) * positions == 1) count = count - 1;
+  if (count < 2) return {count, samples, samples};
+  return {count, chunk_size, samples - (count - 1) * chunk_size};
+}
+
+// The values of a channel in one sample: the product of the sizes behind the channels.
+c10::SymInt positions_of(const Tensor& input);
 
 // Output, and moments, float64 [chunks, 2, C].
 std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -132,9 +126,10 @@ std::tuple<Tensor, Tensor> ghost_forward(const Tensor& input, const OptionalTens
 std::array<Tensor, 3> ghost_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                      const Tensor& moments, int64_t chunk_size, double eps, std::array<bool, 3> wanted);
 
-// Counts the batches and updates mean and var, if present, as by one chunk after the other with these moments, of
-// `values` values per channel, `last` in the last chunk.
-void ghost_update(const Tensor& moments, int64_t values, int64_t last, const Statistics& statistics);
+// Counts the batches and updates mean and var, if present, as by one chunk after the other of a batch of `samples` with
+// these moments.
+void ghost_update(const Tensor& moments, int64_t samples, int64_t positions, int64_t chunk_size,
+                  const Statistics& statistics);
 
 // Updates mean and var with moments of count values per channel.
 void update_running_stats(const Tensor& moments, int64_t count, const Statistics& statistics);

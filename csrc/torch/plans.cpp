@@ -36,10 +36,10 @@ py::dict plan(const std::vector<int64_t>& sizes, bool channels_last, int64_t ele
   const Problem problem = problem_of(sizes, channels_last, element_bytes);
   const cpu::Plan p = cpu::plan(problem);
   py::dict d;
-  d["walk"] = p.pattern == cpu::AccessPattern::rows ? "runs" : "columns";
-  d["items"] = p.channel_tiles;
-  d["channels_an_item"] = p.channels_per_tile;
-  d["segments"] = p.batch_splits;
+  d["access_pattern"] = p.pattern == cpu::AccessPattern::rows ? "rows" : "columns";
+  d["channel_tiles"] = p.channel_tiles;
+  d["channels_per_tile"] = p.channels_per_tile;
+  d["batch_splits"] = p.batch_splits;
   d["workspace_bytes"] = p.workspace_bytes;
   return d;
 }
@@ -55,18 +55,17 @@ constexpr std::pair<const char*, int64_t cuda::Device::*> device_fields[] = {
     FASTBN_FIELD(Device, threads_per_multiprocessor),
     FASTBN_FIELD(Device, bytes_per_microsecond),
 };
-// The names of fastbn.CudaPlan are public and kept where C++ has others.
 constexpr std::pair<const char*, int64_t cuda::Plan::*> plan_fields[] = {
     FASTBN_FIELD(Plan, vector),
     FASTBN_FIELD(Plan, threads),
     FASTBN_FIELD(Plan, rows),
     FASTBN_FIELD(Plan, columns),
-    {"columns_a_channel", &cuda::Plan::columns_per_channel},
-    {"items", &cuda::Plan::channel_tiles},
-    {"channels_an_item", &cuda::Plan::channels_per_tile},
-    {"vectors_a_row", &cuda::Plan::vectors_per_row},
-    {"lanes_a_row", &cuda::Plan::lanes_per_row},
-    {"blocks_an_item", &cuda::Plan::batch_splits},
+    FASTBN_FIELD(Plan, columns_per_channel),
+    FASTBN_FIELD(Plan, channel_tiles),
+    FASTBN_FIELD(Plan, channels_per_tile),
+    FASTBN_FIELD(Plan, vectors_per_row),
+    FASTBN_FIELD(Plan, lanes_per_row),
+    FASTBN_FIELD(Plan, batch_splits),
     FASTBN_FIELD(Plan, groups),
     FASTBN_FIELD(Plan, waves),
     FASTBN_FIELD(Plan, blocks),
@@ -102,7 +101,7 @@ py::dict cuda_plan(const std::vector<int64_t>& sizes, bool channels_last, int64_
                                        aligned, device_of(device));
   py::dict d;
   d["strategy"] = p.strategy == cuda::Strategy::resident ? "resident" : "streaming";
-  d["walk"] = p.pattern == cuda::AccessPattern::rows ? "rows" : "columns";
+  d["access_pattern"] = p.pattern == cuda::AccessPattern::rows ? "rows" : "columns";
   d["cooperative"] = p.cooperative;
   for (const auto& [name, member] : plan_fields) d[name] = p.*member;
   return d;

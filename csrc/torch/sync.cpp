@@ -6,23 +6,8 @@
 
 namespace fastbn {
 
-namespace {
-
-void check_batch_stats(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
-  check_dense(t, name);
-  check_device(t);
-  check_memory(t, name);
-  TORCH_CHECK(t.scalar_type() == at::kDouble, name, " should be float64, not ", t.scalar_type());
-  TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes), name, " should have sizes ", at::IntArrayRef(sizes), ", not ",
-              t.sizes());
-}
-
-}  // namespace
-
 Tensor stats(const Tensor& input) {
-  check_input(input);
-  const int64_t channels = channels_of(input);
-  dtype_of(input);
+  const int64_t channels = readable_channels(input, std::nullopt, std::nullopt, std::nullopt);
   Context context(input);
   Tensor batch_stats = context.empty({3, channels}, at::kDouble);
   if (input.numel() == 0) return batch_stats.zero_();
@@ -42,13 +27,11 @@ Tensor stats(const Tensor& input) {
 }
 
 Tensor gather_stats(const Tensor& all_stats, const Statistics& statistics) {
-  TORCH_CHECK_VALUE(present(statistics.mean) == present(statistics.var),
-                    "running_mean and running_var must either both be None or neither be None");
+  check_readable(all_stats, "all_stats");
   TORCH_CHECK(all_stats.dim() == 3, "all_stats should have sizes [K, 3, C], not ", all_stats.sizes());
-  const int64_t ranks = all_stats.size(0), channels = all_stats.size(2);
-  check_batch_stats(all_stats, "all_stats", {ranks, 3, channels});
-  if (present(statistics.mean)) check_running(statistics, channels, all_stats, "all_stats");
-  check_counter(statistics);
+  const int64_t ranks = all_stats.size(0);
+  check_float64(all_stats, "all_stats", {ranks, 3, all_stats.size(2)});
+  const int64_t channels = checked_statistics(statistics, all_stats, "all_stats");
 
   Context context(all_stats);
   const Tensor given = all_stats.contiguous();
@@ -75,25 +58,26 @@ Tensor gather_stats(const Tensor& all_stats, const Statistics& statistics) {
 Tensor backward_reduce(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                        const OptionalTensor& bias, const Tensor& batch_stats, double eps,
                        const EpilogueArgs& epilogue) {
-  check_batch_stats(batch_stats, "batch_stats", {3, channels_of(input)});
+  const int64_t channels = readable_channels(input, weight, bias, epilogue.residual, &grad_output);
+  check_readable_given(batch_stats, "batch_stats", {3, channels}, input);
   const Saved saved{batch_stats.narrow(0, 0, 2), Tensor()};
-  const auto [dx, dw, db, dz] = backward(grad_output, input, weight, bias, saved, eps, true, {false, true, true, false},
-                                         epilogue, false, {}, at::kDouble);
+  const auto [dx, dw, db, dz] = run_backward(grad_output, input, weight, bias, saved, eps, true,
+                                             {false, true, true, false}, epilogue, false, {}, at::kDouble);
   return at::stack({dw, db});
 }
 
 std::tuple<Tensor, Tensor> backward_elemt(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
                                           const OptionalTensor& bias, const Tensor& batch_stats, const Tensor& total,
                                           double eps, bool wants_residual, const EpilogueArgs& epilogue) {
-  const int64_t channels = channels_of(input);
-  check_batch_stats(batch_stats, "batch_stats", {3, channels});
-  check_batch_stats(total, "total", {2, channels});
-  check_same_device(total, "total", input);
+  const int64_t channels = readable_channels(input, weight, bias, epilogue.residual, &grad_output);
+  check_readable_given(batch_stats, "batch_stats", {3, channels}, input);
+  check_readable_given(total, "total", {2, channels}, input);
   const Tensor kept = batch_stats.contiguous(), sums = total.contiguous();
   const GlobalSums global{sums.const_data_ptr<double>(), kept.const_data_ptr<double>() + 2 * channels};
   const Saved saved{kept.narrow(0, 0, 2), Tensor()};
-  const auto [dx, dw, db, dz] = backward(grad_output, input, weight, bias, saved, eps, true,
-                                         {true, false, false, wants_residual}, epilogue, false, global, std::nullopt);
+  const auto [dx, dw, db, dz] =
+      run_backward(grad_output, input, weight, bias, saved, eps, true, {true, false, false, wants_residual}, epilogue,
+                   false, global, at::kDouble);
   return {dx, dz};
 }
 

@@ -22,74 +22,34 @@ from ..autograd import (
 )
 from ..ops import is_compiling
 
-_forward = torch.ops.fastbn.ghost_forward.default
-_backward = torch.ops.fastbn.ghost_backward.default
-_update = torch.ops.fastbn.ghost_update.default
+register_update_of_each("ghost_update", updated=(5, 6, 7))
 
 
-def chunk_sizes(samples: int, positions: int, virtual_batch_size: int) -> tuple[int, int]:
-    """The number of chunks and the samples in the last one, as `ghost_chunks` in csrc/torch/ghost.cpp computes them."""
-    count = -(-samples // virtual_batch_size)
-    if count > 1 and (samples - (count - 1) * virtual_batch_size) * positions == 1:
-        count -= 1
-    return count, samples - (count - 1) * virtual_batch_size
-
-
-@torch.library.register_fake("fastbn::ghost_forward")
-def _forward_fake(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, virtual_batch_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    count, _ = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
-    output = torch.empty_like(input, memory_format=ops.output_format(input))
-    return output, input.new_empty((count, 2, input.size(1)), dtype=torch.float64)
-
-
-@torch.library.register_fake("fastbn::ghost_backward")
-def _backward_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, virtual_batch_size: int, eps: float,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = ops.param_dtype(input, weight)
-    dx = ops.grad_input_like(input) if output_mask[0] else input.new_empty(0)
-    grad_weight, grad_bias = (input.new_empty(input.size(1) if m else 0, dtype=dtype) for m in output_mask[1:])
-    return dx, grad_weight, grad_bias
-
-
-@torch.library.register_fake("fastbn::ghost_update")
-def _update_fake(
-    moments: Tensor, values: int, last: int, momentum: float | None, running_mean: Tensor | None,
-    running_var: Tensor | None, num_batches_tracked: Tensor | None,
-) -> None:  # fmt: skip
-    pass
-
-
-register_update_of_each("ghost_update", updated=(4, 5, 6))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def ghost_forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, weight, _, ctx.virtual_batch_size, ctx.eps = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(input, weight, output[1])
 
 
-def _gradients(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def ghost_forward_backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     wanted = tuple(ctx.needs_input_grad[:3])
     # In double backward, each chunk is a batch norm whose gradients can be differentiated.
-    gradients = differentiable_backward_of_chunks if torch.is_grad_enabled() else _backward
+    gradients = differentiable_backward_of_chunks if torch.is_grad_enabled() else ops.ghost_backward
     input, weight, moments = ctx.saved_tensors
     grads = gradients(grad_output, input, weight, moments, ctx.virtual_batch_size, ctx.eps, wanted)
     return *(g if m else None for g, m in zip(grads, wanted, strict=True)), None, None
 
 
-torch.library.register_autograd("fastbn::ghost_forward", _gradients, setup_context=_setup)
+torch.library.register_autograd("fastbn::ghost_forward", ghost_forward_backward, setup_context=ghost_forward_setup)
 
 
 def differentiable_backward_of_chunks(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, moments: Tensor, virtual_batch_size: int, eps: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    _, last = chunk_sizes(input.size(0), math.prod(input.shape[2:]), virtual_batch_size)
-    sizes = [virtual_batch_size] * (moments.size(0) - 1) + [last]
+    """Gradients of input, weight and bias that can be differentiated again; each chunk is a batch norm."""
+    full = moments.size(0) - 1
+    sizes = [virtual_batch_size] * full + [input.size(0) - full * virtual_batch_size]
     parts = [
         differentiable_backward(dy, x, weight, m, eps, True, (*wanted, False))[:3]
         for dy, x, m in zip(grad_output.split(sizes), input.split(sizes), moments, strict=True)
@@ -164,21 +124,18 @@ def run_ghost(input: Tensor, virtual_batch_size: int, state: State, momentum: fl
     )  # fmt: skip
     if not is_compiling() and in_forward_mode():  # the operator's tangent would be zero
         raise NotImplementedError("ghost batch norm has no derivative in forward mode (jvp)")
-    momentum, eps = arguments.check_each(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    arguments.check_together(input, weight, bias, running_mean, running_var, training)
+    momentum, eps = arguments.check_types(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not is_compiling():  # there, the operators do it
+        ops._C.validate(input, weight, bias, running_mean, running_var, training, eps)
     if input.numel() == 0:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return batch_norm_of_nothing(input, weight, bias)
-    positions = math.prod(input.shape[2:])
-    if virtual_batch_size * positions == 1:
-        raise ValueError(
-            f"virtual_batch_size 1 leaves one value per channel in a chunk of an input of sizes {(*input.shape,)}"
-        )
-    _, last = chunk_sizes(input.size(0), positions, virtual_batch_size)
+    if not is_compiling():
+        ops._C.validate_chunks(input, virtual_batch_size)
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
-    output, moments = _forward(input, weight, bias, virtual_batch_size, eps)
+    output, moments = ops.ghost_forward(input, weight, bias, virtual_batch_size, eps)
     if running_mean is not None or num_batches_tracked is not None:
-        values = torch.sym_min(virtual_batch_size, input.size(0)) * positions, last * positions
-        _update(moments, *values, momentum, running_mean, running_var, num_batches_tracked)
+        extent = input.size(0), math.prod(input.shape[2:]), virtual_batch_size
+        ops.ghost_update(moments, *extent, momentum, running_mean, running_var, num_batches_tracked)
     return output

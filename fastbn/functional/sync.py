@@ -154,12 +154,10 @@ def sync_batch_norm(
     )  # fmt: skip
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    momentum, eps = arguments.check_each(
-        input, weight, bias, running_mean, running_var, True, momentum, eps, whole=False
-    )
+    momentum, eps = arguments.check_types(input, weight, bias, running_mean, running_var, True, momentum, eps, residual)
     activations.check(activation, activation_param)
-    arguments.check_residual(residual, input)
-    arguments.check_together(input, weight, bias, running_mean, running_var, True)
+    if not is_compiling():  # there, the operators do it
+        ops._C.validate(input, weight, bias, running_mean, running_var, True, eps, residual, whole_batch=False)
     if input.size(1) == 0:
         raise ValueError(f"SyncBatchNorm number of input channels should be non-zero, but input is {input.shape}")
     all_stats = all_gather(ops.stats(input.detach()), group)

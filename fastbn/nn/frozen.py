@@ -68,13 +68,13 @@ class _FrozenBatchNorm(nn.Module):
             )
         else:
             if isinstance(input, Proxy):
-                node = leaf_call(self, input)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            state = self.weight, self.bias, self.running_mean, self.running_var
-            return batch_norm(input, *state, None, False, 0.0, self.eps)
+                return leaf_call(self, input)
+            self._check_input_dim(input)
+            return self._compute(input)
+
+    def _compute(self, input: Tensor) -> Tensor:
+        state = self.weight, self.bias, self.running_mean, self.running_var
+        return batch_norm(input, *state, None, False, 0.0, self.eps)
 
 
 class FrozenBatchNorm1d(_FrozenBatchNorm):

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.jit import is_scripting
 
 from ..functional.ghost import check_virtual_batch_size, run_ghost
-from .modules import BatchNorm1d, BatchNorm2d, Device, Proxy, _FastBatchNorm, leaf_call, state_of
+from .modules import BatchNorm1d, BatchNorm2d, Device, _FastBatchNorm, state_of
 
 
 class _Ghost(_FastBatchNorm):
@@ -31,21 +30,12 @@ class _Ghost(_FastBatchNorm):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
-    def forward(self, input: Tensor) -> Tensor:
-        if is_scripting():
-            if self.training:
-                raise RuntimeError(
-                    "fastbn: ghost batch norm does not train in TorchScript; script the model in eval mode"
-                )
-            return self._scripted_batch_norm(input)
-        else:
-            if isinstance(input, Proxy):
-                node = leaf_call(self, input)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            return run_ghost(input, self.virtual_batch_size, state_of(self), self.momentum, self.eps)
+    def _check_scripted(self) -> None:
+        if self.training:
+            raise RuntimeError("fastbn: ghost batch norm does not train in TorchScript; script the model in eval mode")
+
+    def _compute(self, input: Tensor) -> Tensor:
+        return run_ghost(input, self.virtual_batch_size, state_of(self), self.momentum, self.eps)
 
 
 class GhostBatchNorm1d(_Ghost, BatchNorm1d):

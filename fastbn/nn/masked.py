@@ -29,9 +29,9 @@ class MaskedBatchNorm1d(BatchNorm1d):
             )
         else:
             if isinstance(input, Proxy):
-                node = leaf_call(self, input, mask)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            return run_masked(input, mask, state_of(self), self.momentum, self.eps)
+                return leaf_call(self, input, mask)
+            self._check_input_dim(input)
+            return self._compute(input, mask)
+
+    def _compute(self, input: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return run_masked(input, mask, state_of(self), self.momentum, self.eps)

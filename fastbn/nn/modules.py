@@ -53,27 +53,33 @@ class _FastBatchNorm(Scriptable, _BatchNorm):
             return self._scripted_batch_norm(input)
         else:  # not compiled by TorchScript
             if isinstance(input, Proxy):
-                node = leaf_call(self, input)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            return batch_norm(input, *state_of(self), self.momentum, self.eps)
+                return leaf_call(self, input)
+            self._check_input_dim(input)
+            return self._compute(input)
+
+    def _compute(self, input: Tensor) -> Tensor:
+        return batch_norm(input, *state_of(self), self.momentum, self.eps)
 
 
-def leaf_call(module: nn.Module, *inputs: Any) -> Any:
-    """Record a call_module node for a module whose forward torch.fx is tracing.
+def leaf_call(module: Any, *inputs: Any) -> Any:
+    """A call of a batch norm that torch.fx is tracing.
 
-    torch.fx traces into all modules outside torch.nn. With this node a batch norm is a leaf of the traced model, as
-    torch's own is, so that the model keeps its state and follows its mode.
+    torch.fx traces into all modules outside torch.nn. Here a batch norm is a leaf of the traced model, as torch's own
+    is, so that the model keeps its state and follows its mode.
+
+    Args:
+        module: has the method `_compute`, which is forward without a check of dimensions.
+        inputs: a proxy and what forward was called with besides, which may be None.
 
     Returns:
-        The proxy of the node; None if the module itself is what is traced.
+        The proxy of a call_module node, or of the result if the module itself is what is traced.
     """
     tracer: Any = inputs[0].tracer
-    if getattr(tracer, "root", None) is module:
-        return None
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+    is_root = getattr(tracer, "root", None) is module
+    if is_root:
+        return module._compute(*inputs)
+    given = tuple(t for t in inputs if t is not None)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), given, {})
 
 
 def state_of(module: nn.Module) -> State:
@@ -169,14 +175,14 @@ class _BatchNormAct(Scriptable):
             return self._scripted(input, residual)
         else:
             if isinstance(input, Proxy):
-                node = leaf_call(self, input) if residual is None else leaf_call(self, input, residual)
-                if node is not None:
-                    return node
-            else:
-                self._check_input_dim(input)
-            return batch_norm(
-                input, *state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
-            )
+                return leaf_call(self, input, residual)
+            self._check_input_dim(input)
+            return self._compute(input, residual)
+
+    def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        return batch_norm(
+            input, *state_of(self), self.momentum, self.eps, self.activation, self.activation_param, residual
+        )
 
     def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
         z = self._scripted_batch_norm(input)

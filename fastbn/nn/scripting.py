@@ -11,8 +11,12 @@ from torch.nn.modules.batchnorm import _NormBase
 class Scriptable(_NormBase):
     """A batch norm whose scripted forward pass is torch's."""
 
+    def _check_scripted(self) -> None:
+        """Raise RuntimeError if a scripted module does not run in the mode that it is in."""
+
     def _scripted_batch_norm(self, input: Tensor) -> Tensor:
         """The same as torch.nn.BatchNorm2d.forward."""
+        self._check_scripted()
         self._check_input_dim(input)
         factor = 0.0
         if self.momentum is not None:

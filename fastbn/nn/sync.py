@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 
 from .. import records
@@ -22,10 +21,8 @@ from .modules import (
     BatchNormAct2d,
     BatchNormAct3d,
     Device,
-    Proxy,
     _BatchNormAct,
     _FastBatchNorm,
-    leaf_call,
     state_of,
 )
 
@@ -41,12 +38,8 @@ def _group_of(module: Any) -> Any:
     return group if size > 1 else None
 
 
-def _forward(module: Any, input: Tensor, *epilogue: Any) -> Any:
+def _run(module: Any, input: Tensor, *epilogue: Any) -> Tensor:
     """The forward pass of both modules. epilogue: activation, activation_param and residual, or nothing."""
-    if not isinstance(input, Proxy):
-        module._check_input_dim(input)
-    elif (node := leaf_call(module, input, *(t for t in epilogue[2:] if t is not None))) is not None:
-        return node
     weight, bias, mean, var, counter, training = state_of(module)
     if (group := _group_of(module)) is None:
         return batch_norm(input, weight, bias, mean, var, counter, training, module.momentum, module.eps, *epilogue)
@@ -116,12 +109,8 @@ class SyncBatchNorm(_Synchronized, _FastBatchNorm, nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
-    def forward(self, input: Tensor) -> Tensor:
-        if is_scripting():
-            self._check_scripted()
-            return self._scripted_batch_norm(input)
-        else:
-            return _forward(self, input)
+    def _compute(self, input: Tensor) -> Tensor:
+        return _run(self, input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any | None = None) -> nn.Module:
@@ -184,12 +173,8 @@ class SyncBatchNormAct(_Synchronized, _BatchNormAct):
         )  # fmt: skip
         self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_scripting():
-            self._check_scripted()
-            return self._scripted(input, residual)
-        else:
-            return _forward(self, input, self.activation, self.activation_param, residual)
+    def _compute(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        return _run(self, input, self.activation, self.activation_param, residual)
 
 
 _LOCAL = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}

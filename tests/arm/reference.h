@@ -55,7 +55,7 @@ constexpr EpilogueCase epilogues[] = {
 constexpr int number_of_epilogues = sizeof(epilogues) / sizeof(*epilogues);
 
 // Wide maps are rows; small maps, (N, C) and channels_last are columns: with whole vectors and partial ones, rows
-// narrower than a vector, rows made of several and what is left of them, several segments of the batch.
+// narrower than a vector, rows made of several and what is left of them, several batch splits.
 struct ShapeCase {
   int64_t N, C, S;
 };

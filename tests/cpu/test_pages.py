@@ -77,7 +77,7 @@ def printed(code, *arguments, timeout=60, **variables):
 # What a program sees that looks for torch's message, in a process that may take 60 megabytes more.
 SHORT_OF_MEMORY = """
 import resource, torch
-from fastbn import _C, functional as F
+from fastbn import functional as F, ops
 
 torch.set_num_threads(1)
 small = torch.randn(4, 8, 8, 8, requires_grad=True)
@@ -90,7 +90,7 @@ passes = {
     "backward": lambda: torch.autograd.grad(y, x, x.detach()),
     "ghost": lambda: F.ghost_batch_norm(x.detach().view(4, 8, -1), 2, None, None, training=True),
     # numbers of each of very many channels, where there is room for the output
-    "workspace": lambda: _C.forward(rows, None, None, moments, 1e-5),
+    "workspace": lambda: ops.forward(rows, None, None, moments, 1e-5),
 }
 with open("/proc/self/statm") as pages:
     used = int(pages.read().split()[0]) * resource.getpagesize()

@@ -147,7 +147,7 @@ def test_few_registers_may_be_spilled_where_the_activation_is_found_at_run_time(
 
 
 def test_what_need_not_hold():
-    """float64 is not judged; sums alone store nothing wide; single values are what walks of one value take."""
+    """float64 is not judged; sums alone store nothing wide; single values belong to access patterns of one."""
     double = dataclasses.replace(
         GOOD, name="resident<double, RowAccess<double, 2, int>, ForwardEpilogue<double, 2>>", registers=90, stack=8
     )

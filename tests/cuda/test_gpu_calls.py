@@ -41,7 +41,7 @@ def test_the_kinds_reach_both_strategies():
     plans = [fastbn.explain(torch.empty(shape, device="cuda")) for shape in KINDS.values()]
     plans.append(fastbn.explain(torch.empty(9, device="cuda")[1:].view(4, 2)))  # misaligned
     assert {s for p in plans for s in p.strategy} == {"resident", "streaming"}
-    assert {p.blocks_an_item[0] > 1 for p in plans} == {True, False}
+    assert {p.batch_splits[0] > 1 for p in plans} == {True, False}
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 14, 14), (64, 128), (2, 64, 28, 28), (32, 4, 33, 33)], ids=str)
@@ -129,7 +129,7 @@ def test_deterministic_algorithms_are_the_only_ones():
 
 
 def test_bits_do_not_depend_on_the_address():
-    """Of an aligned tensor: misaligned ones take another walk."""
+    """Of an aligned tensor: misaligned ones take another access pattern."""
     x, dy, weight, bias = problem(KINDS["groups"])
     expected = step(x, dy, weight, bias)
     for shift in (4, 8, 64):

@@ -81,22 +81,22 @@ def assert_covers(p, sizes, element_bytes):
     """Every element belongs to one item, and an item's blocks, vectors and lanes hold all of it."""
     batch, channels, positions = sizes[0], sizes[1], math.prod(sizes[2:])
     assert p["rows"] * p["columns"] == batch * channels * positions
-    assert p["columns_a_channel"] in (1, positions) and p["columns"] == channels * p["columns_a_channel"]
-    assert (p["items"] - 1) * p["channels_an_item"] < channels <= p["items"] * p["channels_an_item"]
+    assert p["columns_per_channel"] in (1, positions) and p["columns"] == channels * p["columns_per_channel"]
+    assert (p["channel_tiles"] - 1) * p["channels_per_tile"] < channels <= p["channel_tiles"] * p["channels_per_tile"]
     assert p["vector"] in (1, 16 // element_bytes)
-    width = p["channels_an_item"] * p["columns_a_channel"]
-    if p["walk"] == "rows":
-        assert p["channels_an_item"] == 1
+    width = p["channels_per_tile"] * p["columns_per_channel"]
+    if p["access_pattern"] == "rows":
+        assert p["channels_per_tile"] == 1
         # what a row touches if it begins at the last element of a vector
-        assert (p["vectors_a_row"] - 1) * p["vector"] + 1 >= width or width % p["vector"] == 0
-        assert p["vectors_a_row"] * p["vector"] >= width
+        assert (p["vectors_per_row"] - 1) * p["vector"] + 1 >= width or width % p["vector"] == 0
+        assert p["vectors_per_row"] * p["vector"] >= width
     else:
-        assert p["items"] == 1 or width % p["vector"] == 0, "items meet at borders of vectors"
+        assert p["channel_tiles"] == 1 or width % p["vector"] == 0, "items meet at borders of vectors"
         assert p["columns"] % p["vector"] == 0, "and so do rows"
-        assert p["vectors_a_row"] == ceil_div(width, p["vector"])
-        lanes = p["lanes_a_row"]
-        assert lanes & (lanes - 1) == 0 and p["vectors_a_row"] <= lanes <= p["threads"]
-    assert p["channels_an_item"] <= p["threads"], "a thread finishes each channel of an item"
+        assert p["vectors_per_row"] == ceil_div(width, p["vector"])
+        lanes = p["lanes_per_row"]
+        assert lanes & (lanes - 1) == 0 and p["vectors_per_row"] <= lanes <= p["threads"]
+    assert p["channels_per_tile"] <= p["threads"], "a thread finishes each channel of an item"
 
 
 def assert_fits(p, device, backward):
@@ -106,18 +106,18 @@ def assert_fits(p, device, backward):
     if p["strategy"] == "resident":
         slices = (2 if backward else 1) * p["slice_bytes"]
         assert p["scratch_bytes"] + slices == p["shared_bytes"]
-        vectors = p["slice_bytes"] // 16 * p["blocks_an_item"]
-        assert vectors >= p["rows"] * p["vectors_a_row"], "the slices of an item hold all of it"
-        assert p["blocks"] == p["groups"] * p["blocks_an_item"]
-        assert (p["waves"] - 1) * p["groups"] < p["items"] <= p["waves"] * p["groups"]
-        assert p["cooperative"] == (p["blocks_an_item"] > 1) and p["cooperative"] <= device["cooperative"]
+        vectors = p["slice_bytes"] // 16 * p["batch_splits"]
+        assert vectors >= p["rows"] * p["vectors_per_row"], "the slices of an item hold all of it"
+        assert p["blocks"] == p["groups"] * p["batch_splits"]
+        assert (p["waves"] - 1) * p["groups"] < p["channel_tiles"] <= p["waves"] * p["groups"]
+        assert p["cooperative"] == (p["batch_splits"] > 1) and p["cooperative"] <= device["cooperative"]
     else:
-        assert p["blocks"] == p["items"] * p["blocks_an_item"] and not p["cooperative"]
+        assert p["blocks"] == p["channel_tiles"] * p["batch_splits"] and not p["cooperative"]
     if p["cooperative"]:
         assert p["blocks"] <= resident_blocks(p, device) * device["multiprocessors"], "or the barrier deadlocks"
         assert p["groups"] * BARRIER_BYTES <= COUNTER_BYTES
-    elif p["blocks_an_item"] > 1:
-        assert p["items"] * 4 <= COUNTER_BYTES, "a ticket counter an item"
+    elif p["batch_splits"] > 1:
+        assert p["channel_tiles"] * 4 <= COUNTER_BYTES, "a ticket counter an item"
 
 
 def resident_blocks(p, device):
@@ -134,9 +134,9 @@ def assert_moves(p, sizes, element_bytes, backward, training):
     again = p["strategy"] == "streaming" and training
     assert p["bytes"] == p["least_bytes"] + again * (2 if backward else 1) * tensor
     partial = 16 if backward else 24  # sum and dot; count, mean and m2
-    if p["blocks_an_item"] > 1:
-        assert p["workspace_bytes"] >= p["blocks"] * p["channels_an_item"] * partial
-    assert 0 <= p["workspace_bytes"] <= 2 * p["blocks"] * p["channels_an_item"] * partial + sizes[1] * 16 + 256
+    if p["batch_splits"] > 1:
+        assert p["workspace_bytes"] >= p["blocks"] * p["channels_per_tile"] * partial
+    assert 0 <= p["workspace_bytes"] <= 2 * p["blocks"] * p["channels_per_tile"] * partial + sizes[1] * 16 + 256
 
 
 @bounded
@@ -178,7 +178,7 @@ def test_resnet50_is_resident_on_large_gpus(channels, side, name, batch, directi
 def test_the_waves_of_resnet50_are_even(channels, side, direction):
     """Places that stand empty in the last of several waves are time lost."""
     p = plan_of([256, channels, side, side], False, 2, direction)
-    assert p["items"] >= 0.85 * p["waves"] * p["groups"], p
+    assert p["channel_tiles"] >= 0.85 * p["waves"] * p["groups"], p
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -198,7 +198,7 @@ def test_without_cooperative_launches_no_block_waits_for_another():
     for channels, side in RESNET50:
         for batch in (8, 256):
             p = plan_of([batch, channels, side, side], name="H200 without cooperative launches")
-            assert p["strategy"] == "streaming" or p["blocks_an_item"] == 1
+            assert p["strategy"] == "streaming" or p["batch_splits"] == 1
 
 
 def test_small_tensors_take_one_launch():

@@ -82,5 +82,5 @@ def test_the_formula_finds_what_is_linear_in_the_plan():
 def test_packets_of_a_tile_grow_with_the_square_of_its_blocks():
     """128 x 64 x 56 x 56 channels_last, as counted by executing its real plan: every block reads all packets."""
     plan = plan_of(128, 64, 56 * 56, "last", "bf16", "forward", 132)
-    assert plan["blocks_an_item"] == 528
+    assert plan["batch_splits"] == 528
     assert features(plan)["packets"] == 528 * 528 * 64

@@ -272,9 +272,9 @@ X = torch.zeros(4, 3, 5, 5)
         ({"activation": "relu", "activation_param": 0.1}, ValueError, "activation_param should be None for relu"),
         ({"activation": "elu", "activation_param": "1"}, TypeError, "'activation_param' must be float, not str"),
         ({"residual": 1.0}, TypeError, "argument 'residual' must be Tensor, not float"),
-        ({"residual": X[:1]}, RuntimeError, "residual should have the shape of input"),
+        ({"residual": X[:1]}, RuntimeError, "residual should have the sizes of input"),
         ({"residual": X.double()}, RuntimeError, "residual should have the dtype of input"),
-        ({"residual": X.to("meta")}, RuntimeError, "residual should have the device of input"),
+        ({"residual": X.to("meta")}, RuntimeError, "residual is on device meta, but input is on device"),
     ],
     ids=str,
 )

@@ -49,34 +49,34 @@ def test_a_tensor_elsewhere_is_named(home, away, name, training):
 
 
 @mixtures
-def test_a_raw_tensor_elsewhere_is_named(home, away):
-    """The functions of the extension check for themselves."""
+def test_a_tensor_of_an_operator_elsewhere_is_named(home, away):
+    """The operators check for themselves."""
     x, p = torch.randn(4, 3, 5, device=home), torch.ones(3, device=home)
     moments = torch.ones(2, 3, dtype=torch.float64, device=home)
     far = {name: t.to(away) for name, t in (("x", x), ("p", p), ("moments", moments))}
     mask = (True, True, True, True)
     calls = {
-        "weight": lambda: _C.forward(x, far["p"], None, None, 1e-5),
-        "bias": lambda: _C.forward(x, None, far["p"], None, 1e-5),
-        "moments": lambda: _C.forward(x, None, None, far["moments"], 1e-5),
-        "grad_output": lambda: _C.backward(far["x"], x, None, moments, 1e-5, True, mask),
-        "running_mean": lambda: _C.update_running_stats(moments, 20, 0.1, far["p"], p, None),
-        "running_var": lambda: _C.update_running_stats(moments, 20, 0.1, p, far["p"], None),
+        "weight": lambda: ops.forward(x, far["p"], None, None, 1e-5),
+        "bias": lambda: ops.forward(x, None, far["p"], None, 1e-5),
+        "moments": lambda: ops.forward(x, None, None, far["moments"], 1e-5),
+        "grad_output": lambda: ops.backward(far["x"], x, None, moments, 1e-5, True, mask),
+        "running_mean": lambda: ops.update_running_stats(moments, 20, 0.1, far["p"], p, None),
+        "running_var": lambda: ops.update_running_stats(moments, 20, 0.1, p, far["p"], None),
     }
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match=f"{name} is on device {away}"):
             call()
     with pytest.raises(RuntimeError, match=f"weight is on device {away}"):
-        _C.backward(x, x, far["p"], moments, 1e-5, True, mask)
+        ops.backward(x, x, far["p"], moments, 1e-5, True, mask)
     with pytest.raises(RuntimeError, match=f"moments is on device {away}"):
-        _C.backward(x, x, None, far["moments"], 1e-5, True, mask)
+        ops.backward(x, x, None, far["moments"], 1e-5, True, mask)
     stats = torch.zeros(3, device=home), torch.ones(3, device=home)
     assert _C.batch_norm(x, far["p"], None, *stats, None, True, 0.1, 1e-5) is NotImplemented
 
 
 def test_a_device_without_kernels_says_what_to_do(device):
     with pytest.raises(RuntimeError, match="input is on meta.*kernels for"):
-        _C.forward(torch.empty(4, 3, device="meta"), None, None, None, 1e-5)
+        _C.check_device(torch.empty(4, 3, device="meta"))
     if "cuda" not in _C.build_info()["backends"]:
         with pytest.raises(RuntimeError, match="FASTBN_CUDA=1 pip install"):
             _C.check_device(torch.empty(4, 3, device="meta"))

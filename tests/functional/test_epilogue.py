@@ -60,8 +60,8 @@ def test_layouts(device, layout, activation, residual):
         check(layout(shape, device=device), activation, residual, True)
 
 
-# Over 4 MB, in both walks, with rows left over after those that are taken together. 70 channels are no whole lines in
-# channels_last, and 1000 positions are none in contiguous: there two make a row.
+# Over 4 MB, in both access patterns, with rows left over after those that are taken together. 70 channels are no whole
+# lines in channels_last, and 1000 positions are none in contiguous: there two make a row.
 @pytest.mark.cpu
 @pytest.mark.parametrize("shape", [(67, 64, 17, 16), (19, 64, 33, 32), (18, 70, 1000)], ids=str)
 @pytest.mark.parametrize("layout", [inputs.contiguous, inputs.channels_last], ids=lambda f: f.__name__)
@@ -86,7 +86,7 @@ def test_four_samples_together(device, dtype, shape, training):
 @pytest.mark.parametrize("shape", [(2, 2, 300, 301), (16, 64, 56, 56), (64, 256, 14, 14), (1, 40, 2, 4100)], ids=str)
 @pytest.mark.parametrize("layout", [inputs.contiguous, inputs.channels_last], ids=lambda f: f.__name__)
 def test_large_tensors(device, shape, layout):
-    """Items in several segments, and stores past the cache."""
+    """Channel tiles in several batch splits, and stores past the cache."""
     for activation, residual in (("relu", True), ("relu", False), ("leaky_relu", True), ("tanh", True)):
         check(layout(shape, device=device), activation, residual, True, ulps=16)
     check(layout(shape, dtype=torch.bfloat16, device=device), "relu", True, True)

@@ -62,7 +62,7 @@ def raw_functions():
     of_backward = {**pair, "weight": torch.randn(C), "eps": 1e-5, "bias": torch.randn(C), **epilogue}
     forward = {"input": images(), "weight": torch.randn(C), "bias": torch.randn(C), "eps": 1e-5}
     ghost = {"virtual_batch_size": 2, "eps": 1e-5}
-    of_both = {
+    operators = {
         "forward": {**forward, "moments": None, **epilogue},
         "forward of moments": {**forward, "moments": moments(), **epilogue},
         "forward of a batch_stats": {**forward, "moments": batch_stats(), **epilogue},
@@ -73,22 +73,19 @@ def raw_functions():
         "gather_stats": {"all_stats": torch.stack([batch_stats()] * 2), **running()},
         "backward_reduce": {**of_backward, "batch_stats": batch_stats()},
         "backward_elemt": {**of_backward, "batch_stats": batch_stats(), "total": moments(), "wants_residual": True},
-    }
-    operators = {
-        **of_both,
         "ghost_forward": {"input": images(), "weight": torch.randn(C), "bias": torch.randn(C), **ghost},
         "ghost_backward": {
             **pair, "weight": torch.randn(C), "moments": torch.stack([moments()] * 2), **ghost,
             "output_mask": (True,) * 3,
         },
-        "ghost_update": {"moments": torch.stack([moments()] * 2), "values": 8, "last": 8, **running()},
+        "ghost_update": {
+            "moments": torch.stack([moments()] * 2), "samples": 4, "positions": 4, "virtual_batch_size": 2, **running(),
+        },
     }  # fmt: skip
     whole = {"input": images(), **state(), "momentum": 0.1, "num_batches_tracked": torch.tensor(1), "eps": 1e-5}
     yield "_C.batch_norm", _C.batch_norm, {**whole, **epilogue}
     del whole["training"]
     yield "_C.ghost_batch_norm", _C.ghost_batch_norm, {**whole, "virtual_batch_size": 2}
-    for name, arguments in of_both.items():
-        yield f"_C.{name}", getattr(_C, name.split()[0]), arguments
     for name, arguments in operators.items():
         yield f"torch.ops.fastbn.{name}", getattr(torch.ops.fastbn, name.split()[0]), arguments
 

@@ -1,4 +1,5 @@
-"""The functions of fastbn._C with good and bad arguments: an exception or a right answer, never a crash.
+"""The operators, and the functions of fastbn._C, with good and bad arguments: an exception or a right answer, never a
+crash.
 
 The calls are made in child processes, which return how many calls they made."""
 
@@ -124,6 +125,8 @@ def assert_right(name, arguments, result):
     """Where a call to forward is accepted, its numbers are those of the formula in float64."""
     from fastbn import activations
 
+    if name in ("stats", "forward") and arguments[0].is_meta:
+        return
     if name == "stats":
         x = arguments[0].detach().double().transpose(0, 1).flatten(1)
         assert result.dtype == torch.float64 and result.shape == (3, len(x)) and (result[2] == x.shape[1]).all()
@@ -133,7 +136,6 @@ def assert_right(name, arguments, result):
     if name != "forward":
         return
     x, weight, bias, given, eps, activation, param, residual = arguments
-    activation = activation.decode() if isinstance(activation, bytes) else activation
     output, found = result
     assert output.shape == x.shape and output.dtype == x.dtype, "shape or dtype of the output"
     assert found.dtype == torch.float64 and found.shape == (2, x.shape[1]), "form of the moments"
@@ -145,7 +147,7 @@ def assert_right(name, arguments, result):
     y = y if weight is None else y * weight.detach().double().reshape(view)
     y = y if bias is None else y + bias.detach().double().reshape(view)
     y = y if residual is None else y + residual.detach().double()
-    # The binding takes whatever is a number to Python, as it does for eps; the Python way asks for a float.
+    # An operator takes whatever is a number, as it does for eps; activations.check asks for a float.
     param = activations.check(activation, None if param is None else float(param))
     y = activations.ACTIVATIONS[activation].forward(y, param)
     if torch.isfinite(y).all() and y.abs().max() < 6e4:
@@ -153,16 +155,20 @@ def assert_right(name, arguments, result):
         torch.testing.assert_close(output.detach().double(), y, rtol=tolerance, atol=tolerance)
 
 
-def child(name, mode, seed, count):
-    from fastbn import _C
+def function(name):
+    from fastbn import _C, ops
 
+    return getattr(_C if name in ("batch_norm", "ghost_batch_norm") else ops, name)
+
+
+def child(name, mode, seed, count):
     lists = choices()[name]
     made = one_at_a_time(lists) if mode == "single" else mixtures(lists, seed, count)
     tally = {"returned": 0, "raised": 0, "deferred": 0}
     for arguments in made:
         arguments = [fresh(a) for a in arguments]
         try:
-            result = getattr(_C, name)(*arguments)
+            result = function(name)(*arguments)
         except ERRORS as error:
             assert str(error).strip(), "an error without a message"
             tally["raised"] += 1
@@ -217,27 +223,25 @@ def test_more_random_mixtures(name, seed):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_wrong_numbers_of_arguments(name):
-    from fastbn import _C
-
-    for count in (0, 1, 2, 20):
-        with pytest.raises(TypeError):
-            getattr(_C, name)(*[None] * count)
-    with pytest.raises(TypeError):
-        getattr(_C, name)(nonsense=1)
+    for count in (0, 2, 20):
+        with pytest.raises((TypeError, RuntimeError)):
+            function(name)(*[None] * count)
+    with pytest.raises((TypeError, RuntimeError)):
+        function(name)(nonsense=1)
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("moments_shape", [(2, 4), (2, 2), (1, 3), (3, 2), (6,), (2, 3, 1), (2, 0)], ids=str)
 def test_mis_sized_moments_are_refused(moments_shape):
-    from fastbn import _C
+    from fastbn import ops
 
     x, wrong = torch.randn(GOOD), torch.ones(moments_shape, dtype=torch.float64)
     stats = torch.zeros(3), torch.ones(3)
     for call in (
-        lambda: _C.forward(x, None, None, wrong, 1e-5),
-        lambda: _C.backward(x, x, None, wrong, 1e-5, True, (True,) * 4),
-        lambda: _C.update_running_stats(wrong, 40, 0.1, *stats, None),
-        lambda: _C.backward_elemt(x, x, None, torch.ones(3, 3).double(), wrong, 1e-5, False),
+        lambda: ops.forward(x, None, None, wrong, 1e-5),
+        lambda: ops.backward(x, x, None, wrong, 1e-5, True, (True,) * 4),
+        lambda: ops.update_running_stats(wrong, 40, 0.1, *stats, None),
+        lambda: ops.backward_elemt(x, x, None, torch.ones(3, 3).double(), wrong, 1e-5, False),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             call()
@@ -245,24 +249,24 @@ def test_mis_sized_moments_are_refused(moments_shape):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("sizes", [(3, 4), (3, 2), (2, 3), (4, 3), (9,), (3, 3, 1), (1, 3, 3, 1), (3, 0)], ids=str)
-def test_mis_sized_packets_are_refused(sizes):
-    from fastbn import _C
+def test_mis_sized_batch_stats_are_refused(sizes):
+    from fastbn import ops
 
     x, wrong = torch.randn(GOOD), torch.ones(sizes, dtype=torch.float64)
     for call in (
-        lambda: _C.gather_stats(wrong, 0.1, torch.zeros(3), torch.ones(3), None),
-        lambda: _C.gather_stats(wrong[None], 0.1, torch.zeros(3), torch.ones(3), None),
-        lambda: _C.backward_reduce(x, x, None, wrong, 1e-5),
-        lambda: _C.backward_elemt(x, x, None, wrong, torch.ones(2, 3).double(), 1e-5, False),
+        lambda: ops.gather_stats(wrong, 0.1, torch.zeros(3), torch.ones(3), None),
+        lambda: ops.gather_stats(wrong[None], 0.1, torch.zeros(3), torch.ones(3), None),
+        lambda: ops.backward_reduce(x, x, None, wrong, 1e-5),
+        lambda: ops.backward_elemt(x, x, None, wrong, torch.ones(2, 3).double(), 1e-5, False),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             call()
 
 
 @pytest.mark.sanitize
-def test_raw_functions_are_right():
+def test_operators_are_right():
     """The happy path of each, by numbers."""
-    from fastbn import _C
+    from fastbn import ops
 
     x, dy, weight, bias = torch.randn(GOOD), torch.randn(GOOD), torch.randn(3), torch.randn(3)
     leaf, parameters = (
@@ -271,29 +275,31 @@ def test_raw_functions_are_right():
     )
     expected = torch.nn.functional.batch_norm(leaf, None, None, *parameters, True, 0.1, 1e-5)
     grads = torch.autograd.grad(expected, [leaf, *parameters], dy)
-    output, found = _C.forward(x, weight, bias, None, 1e-5)
+    output, found = ops.forward(x, weight, bias, None, 1e-5)
     torch.testing.assert_close(output, expected.detach())
     for mask in itertools.product((True, False), repeat=4):
-        results = _C.backward(dy, x, weight, found, 1e-5, True, mask)
+        results = ops.backward(dy, x, weight, found, 1e-5, True, mask)
         for ours, right, wanted in zip(results, (*grads, dy), mask, strict=True):
-            assert (ours is not None) == wanted
+            assert (ours.numel() > 0) == wanted
             if wanted:
                 torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
     mean, var = torch.zeros(3), torch.ones(3)
-    _C.update_running_stats(found, 40, 0.1, mean, var, None)
+    ops.update_running_stats(found, 40, 0.1, mean, var, None)
     torch.testing.assert_close(mean, 0.1 * x.mean((0, 2, 3)))
     torch.testing.assert_close(var, 0.9 + 0.1 * x.var((0, 2, 3)))
-    _C.update_running_stats(found, 40, None, mean, var, torch.tensor(1))
+    ops.update_running_stats(found, 40, None, mean, var, torch.tensor(1))
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
-    all_stats = torch.stack([_C.stats(x[:1]), _C.stats(x[:0]), _C.stats(x[1:])])
-    batch_stats = _C.gather_stats(all_stats, 1.0, mean, var, None)
+    all_stats = torch.stack([ops.stats(x[:1]), ops.stats(x[:0]), ops.stats(x[1:])])
+    batch_stats = ops.gather_stats(all_stats, 1.0, mean, var, None)
     torch.testing.assert_close(batch_stats, torch.cat([found, torch.full((1, 3), 40.0)]))
     torch.testing.assert_close(var, x.var((0, 2, 3)))
-    total = _C.backward_reduce(dy[:1], x[:1], weight, batch_stats, 1e-5) + _C.backward_reduce(
+    total = ops.backward_reduce(dy[:1], x[:1], weight, batch_stats, 1e-5) + ops.backward_reduce(
         dy[1:], x[1:], weight, batch_stats, 1e-5
     )
     torch.testing.assert_close(total.float(), torch.stack(grads[1:]), rtol=1e-5, atol=1e-5)
-    parts = [_C.backward_elemt(dy[i], x[i], weight, batch_stats, total, 1e-5, True) for i in (slice(0, 1), slice(1, 4))]
+    parts = [
+        ops.backward_elemt(dy[i], x[i], weight, batch_stats, total, 1e-5, True) for i in (slice(0, 1), slice(1, 4))
+    ]
     torch.testing.assert_close(torch.cat([dx for dx, _ in parts]), grads[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.cat([dr for _, dr in parts]), dy)
 

@@ -8,7 +8,7 @@ from fastbn.functional import batch_norm
 
 SMALL = (8, 6, 14, 14)
 training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-# Resident and streaming, one block a channel and groups of them, both walks.
+# Resident and streaming, one block a channel and groups of them, both access patterns.
 KINDS = {
     "small": (8, 16, 14, 14),
     "one channel a block": (32, 256, 14, 14),

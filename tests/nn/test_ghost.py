@@ -191,7 +191,9 @@ def test_which_calls_are_one_call_of_the_extension():
     assert not torch.equal(stats[0], torch.zeros(3))
     assert ghost_batch_norm(x.clone().requires_grad_(), 4, *stats, training=True).grad_fn.name().startswith("FastGhost")
     before = [t.clone() for t in stats]
-    for change in ({"virtual_batch_size": 0}, {"virtual_batch_size": 1}, {"eps": -1.0}):
+    with pytest.raises(ValueError, match="one value per channel in a chunk"):
+        _C.ghost_batch_norm(x, None, None, *stats, None, **{**common, "virtual_batch_size": 1})
+    for change in ({"virtual_batch_size": 0}, {"eps": -1.0}):
         assert _C.ghost_batch_norm(x, None, None, *stats, None, **{**common, **change}) is NotImplemented
     for odd in (x.to("meta"), x[:0], x.numpy(), x.long(), x[0]):
         assert _C.ghost_batch_norm(odd, None, None, *stats, None, **common) is NotImplemented
@@ -200,9 +202,8 @@ def test_which_calls_are_one_call_of_the_extension():
 
 def by_operators(x, weight, bias, mean, var, counter, momentum, eps, size):
     output, moments = torch.ops.fastbn.ghost_forward(x, weight, bias, size, eps)
-    values = x.numel() // x.size(1) // x.size(0)
-    last = x.size(0) - (len(moments) - 1) * size
-    torch.ops.fastbn.ghost_update(moments, size * values, last * values, momentum, mean, var, counter)
+    positions = x.numel() // x.size(1) // x.size(0)
+    ops.ghost_update(moments, x.size(0), positions, size, momentum, mean, var, counter)
     return output
 
 
@@ -233,12 +234,17 @@ def test_bad_updates():
     for change, message in (
         ({"moments": moments[0]}, r"moments should have sizes \[chunks, 2, C\]"),
         ({"moments": moments.float()}, "moments should be float64"),
-        ({"values": 1}, "a chunk should have at least 2 values in a channel, not 1"),
-        ({"last": 0}, "a chunk should have at least 2 values in a channel, not 0"),
+        ({"positions": 0}, "a chunk should have at least 2 values in a channel, not 0"),
+        ({"samples": 2, "virtual_batch_size": 1}, "at least 2 values in a channel, not 1"),
+        ({"samples": 9}, r"moments should have sizes \[3, 2, 3\], not \[2, 2, 3\]"),
+        ({"samples": -1}, "samples and positions should not be negative"),
+        ({"samples": 2**62, "positions": 4}, "samples and positions are too large"),
+        ({"virtual_batch_size": 0}, "virtual_batch_size should be positive, not 0"),
         ({"running_mean": None}, "must either both be None or neither"),
         ({"running_mean": mean[:2]}, "running_mean should contain 3 elements not 2"),
     ):
-        good = {"moments": moments, "values": 4, "last": 3, "running_mean": mean, "running_var": var}
+        sizes = {"samples": 7, "positions": 1, "virtual_batch_size": 4}
+        good = {"moments": moments, **sizes, "running_mean": mean, "running_var": var}
         with pytest.raises((RuntimeError, ValueError), match=message):
             update(**{"momentum": 0.1, "num_batches_tracked": None, **good, **change})
     assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
@@ -258,7 +264,7 @@ def test_repr_state_and_tools_around_it():
     arguments = (x, x, torch.ones(3), torch.ones(3, 2, 3).double(), 4, 1e-5, [True] * 3)
     torch.library.opcheck(torch.ops.fastbn.ghost_backward, arguments)
     statistics = (torch.zeros(3), torch.ones(3), torch.tensor(0))
-    torch.library.opcheck(torch.ops.fastbn.ghost_update, (torch.ones(3, 2, 3).double(), 16, 4, 0.1, *statistics))
+    torch.library.opcheck(torch.ops.fastbn.ghost_update, (torch.ones(3, 2, 3).double(), 9, 4, 4, 0.1, *statistics))
 
 
 @pytest.mark.cpu

@@ -41,7 +41,7 @@ def check_misuse():
         module(torch.randn(3, 6))
     with pytest.raises(NotImplementedError, match="not implemented for 'Long'"):
         module(x.long())
-    with pytest.raises(RuntimeError, match="residual should have the shape"):
+    with pytest.raises(RuntimeError, match="residual should have the sizes"):
         fastbn.SyncBatchNormAct(C)(x, x[:2])
     with pytest.raises(ValueError, match="number of input channels should be non-zero"):
         fastbn.SyncBatchNorm(0)(torch.randn(3, 0))

@@ -62,7 +62,7 @@ def ceil_div(a, b):
 
 def kind_of(plan, dtype, direction):
     """Plans of one kind run the same kernels."""
-    return f"{plan['strategy']} {plan['walk']} {direction} {dtype}"
+    return f"{plan['strategy']} {plan['access_pattern']} {direction} {dtype}"
 
 
 # ---- the formula -----------------------------------------------------------------------------------------------------
@@ -70,10 +70,10 @@ def kind_of(plan, dtype, direction):
 
 def features(plan):
     """Numbers of the plan that counts are linear in: how often each part of the kernels is executed."""
-    blocks, items, channels = plan["blocks_an_item"], plan["items"], plan["channels_an_item"]
-    rows, vectors, lanes = plan["rows"], plan["vectors_a_row"], plan["lanes_a_row"]
+    blocks, items, channels = plan["batch_splits"], plan["channel_tiles"], plan["channels_per_tile"]
+    rows, vectors, lanes = plan["rows"], plan["vectors_per_row"], plan["lanes_per_row"]
     shares, several = items * blocks, blocks > 1
-    if plan["walk"] == "rows":
+    if plan["access_pattern"] == "rows":
         pieces, in_warps = rows * vectors, lambda share: ceil_div(share, 32)
         a_turn = 256  # pieces of a share in a turn of all warps
     elif lanes <= 32:
@@ -82,8 +82,8 @@ def features(plan):
         pieces, in_warps, a_turn = rows, lambda share: share * ceil_div(vectors, 32), 256 // lanes
     a_share = ceil_div(pieces, blocks)
     each = [min(a_share, max(0, pieces - rank * a_share)) for rank in range(blocks)]
-    row_bytes = plan["columns_a_channel"] * channels * 16 // plan["vector"]  # of an item
-    wide = plan["columns_a_channel"] if plan["walk"] == "columns" else 1
+    row_bytes = plan["columns_per_channel"] * channels * 16 // plan["vector"]  # of an item
+    wide = plan["columns_per_channel"] if plan["access_pattern"] == "columns" else 1
     halvings = max(0, 5 - int(math.log2(lanes))) if lanes else 0
     merge_rounds = ceil_div(blocks, 32) if several else 0
     return {
@@ -158,8 +158,8 @@ class Formula:
         }
         counts["launches"] = self.samples[0][1]["launches"]
         # A ratio: of the cases whose rows have as many lanes, or of those that come nearest.
-        nearest = min(abs(p["lanes_a_row"] - plan["lanes_a_row"]) for p, _ in self.samples)
-        alike = [c for p, c in self.samples if abs(p["lanes_a_row"] - plan["lanes_a_row"]) == nearest]
+        nearest = min(abs(p["lanes_per_row"] - plan["lanes_per_row"]) for p, _ in self.samples)
+        alike = [c for p, c in self.samples if abs(p["lanes_per_row"] - plan["lanes_per_row"]) == nearest]
         for name in ("shared_cycles", "shared_least"):
             counts[name] = sum(c[name] for c in alike) / len(alike)
         return counts
@@ -185,7 +185,8 @@ def row_of(shape, batch, dtype, layout, direction, plan, counts, counted):
         over["busy_warps"] = {"is": round(busy, 2), "limit": BUSY_WARPS}
     return {
         "shape": [channels, side, side], "batch": batch, "dtype": dtype, "layout": layout, "pass": direction,
-        "strategy": plan["strategy"], "walk": plan["walk"], "blocks": plan["blocks"], "counted": counted,
+        "strategy": plan["strategy"], "access_pattern": plan["access_pattern"], "blocks": plan["blocks"],
+        "counted": counted,
         "tensor_bytes": round(tensor), "other_bytes": round(other),
         "instructions": round(counts["instructions"]),
         "instructions_per_vector": round(quantities["instructions_per_vector"][0], 1),
