@@ -1,6 +1,7 @@
 """y = act(bn(x) + residual): values and every gradient on each backend, no further from float64 than torch's are."""
 
 import itertools
+import math
 
 import inputs
 import pytest
@@ -26,7 +27,12 @@ def test_elu_of_zero_is_zero_whatever_alpha_is(device, alpha):
     """A constant channel is zero once it is normalized."""
     x = torch.full((4, 3, 5, 5), 2.5, device=device)
     y = batch_norm(x, None, None, training=True, activation="elu", activation_param=alpha)
-    assert torch.equal(y, torch.zeros_like(y)) and torch.equal(y, nn.functional.elu(torch.zeros_like(x), alpha))
+    assert torch.equal(y, torch.zeros_like(y))
+    torchs = nn.functional.elu(torch.zeros_like(x), alpha)
+    if torch.__version__ < (2, 9) and not math.isfinite(alpha):  # torch 2.6 multiplies zero by alpha
+        assert torchs.isnan().all() or torch.equal(y, torchs)
+    else:
+        assert torch.equal(y, torchs)
 
 
 @training
@@ -200,4 +206,10 @@ def test_derivatives_are_those_of_torch(activation):
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64).requires_grad_()
     param = activations.check(activation, PARAMS.get(activation))
     (right,) = torch.autograd.grad(ACTIVATIONS[activation].forward(z, param).sum(), z)
+    if activation == "hardswish" and torch.__version__ < (2, 9):
+        # At its two kinks, torch 2.6 takes the slope z / 3 + 0.5 of the part between them.
+        for kink, slope, inner in ((-3, 0.0, -0.5), (3, 1.0, 1.5)):
+            at = z.detach() == kink
+            assert at.sum() == 1 and right[at].item() in (slope, inner)
+            right[at] = slope
     torch.testing.assert_close(ACTIVATIONS[activation].derivative(z.detach(), param), right, rtol=1e-9, atol=1e-12)
