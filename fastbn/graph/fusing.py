@@ -200,9 +200,12 @@ def _capturing(module: nn.Module) -> Iterator[None]:
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    from . import backends  # here, because importing the matcher takes longer than importing fastbn
+    # here, because importing them takes longer than importing fastbn
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
 
-    if any(node.target is torch.ops.higher_order.tag_activation_checkpoint for node in graph.graph.nodes):
+    from . import backends
+
+    if any(node.target is tag_activation_checkpoint for node in graph.graph.nodes):
         # Without a compiler this operator does not allow that running statistics change. The checkpointed module runs
         # as it is, and the modules in it are captured separately.
         raise NotImplementedError("activation checkpointing within a captured graph")

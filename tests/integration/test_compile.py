@@ -145,7 +145,10 @@ def test_export(training, kwargs):
     for size in (4, 6):
         x = images(size)
         torch.testing.assert_close(exported(x), torchs(x))
-    torch.testing.assert_close(dict(exported.named_buffers()), dict(torchs.named_buffers()))
+    # torch 2.6 leaves out buffers that the exported mode does not use; those that it has are those of torch's model.
+    kept = dict(torch.export.export(copy.deepcopy(torchs), (images(),)).module().named_buffers())
+    assert torch.__version__ < (2, 9) or kept.keys() == dict(torchs.named_buffers()).keys()
+    torch.testing.assert_close(dict(exported.named_buffers()), kept)
 
 
 @pytest.mark.slow
