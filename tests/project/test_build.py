@@ -260,14 +260,32 @@ def reusing(wheel, unpacked, tmp_path_factory):
     return program
 
 
+def make_environment(environment):
+    """A virtual environment that has this interpreter's torch."""
+    venv.create(environment)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["sdist", "folder", "editable"])
+def test_pip_installs_under_build_isolation(reusing, sdist, unpacked, tmp_path, what):
+    environment, source = tmp_path / "environment", tmp_path / "source"
+    make_environment(environment)
+    shutil.copytree(unpacked, source, ignore=shutil.ignore_patterns("build"))
+    chosen = {"sdist": [sdist], "folder": [source], "editable": ["-e", source]}[what]
+    command = ["-m", "pip", "--python", environment / "bin" / "python", "install", "--no-deps", *chosen]
+    done = run(*map(str, command), cwd=tmp_path, CXX=str(reusing))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert_works(environment, tmp_path, source if what == "editable" else environment)
+
+
 def uv_install(environment, source, folder, **variables):
     """`uv pip install` in `folder`, with this interpreter's torch in the environment, which is not activated."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if uv is None:
         pytest.skip("make venv installs uv")
-    venv.create(environment)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    make_environment(environment)
     without = ("VIRTUAL_ENV", "PYTHONPATH", "CONDA_PREFIX")
     inherited = {name: value for name, value in os.environ.items() if name not in without}
     inherited["PATH"] = os.pathsep.join(p for p in inherited["PATH"].split(os.pathsep) if ".venv" not in p)
@@ -277,10 +295,11 @@ def uv_install(environment, source, folder, **variables):
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
 
 
-def assert_works(environment, folder):
+def assert_works(environment, folder, place=None):
+    """The self-test passes, with the package in `place`, by default in the environment."""
     program = environment / "bin" / "python"
     done = subprocess.run([program, "-m", "fastbn"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and str(environment) in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and str(place or environment) in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
