@@ -5,8 +5,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../cuda/query.h"
+#include "arguments.h"
 #include "context.h"
-#include "ops.h"
 
 namespace py = pybind11;
 

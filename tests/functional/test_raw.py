@@ -136,6 +136,7 @@ def assert_right(name, arguments, result):
     if name != "forward":
         return
     x, weight, bias, given, eps, activation, param, residual = arguments
+    activation = activation.decode() if isinstance(activation, bytes) else activation
     output, found = result
     assert output.shape == x.shape and output.dtype == x.dtype, "shape or dtype of the output"
     assert found.dtype == torch.float64 and found.shape == (2, x.shape[1]), "form of the moments"
