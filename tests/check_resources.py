@@ -8,7 +8,7 @@ Rules, for each kernel and architecture:
    most in kernels that find their activation at run time, whose arithmetic takes longer than that;
 2. no more registers than `registers_per_thread` of csrc/cuda/plan.h, for kernels of the resident strategy;
 3. kernels that access whole vectors load and store 16 bytes at a time (SASS: LDG.E.128 or LDGSTS...128, STG.E.128),
-   and nothing in SASS touches local memory.
+   and nothing in SASS touches local memory, or memory by a generic address.
 Kernels of float64 are listed and not judged: no default plan is tuned for them.
 
 Usage: check_resources.py BUILD_LOG LIBRARY [--architectures "8.0;9.0"] [--json FILE] [--cuobjdump PROGRAM]
@@ -39,6 +39,7 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0
 REDUCTIONS = ("stats", "backward_reduce")
 # Of SASS, what the rules look at: reads and writes of global and of local memory.
 LOADS, STORES, LOCAL = ("LDG", "LDGSTS"), ("STG",), ("LDL", "STL")
+GENERIC = ("LD", "ST")  # of an address that may be in any memory, which costs more than one that is known to be where
 
 
 @dataclass
@@ -104,7 +105,7 @@ def parse_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
     arch, counts = "", Counter()
     for line in lines:
         if match := INSTRUCTION.match(line):
-            if match[1].split(".")[0] in (*LOADS, *STORES, *LOCAL):
+            if match[1].split(".")[0] in (*LOADS, *STORES, *LOCAL, *GENERIC):
                 counts[match[1]] += 1
         elif match := ARCH.match(line):
             arch = match[1]
@@ -156,6 +157,8 @@ def problems_of(kernel: Kernel, registers: int) -> list[str]:
         problems.append(f"uses {kernel.registers} registers, the plan counts on {registers}")
     if (local := kernel.count(LOCAL)) and not 0 < spill <= kernel.spill_allowed:
         problems.append(f"has {local} instructions on local memory")
+    if generic := kernel.count(GENERIC):
+        problems.append(f"has {generic} generic accesses to memory")
     if kernel.vectors and not kernel.count(LOADS, "128"):
         problems.append("loads no 16 bytes at a time")
     if kernel.vectors and kernel.name.split("<")[0] not in REDUCTIONS and not kernel.count(STORES, "128"):

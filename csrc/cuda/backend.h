@@ -5,11 +5,12 @@
 
 namespace fastbn::cuda {
 
-// The stream to launch on. The counters are counter_bytes of zeros before the first launch, and every launch leaves
-// them ready for the next one. Launches that may run concurrently must not share them.
+// The stream to launch on, and as many barriers and tickets as the plan says, of barrier_bytes each: zeros before the
+// first launch. Every launch leaves them ready for the next one. Launches that may run concurrently must not share
+// them.
 struct Stream {
   void* handle;  // a cudaStream_t
-  unsigned* counters;
+  unsigned *barriers, *tickets;
 };
 
 // The plan of a pass, whose workspace and mask may still be missing; all other pointers count, by their alignment and
@@ -18,7 +19,8 @@ Plan plan(const Forward& args);
 Plan plan(const Backward& args);
 
 // As for the CPU; the workspace is 256-byte aligned and uninitialized. Both launch kernels and return; a failed launch
-// is a std::runtime_error.
+// is a std::runtime_error. Where other programs leave no room for a cooperative launch, they launch the kernels of a
+// plan without one, for which the workspace is large enough, and so do all later calls of the kind.
 void forward(const Plan& plan, const Forward& args, const Stream& stream);
 void backward(const Plan& plan, const Backward& args, const Stream& stream);
 

@@ -13,7 +13,7 @@ template <class Access, class Epilogue>
 constexpr int loads_at_once = reloads_coefficients<Access, Epilogue> ? 1 : 2;
 
 template <class T, class Access, int V, class Epilogue>
-__global__ void __launch_bounds__(threads_per_block, Epilogue::plain ? 3 : 2)
+__global__ void __launch_bounds__(streaming_threads, Epilogue::plain ? 3 : 2)
     backward_elemt(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, const Sums* sums) {
   using A = acc_t<T>;
   FASTBN_DYNAMIC_SHARED(shared);
@@ -39,7 +39,10 @@ __global__ void __launch_bounds__(threads_per_block, Epilogue::plain ? 3 : 2)
     const int64_t channel = tile.first_channel + c;
     const bool own = sums != nullptr;
     const double count = own ? double(args.problem.shape.per_channel()) : args.global_counts[channel];
-    set_input_gradient(args, channel, own ? sums[channel] : total_sums(args, channel), count, scratch, c);
+    const LoadedParam weight(args.weight, channel);
+    set_input_gradient(args.moments[channel], args.moments[args.problem.shape.C + channel], args.eps,
+                       weight.value(args.weight, 1), own ? sums[channel] : total_sums(args, channel), count, scratch,
+                       c);
   }
   __syncthreads();
   A z[4][Access::slots];  // mean, x_scale, scale, shift
@@ -81,7 +84,8 @@ void launch_backward_elemt(const Plan& plan, const Backward& args, const Stream&
     constexpr int V = decltype(vector)::value;
     dispatch_backward_epilogue<T, V>(args, [&](auto epilogue) {
       launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle},
-             backward_elemt<T, W, V, typename decltype(epilogue)::type>, geometry_of(plan), args, sums_of(plan, args));
+             backward_elemt<T, W, V, typename decltype(epilogue)::type>, geometry_of(plan, args.problem.dtype), args,
+             sums_of(plan, args));
     });
   });
 }

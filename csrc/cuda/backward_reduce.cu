@@ -15,9 +15,9 @@ constexpr int loads_per_sum = 16;
 
 // summing, scaling: which of the two results an eval pass needs; training needs the sums.
 template <class T, class Access, int V, class Epilogue>
-__global__ void __launch_bounds__(threads_per_block, 2)
+__global__ void __launch_bounds__(streaming_threads, 2)
     backward_reduce(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, Sums* sums,
-                    unsigned* counters, bool summing, bool scaling) {
+                    unsigned* tickets, bool summing, bool scaling) {
   using A = acc_t<T>;
   using S = sum_t<T, Access::slots>;
   FASTBN_DYNAMIC_SHARED(shared);
@@ -74,17 +74,23 @@ __global__ void __launch_bounds__(threads_per_block, 2)
   }
   if (!summing) return;
 
-  block_sums(access, thread_sums.firsts(), thread_sums.seconds(), scratch);
+  const Meeting meeting = tile_meeting(g, channel_tile, split, tickets, shared);
+  Record* const records = static_cast<Record*>(args.workspace) + channel_tile * meeting.size();
+  block_sums(access, thread_sums.firsts(), thread_sums.seconds(), scratch, [&](int of, const Sums& s) {
+    scratch.record(of) = {s.first, s.second};
+    if (g.batch_splits > 1) meeting.publish(records, of, {s.first, s.second});
+  });
+  __syncthreads();
+  const auto finish = [&](int of, const Record& r) {
+    const int64_t channel = tile.first_channel + of;
+    const Sums done = corrected<A>(args.moments[channel], r);
+    write_param_grads(args, channel, args.moments[args.problem.shape.C + channel], done);
+    if (sums != nullptr) sums[channel] = done;
+  };
   if (g.batch_splits > 1) {
-    Sums* const partials = static_cast<Sums*>(args.workspace) + channel_tile * g.batch_splits * g.channels_per_tile;
-    if (c < tile.channels) partials[split * g.channels_per_tile + c] = scratch.template partial<Sums>(c);
-    if (!is_last_block(counters + channel_tile, g.batch_splits)) return;
-    merge_partials<OfSums>(partials, g, tile.channels, scratch);
-  }
-  if (c < tile.channels) {
-    const Sums done = corrected<A>(args, tile.first_channel + c, scratch.template partial<Sums>(c));
-    write_param_grads(args, tile.first_channel + c, done);
-    if (sums != nullptr) sums[tile.first_channel + c] = done;
+    meeting.template merge_in_last<OfSums>(access, records, tile.channels, finish);
+  } else if (c < tile.channels) {
+    finish(c, scratch.record(c));
   }
 }
 
@@ -98,8 +104,9 @@ void launch_backward_reduce(const Plan& plan, const Backward& args, const Stream
     constexpr int V = decltype(vector)::value;
     dispatch_backward_epilogue<T, V>(args, [&](auto epilogue) {
       launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle},
-             backward_reduce<T, W, V, typename decltype(epilogue)::type>, geometry_of(plan), args, sums_of(plan, args),
-             tickets(stream), args.training || wants_sums, !args.training && args.grad_input != nullptr);
+             backward_reduce<T, W, V, typename decltype(epilogue)::type>, geometry_of(plan, args.problem.dtype), args,
+             sums_of(plan, args), stream.tickets, args.training || wants_sums,
+             !args.training && args.grad_input != nullptr);
     });
   });
 }

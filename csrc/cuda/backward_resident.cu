@@ -10,8 +10,9 @@ namespace fastbn::cuda {
 namespace {
 
 template <class T, class Access, class Epilogue>
-__global__ void __launch_bounds__(threads_per_block, 4)
-    backward_resident(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, unsigned* counters) {
+__global__ void __launch_bounds__(resident_threads, 2)
+    backward_resident(const __grid_constant__ Geometry g, const __grid_constant__ Backward args, unsigned* barriers,
+                      unsigned* tickets) {
   using A = acc_t<T>;
   using S = sum_t<T, Access::slots>;
   constexpr int V = full_vector<T>;
@@ -21,29 +22,50 @@ __global__ void __launch_bounds__(threads_per_block, 4)
   const T* const x = static_cast<const T*>(args.input);
   T* const dx = static_cast<T*>(args.grad_input);
   const Scratch<A> scratch{shared, g};
-  const Slice<T, Access> slice_dy{shared + g.slices_offset}, slice_x{shared + g.slices_offset + g.slice_bytes};
   const int c = int(threadIdx.x);
+  // What follows from these is computed again for each use, behind opaque(): there are no registers to keep it in.
+  const auto meeting = [&] { return group_meeting(g, group, split, barriers, tickets, shared); };
+  const auto access_of = [&](int tile) { return Access(g, opaque(tile), unsigned(opaque(int(split)))); };
+  const auto slice_of = [&](int tensor, const Access& access) {
+    return Slice<T>(shared + g.slices_offset + tensor * g.slice_bytes, access);
+  };
+  unsigned before = meeting().counter_before();
   stagger(g);
 
   unsigned set = 0;
-  for (int64_t channel_tile = group; channel_tile < g.channel_tiles; channel_tile += g.groups, set ^= 1) {
-    Access access(g, channel_tile, split);
-    const Tile tile = access.tile();
-    fetch_all(access, [&](const VectorSpan& p, int step) {
-      slice_dy.fetch(dy, access, p, step);
-      slice_x.fetch(x, access, p, step);
-    });
-
+  for (int channel_tile = int(group); channel_tile < int(g.channel_tiles); channel_tile += int(g.groups), set ^= 1) {
+    // Two sets of records: a block may be one channel tile ahead of another one of its group, which still reads the
+    // last set.
+    const auto records = [&] { return meeting().records(args.workspace, group, set); };
     const Epilogue epilogue{args};
-    if (c < tile.channels) {
-      if constexpr (Epilogue::recomputes) {
-        set_normalization(args, tile.first_channel + c, scratch, c);
-      } else {
-        scratch.at(0, c) = coefficient<A>(args.moments[tile.first_channel + c]);
+    {
+      Access access = access_of(channel_tile);
+      const Slice<T> slice_dy = slice_of(0, access), slice_x = slice_of(1, access);
+      const Tile tile = access.tile();
+      const bool mine = c < tile.channels;
+      const int64_t channel = tile.first_channel + c;
+      const double mean = mine ? load(args.moments + channel) : 0;
+      const double variance = mine ? load(args.moments + g.channels + channel) : 0;
+      const LoadedParam weight(args.weight, channel, mine);
+      const LoadedParam bias(Epilogue::recomputes ? args.bias : Param{nullptr, DType::f32}, channel, mine);
+      fetch_all(access, [&](const VectorSpan& p, int step) {
+        slice_dy.fetch(dy, p, step);
+        slice_x.fetch(x, p, step);
+      });
+      if (mine) {
+        const double w = weight.value(args.weight, 1);
+        scratch.parameter(0, c) = mean, scratch.parameter(1, c) = variance, scratch.parameter(2, c) = w;
+        if constexpr (Epilogue::recomputes) {
+          set_normalization(mean, variance, args.eps, w, bias.value(args.bias, 0), scratch, c);
+        } else {
+          scratch.at(0, c) = coefficient<A>(mean);
+        }
       }
     }
     __syncthreads();
     {
+      Access access = access_of(channel_tile);
+      const Slice<T> slice_dy = slice_of(0, access), slice_x = slice_of(1, access);
       A z[Epilogue::recomputes ? 3 : 1][Access::slots];  // mean; scale, shift
       load_coefficients(access, scratch, z);
       ThreadSums<T, Access::slots, Access::slots == 1> sums;
@@ -51,8 +73,8 @@ __global__ void __launch_bounds__(threads_per_block, 4)
       if constexpr (Epilogue::masked) access.start(), masks.fetch(access);
       const auto consume = [&](const VectorSpan& p, int step, auto with_epilogue, auto with_sums) {
         A dz[V], value[V];
-        const Bytes16 raw_dy = shared_load16(slice_dy.at(access, step));
-        widen<T, V>(shared_load16(slice_x.at(access, step)), value);
+        const Bytes16 raw_dy = shared_load16(slice_dy.at(step));
+        widen<T, V>(shared_load16(slice_x.at(step)), value);
         if constexpr (decltype(with_epilogue)::value) {
           if constexpr (reloads_coefficients<Access, Epilogue>) load_coefficients(access, scratch, z);
           const auto z_of = [&](int j) {
@@ -66,7 +88,7 @@ __global__ void __launch_bounds__(threads_per_block, 4)
             extra = epilogue.load_extra(p);
           }
           // Stored over dy, for the same thread to read again.
-          shared_store16(slice_dy.at(access, step), epilogue.apply(extra, raw_dy, z_of, dz));
+          shared_store16(slice_dy.at(step), epilogue.apply(extra, raw_dy, z_of, dz));
         } else {
           widen<T, V>(raw_dy, dz);
         }
@@ -79,8 +101,8 @@ __global__ void __launch_bounds__(threads_per_block, 4)
       const std::true_type yes;
       const std::false_type no;
       // In two loops where there are not enough registers for one.
-      constexpr bool apart =
-          reloads_coefficients<Access, Epilogue> || (spares_registers && !Epilogue::plain && Access::slots == 8);
+      constexpr bool apart = reloads_coefficients<Access, Epilogue> ||
+                             (Access::slots == 8 && (Epilogue::recomputes || (spares_registers && !Epilogue::plain)));
       if constexpr (apart) {
         consume_all(access, [&](const VectorSpan& p, int step) { consume(p, step, yes, no); }, [] {});
         load_coefficients(access, scratch, z);
@@ -90,39 +112,56 @@ __global__ void __launch_bounds__(threads_per_block, 4)
             access, [&](const VectorSpan& p, int step) { consume(p, step, with_epilogue, yes); },
             [&] { sums.flush(); });
       }
-      block_sums(access, sums.firsts(), sums.seconds(), scratch);
+      block_sums(access, sums.firsts(), sums.seconds(), scratch, [&](int of, const Sums& s) {
+        scratch.record(of) = {s.first, s.second};
+        if (g.batch_splits > 1) meeting().publish(records(), of, {s.first, s.second});
+      });
+      __syncthreads();
     }
 
-    if (g.batch_splits > 1) {
-      // Two sets of partial sums: a block may be one channel tile ahead of another one of its group, which still reads
-      // the last set.
-      Sums* const here = static_cast<Sums*>(args.workspace) + (2 * group + set) * g.batch_splits * g.channels_per_tile;
-      if (c < tile.channels) here[split * g.channels_per_tile + c] = scratch.template partial<Sums>(c);
-      group_barrier(counters + group * counter_stride, split, g.batch_splits);
-      merge_partials<OfSums>(here, g, tile.channels, scratch);
-    }
-    if (c < tile.channels) {
-      const Sums sums = corrected<A>(args, tile.first_channel + c, scratch.template partial<Sums>(c));
-      if (split == 0) write_param_grads(args, tile.first_channel + c, sums);
-      set_input_gradient(args, tile.first_channel + c, sums, double(args.problem.shape.per_channel()), scratch, c);
+    {
+      Access access = access_of(channel_tile);
+      const Tile tile = access.tile();
+      const auto finish = [&](int of, const Record& r) {
+        const double mean = scratch.parameter(0, of), variance = scratch.parameter(1, of);
+        const Sums sums = corrected<A>(mean, r);
+        scratch.record(of) = {sums.first, sums.second};
+        set_input_gradient(mean, variance, args.eps, scratch.parameter(2, of), sums, g.count, scratch, of);
+      };
+      if (has_clusters && g.cluster > 1) {
+        meeting().template merge_in_clusters<OfSums>(access, scratch, records(), tile.channels, before, finish);
+      } else if (g.batch_splits > 1) {
+        meeting().template merge_in_all<OfSums>(access, records(), tile.channels, before, finish);
+      } else if (c < tile.channels) {
+        finish(c, scratch.record(c));
+      }
     }
     __syncthreads();
 
+    Access access = access_of(channel_tile);
+    const Slice<T> slice_dy = slice_of(0, access), slice_x = slice_of(1, access);
     A z[4][Access::slots];  // mean, x_scale, scale, shift
     load_coefficients(access, scratch, z);
     access.start();
-    for (int step = 0; access.more(); ++step, access.next()) {
+#pragma unroll 1
+    for (int step = 0; step < access.steps; ++step, access.next()) {
       const VectorSpan p = access.span();
       A dz[V], value[V];
-      const Bytes16 raw_dz = shared_load16(slice_dy.at(access, step));
+      const Bytes16 raw_dz = shared_load16(slice_dy.at(step));
       epilogue.store_residual_grad(p, raw_dz);
       widen<T, V>(raw_dz, dz);
-      widen<T, V>(shared_load16(slice_x.at(access, step)), value);
+      widen<T, V>(shared_load16(slice_x.at(step)), value);
       differentiate<Access::slots>(dz, value, z);
       store_span<T, V>(dx, p, narrow<T, V>(dz));
     }
+    const Tile written = access_of(channel_tile).tile();
+    if (split == 0 && c < written.channels) {
+      const Record r = scratch.record(c);
+      write_param_grads(args, written.first_channel + c, scratch.parameter(1, c), {r.first, r.second});
+    }
     __syncthreads();  // the scratch is written again for the next channel tile
   }
+  if (has_clusters && g.cluster > 1) cluster_arrive(), cluster_wait();  // others read the shared memory of this block
 }
 
 template <class Body>
@@ -137,16 +176,15 @@ void with_kernel(const Plan& plan, const Backward& args, const Body& body) {
 
 }  // namespace
 
-void launch_backward_resident(const Plan& plan, const Backward& args, const Stream& stream) {
-  with_kernel(plan, args, [&](auto kernel) {
-    launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle}, kernel, geometry_of(plan),
-           args, stream.counters);
-  });
+bool launch_backward_resident(const Plan& plan, const Backward& args, const Stream& stream) {
+  bool launched = false;
+  with_kernel(plan, args, [&](auto kernel) { launched = launch_group_kernel(kernel, plan, args, stream); });
+  return launched;
 }
 
 int64_t backward_resident_blocks_of(const Plan& plan, const Backward& args) {
   int64_t blocks = 0;
-  with_kernel(plan, args, [&](auto kernel) { blocks = resident_blocks(kernel, plan.threads, plan.shared_bytes); });
+  with_kernel(plan, args, [&](auto kernel) { blocks = resident_blocks_with(kernel, plan); });
   return blocks;
 }
 

@@ -4,7 +4,7 @@
 #include "../core/dispatch.h"
 #include "../core/formula.h"
 #include "math.cuh"
-#include "reduce.cuh"
+#include "merge.cuh"
 
 namespace fastbn::cuda {
 
@@ -15,17 +15,53 @@ constexpr int pivot_rows = std::is_same_v<T, BFloat16> ? 2 : 1;
 // The largest value times the factor squares to 2^112, and values that overflowed without it keep their digits.
 constexpr float factor_of_large = 0x1p-72f;
 
-// The pivot: one of the first values of the tile. Sums of differences from it keep the digits that sums of the values
-// would lose.
-template <class T, class Access, class A>
-FASTBN_D void choose_pivots(const Access& access, const T* x, const Scratch<A>& scratch, int channels) {
-  if (const int c = int(threadIdx.x); c < channels) {
-    const int64_t at = access.pivot_probe(c);
-    const A value = at < 0 ? A(0) : to_acc(load(x + at));
-    if constexpr (pivot_rows<T> == 2) scratch.at(1, c) = 1;
-    scratch.at(0, c) = value - value == 0 ? value : A(0);  // an infinite pivot would spoil the sums
+// A parameter that was loaded and not looked at yet, so that nothing waits for it: converting it would. Not wanted: in
+// threads that have no channel.
+struct LoadedParam {
+  uint32_t low = 0, high = 0;
+
+  FASTBN_D LoadedParam(const Param& p, int64_t i, bool wanted = true) {
+    if (p.data == nullptr || !wanted) return;
+    const int64_t size = size_of(p.dtype);
+    const uint32_t* const words = static_cast<const uint32_t*>(p.data) + (size == 8 ? 2 * i : i);
+    if (size == 2) {
+      low = load(static_cast<const uint16_t*>(p.data) + i);
+    } else {
+      low = load(words);
+      if (size == 8) high = load(words + 1);
+    }
   }
-  __syncthreads();
+  FASTBN_D double value(const Param& p, double absent) const {
+    if (p.data == nullptr) return absent;
+    switch (p.dtype) {  // not by way of an address, which would be one of local memory
+      case DType::f64: {
+        const uint64_t bits = uint64_t(high) << 32 | low;
+        double x;
+        memcpy(&x, &bits, 8);
+        return x;
+      }
+      case DType::f16:
+        return to_acc(Half{uint16_t(low)});
+      case DType::bf16:
+        return to_acc(BFloat16{uint16_t(low)});
+      default:
+        return detail::bits_float(low);
+    }
+  }
+};
+
+// The pivot is one of the first values of the tile: sums of differences from it keep the digits that sums of the values
+// would lose.
+template <class T, class A>
+FASTBN_D void set_pivot(const Scratch<A>& scratch, int c, A value) {
+  if constexpr (pivot_rows<T> == 2) scratch.at(1, c) = 1;
+  scratch.at(0, c) = value - value == 0 ? value : A(0);  // an infinite pivot would spoil the sums
+}
+
+template <class T, class Access>
+FASTBN_D T load_pivot(const Access& access, const T* x, int c) {
+  const int64_t at = access.pivot_probe(c);
+  return at < 0 ? T{} : load(x + at);
 }
 
 // x - pivot, in the type of the sums.
@@ -44,36 +80,26 @@ FASTBN_D sum_t<T, slots> difference(A x, const A (&pivot)[pivot_rows<T>][slots],
 template <class T>
 constexpr int attempts = 1 + pivot_rows<T>;
 
-// The moments of a tile from its sums of differences, to scratch.partial. True if they overflowed or if a pivot was too
-// far from the mean: its pivot is then the mean found, for another attempt, in which the other channels compute the
-// same sums again. All threads call it.
+// The mean and M2 of a channel of a tile from its sums of differences. bad: they overflowed, or the pivot was too far
+// from the mean. The pivot is then the mean found, for another attempt, in which the other channels compute the same
+// sums again.
 template <class T, class A>
-FASTBN_D bool tile_moments(const Tile& tile, const Scratch<A>& scratch) {
+FASTBN_D Record tile_moments(const Tile& tile, Sums sums, const Scratch<A>& scratch, int c, bool& bad) {
   // Float sums of squares lose a bit at a distance of one standard deviation, and four at four.
   constexpr double allowed = 16;
-  const int c = int(threadIdx.x);
-  Moments m{};
-  bool bad = false;
-  if (c < tile.channels) {
-    Sums sums = scratch.template partial<Sums>(c);
-    bool overflows = false;
-    if constexpr (pivot_rows<T> == 2) {
-      const double factor = scratch.at(1, c);
-      sums.first /= factor, sums.second /= factor * factor;
-      overflows = !(sums.second - sums.second == 0) && factor == 1;
-      if (overflows) scratch.at(1, c) = factor_of_large;
-    }
-    m = from_shifted_sums(tile.count, double(scratch.at(0, c)), sums.first, sums.second);
-    const A mean = A(m.mean);
-    bad = !pivot_was_good(tile.count, sums.first, m, allowed) && mean - mean == 0 && mean != scratch.at(0, c);
-    if (overflows) bad = true, m.mean = scratch.at(0, c);  // the sums say nothing about the pivot
+  bool overflows = false;
+  if constexpr (pivot_rows<T> == 2) {
+    const double factor = scratch.at(1, c);
+    sums.first /= factor, sums.second /= factor * factor;
+    overflows = !(sums.second - sums.second == 0) && factor == 1;
+    if (overflows) scratch.at(1, c) = factor_of_large;
   }
-  __syncthreads();  // the partial results overwrite the sums
-  if (c < tile.channels) {
-    scratch.template partial<Moments>(c) = m;
-    if (bad) scratch.at(0, c) = A(m.mean);
-  }
-  return __syncthreads_or(bad) != 0;
+  const Moments m = from_shifted_sums(tile.count, double(scratch.at(0, c)), sums.first, sums.second);
+  const A mean = A(m.mean);
+  const bool far = !pivot_was_good(tile.count, sums.first, m, allowed) && mean - mean == 0 && mean != scratch.at(0, c);
+  if (far && !overflows) scratch.at(0, c) = mean;  // sums that overflowed say nothing about the pivot
+  if (far || overflows) bad = true;
+  return {m.mean, m.m2};
 }
 
 // Writes the moments and running statistics of a channel.
@@ -83,12 +109,19 @@ FASTBN_D void write_moments(const Forward& args, int64_t channel, double mean, d
   if (args.training) update(args.running, channel, mean, variance, double(args.problem.shape.per_channel()));
 }
 
+template <class A>
+FASTBN_D void set_normalization(double mean, double variance, double eps, double weight, double bias,
+                                const Scratch<A>& scratch, int c) {
+  const auto z = normalization<A>(mean, variance, eps, weight, bias);
+  scratch.at(0, c) = z.mean, scratch.at(1, c) = z.scale, scratch.at(2, c) = z.shift;
+}
+
 // args: Forward, or Backward, which computes the same numbers again.
 template <class Args, class A>
 FASTBN_D void set_normalization(const Args& args, int64_t channel, double mean, double variance,
                                 const Scratch<A>& scratch, int c) {
-  const auto z = normalization<A>(mean, variance, args.eps, read(args.weight, channel, 1), read(args.bias, channel, 0));
-  scratch.at(0, c) = z.mean, scratch.at(1, c) = z.scale, scratch.at(2, c) = z.shift;
+  const LoadedParam weight(args.weight, channel), bias(args.bias, channel);
+  set_normalization(mean, variance, args.eps, weight.value(args.weight, 1), bias.value(args.bias, 0), scratch, c);
 }
 
 template <class A>
@@ -98,15 +131,13 @@ FASTBN_D void set_normalization(const Backward& args, int64_t channel, const Scr
 
 // Kernels sum dy * (x - the mean rounded to A); this corrects the sum to the exact mean.
 template <class A>
-FASTBN_D Sums corrected(const Backward& args, int64_t channel, const Sums& sums) {
-  const double mean = args.moments[channel];
+FASTBN_D Sums corrected(double mean, const Record& sums) {
   const double lost = mean - double(coefficient<A>(mean));
   return {sums.first, lost == 0 ? sums.second : sums.second - lost * sums.first};
 }
 
 // Writes the gradients of weight and bias of a channel.
-FASTBN_D void write_param_grads(const Backward& args, int64_t channel, const Sums& sums) {
-  const double variance = args.moments[args.problem.shape.C + channel];
+FASTBN_D void write_param_grads(const Backward& args, int64_t channel, double variance, const Sums& sums) {
   write(args.grad_weight, channel, sums.second * reciprocal_std(variance, args.eps));
   write(args.grad_bias, channel, sums.first);
 }
@@ -120,11 +151,9 @@ FASTBN_D Sums total_sums(const Backward& args, int64_t channel) {
 
 // count: the number of values behind the sums.
 template <class A>
-FASTBN_D void set_input_gradient(const Backward& args, int64_t channel, const Sums& sums, double count,
-                                 const Scratch<A>& scratch, int c) {
-  const int64_t channels = args.problem.shape.C;
-  const auto g = input_gradient<A>(args.moments[channel], args.moments[channels + channel], args.eps,
-                                   read(args.weight, channel, 1), count, sums.first, sums.second);
+FASTBN_D void set_input_gradient(double mean, double variance, double eps, double weight, const Sums& sums,
+                                 double count, const Scratch<A>& scratch, int c) {
+  const auto g = input_gradient<A>(mean, variance, eps, weight, count, sums.first, sums.second);
   scratch.at(0, c) = g.mean, scratch.at(1, c) = g.x_scale, scratch.at(2, c) = g.scale, scratch.at(3, c) = g.shift;
 }
 

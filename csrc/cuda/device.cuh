@@ -55,6 +55,7 @@ struct Launch {
   int64_t shared_bytes;
   bool cooperative;
   void* stream;
+  int64_t cluster = 1;  // blocks of a cluster
 };
 
 // Raises the limit of a kernel's dynamic shared memory to that of the current device, and returns how many of its
@@ -70,9 +71,30 @@ int64_t resident_blocks(void (*kernel)(P...), int64_t threads, int64_t shared_by
   return blocks;
 }
 
+// How many clusters of blocks of a kernel fit on the current device.
+template <class... P>
+int64_t resident_clusters(void (*kernel)(P...), int64_t threads, int64_t shared_bytes, int64_t cluster) {
+  resident_blocks(kernel, threads, shared_bytes);
+  // Code for older GPUs, which the driver may have compiled for this one, has no clusters.
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, kernel), "attributes of a kernel");
+  if (code.ptxVersion < 90) return 0;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(cluster)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes), config.attrs = &attribute, config.numAttrs = 1;
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "occupancy of clusters");
+  return clusters;
+}
+
+// False if the blocks of a cooperative launch do not fit beside each other: occupancy does not know of other processes
+// (MPS) and of partitions of the GPU (green contexts).
 template <class... P, class... A>
-void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
-  cudaLaunchAttribute attribute[1];
+bool launch(const Launch& how, void (*kernel)(P...), A&&... args) {
+  cudaLaunchAttribute attribute[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(how.blocks));
   config.blockDim = dim3(unsigned(how.threads));
@@ -84,7 +106,18 @@ void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
     attribute[0].val.cooperative = 1;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...), "kernel launch");
+  if (how.cluster > 1) {
+    attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attribute[config.numAttrs].val.clusterDim = {unsigned(how.cluster), 1, 1};
+    ++config.numAttrs;
+  }
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...);
+  if (error == cudaErrorCooperativeLaunchTooLarge || (how.cluster > 1 && error == cudaErrorInvalidClusterSize)) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error, "kernel launch");
+  return true;
 }
 
 // The numbers of the current device.
@@ -100,6 +133,8 @@ inline Device query_device() {
           get(cudaDevAttrMaxSharedMemoryPerBlockOptin), get(cudaDevAttrReservedSharedMemoryPerBlock),
           get(cudaDevAttrMaxRegistersPerMultiprocessor), get(cudaDevAttrMaxThreadsPerMultiProcessor),
           get(cudaDevAttrCooperativeLaunch) != 0,
+          // eight blocks are the most that every GPU with clusters can launch
+          get(cudaDevAttrClusterLaunch) != 0 ? 8 : 1,
           // two transfers per clock (kHz) on the bus; memory sustains about nine tenths of that
           get(cudaDevAttrMemoryClockRate) * get(cudaDevAttrGlobalMemoryBusWidth) / 4 / 1000 * 9 / 10};
 }
@@ -115,6 +150,13 @@ inline int current_device() {
 constexpr bool spares_registers = true;
 #else
 constexpr bool spares_registers = false;
+#endif
+
+// Whether blocks of a cluster read each other's shared memory.
+#if __CUDA_ARCH__ >= 900
+constexpr bool has_clusters = true;
+#else
+constexpr bool has_clusters = false;
 #endif
 
 // Hides a value from the optimizer, so that what is derived from it is recomputed instead of kept in registers between
@@ -181,6 +223,15 @@ FASTBN_D void copy16(void* shared, const void* global) {
   shared_store16(shared, load16(global));
 #endif
 }
+// The same for what another block wrote before a barrier: not by way of L1.
+FASTBN_D void copy16_fresh(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  copy16(shared, global);
+#else
+  const uint4 v = __ldcg(static_cast<const uint4*>(global));
+  shared_store16(shared, {{v.x, v.y, v.z, v.w}});
+#endif
+}
 FASTBN_D void copies_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -193,9 +244,24 @@ FASTBN_D void copies_done() {
 #endif
 }
 
+// Requests the sector of the second-level cache that p is in.
+FASTBN_D void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
+
+// a * b, rounded: never fused with an addition, which would give another result in one kernel than in the other.
+FASTBN_D double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // ---- synchronization of blocks -------------------------------------------------------------------------------------
 
 FASTBN_D void fence() { __threadfence(); }
+FASTBN_D unsigned load_relaxed(const unsigned* p) {
+  unsigned v;
+#if __CUDA_ARCH__ >= 700
+  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p));
+#else
+  v = *static_cast<const volatile unsigned*>(p);
+#endif
+  return v;
+}
 FASTBN_D unsigned load_acquire(const unsigned* p) {
   unsigned v;
 #if __CUDA_ARCH__ >= 700
@@ -213,10 +279,66 @@ FASTBN_D T load_fresh(const T* p) {
 FASTBN_D unsigned add(unsigned* p, unsigned v) { return atomicAdd(p, v); }
 // old >= last ? 0 : old + 1
 FASTBN_D unsigned increment_until(unsigned* p, unsigned last) { return atomicInc(p, last); }
+// Adds to a counter. Who sees the sum by load_acquire() sees what the threads of this block wrote before their last
+// __syncthreads().
+FASTBN_D void add_release(unsigned* p, unsigned v) {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v) : "memory");
+#else
+  __threadfence(), atomicAdd(p, v);
+#endif
+}
+// increment_until() with release and acquire semantics; returns old.
+FASTBN_D unsigned take_ticket(unsigned* p, unsigned last) {
+  unsigned old;
+#if __CUDA_ARCH__ >= 700
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(p)), "r"(last)
+               : "memory");
+#else
+  __threadfence(), old = atomicInc(p, last), __threadfence();
+#endif
+  return old;
+}
+// Polls with pauses, so that the blocks that wait leave the counter's slice of L2 to those that arrive. A single load
+// in the loop: a conditional pause would make the compiler peel off the first one.
 template <class Done>
 FASTBN_D void wait_until(Done&& done) {
-  while (!done()) {
-  }
+  bool waiting;
+#pragma unroll 1
+  do {
+    waiting = !done();
+#if __CUDA_ARCH__ >= 700
+    __nanosleep(waiting ? 32 : 0);
+#endif
+  } while (waiting);
+}
+// A barrier of all threads of a cluster, with release and acquire semantics.
+FASTBN_D void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+FASTBN_D void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// 16 bytes at the same place in the shared memory of another block of the cluster.
+FASTBN_D Bytes16 cluster_load16(const void* p, unsigned rank) {
+  Bytes16 v{};
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there)
+               : "r"(unsigned(__cvta_generic_to_shared(p))), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(there)
+               : "memory");
+#endif
+  return v;
 }
 FASTBN_D void sleep_nanoseconds(int64_t ns) {
 #if __CUDA_ARCH__ >= 700

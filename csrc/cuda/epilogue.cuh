@@ -49,6 +49,15 @@ struct ForwardEpilogue {
     return extra;
   }
 
+  // Requests what load_extra() will read of the spans of this thread, before the group waits at its barrier.
+  template <class Access>
+  FASTBN_D void prefetch_extra(Access& access) const {
+    if constexpr (adds) {
+      const T* const residual = static_cast<const T*>(args.epilogue.residual);
+      if (residual != nullptr) prefetch_all(access, residual);
+    }
+  }
+
   // Turns z into y.
   FASTBN_D void apply(const VectorSpan& p, const Extra& extra, A (&z)[V]) const {
     if constexpr (adds) {

@@ -4,7 +4,7 @@
 #include "../core/dispatch.h"
 #include "../core/problem.h"
 #include "backend.h"
-#include "reduce.cuh"
+#include "merge.cuh"
 
 namespace fastbn::cuda {
 
@@ -17,8 +17,8 @@ void dispatch(const Plan& plan, DType dtype, const Body& body) {
     using One = std::integral_constant<int, 1>;
     using Full = std::integral_constant<int, full>;
     if (plan.pattern == AccessPattern::rows) {
-      plan.vector == 1 ? body(type, Type<RowAccess<T, 1, int64_t>>{}, One{})
-                       : body(type, Type<RowAccess<T, full, int64_t>>{}, Full{});
+      plan.vector == 1 ? body(type, Type<RowAccess<T, 1, int64_t, true>>{}, One{})
+                       : body(type, Type<RowAccess<T, full, int64_t, false>>{}, Full{});
     } else {
       plan.vector == 1 ? body(type, Type<ColumnAccess<T, 1, int64_t>>{}, One{})
                        : body(type, Type<ColumnAccess<T, full, int64_t>>{}, Full{});
@@ -31,8 +31,9 @@ template <class Body>
 void dispatch_full(const Plan& plan, DType dtype, const Body& body) {
   dispatch_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    plan.pattern == AccessPattern::rows ? body(type, Type<RowAccess<T, full_vector<T>, int>>{})
-                                        : body(type, Type<ColumnAccess<T, full_vector<T>, int>>{});
+    if (plan.pattern == AccessPattern::columns) return body(type, Type<ColumnAccess<T, full_vector<T>, int>>{});
+    plan.columns_per_channel % plan.vector == 0 ? body(type, Type<RowAccess<T, full_vector<T>, int, true>>{})
+                                                : body(type, Type<RowAccess<T, full_vector<T>, int, false>>{});
   });
 }
 
@@ -41,16 +42,25 @@ void launch_stats(const Plan& plan, const Forward& args, const Stream& stream);
 void launch_normalize(const Plan& plan, const Forward& args, const Stream& stream);
 void launch_backward_reduce(const Plan& plan, const Backward& args, const Stream& stream);
 void launch_backward_elemt(const Plan& plan, const Backward& args, const Stream& stream);
-// resident
-void launch_resident(const Plan& plan, const Forward& args, const Stream& stream);
-void launch_backward_resident(const Plan& plan, const Backward& args, const Stream& stream);
-// How many blocks of the kernel for these arguments fit on one multiprocessor of the current device.
+// resident; false if the blocks do not fit beside each other
+bool launch_resident(const Plan& plan, const Forward& args, const Stream& stream);
+bool launch_backward_resident(const Plan& plan, const Backward& args, const Stream& stream);
+// How many blocks of the kernel for these arguments fit on the current device.
 int64_t resident_blocks_of(const Plan& plan, const Forward& args);
 int64_t backward_resident_blocks_of(const Plan& plan, const Backward& args);
 
-// Counters of finished blocks of a channel tile; they follow those of the barriers.
-inline unsigned* tickets(const Stream& stream) {
-  return stream.counters + counter_bytes / 2 / int64_t(sizeof(unsigned));
+// How many blocks of a kernel of the resident strategy fit on the current device.
+template <class Kernel>
+int64_t resident_blocks_with(Kernel* kernel, const Plan& plan) {
+  if (plan.cluster > 1) return resident_clusters(kernel, plan.threads, plan.shared_bytes, plan.cluster) * plan.cluster;
+  return resident_blocks(kernel, plan.threads, plan.shared_bytes) * plan.multiprocessors;
+}
+
+// Launches a kernel of the resident strategy. False if its blocks do not fit beside each other.
+template <class Kernel, class Args>
+bool launch_group_kernel(Kernel* kernel, const Plan& plan, const Args& args, const Stream& stream) {
+  return launch({plan.blocks, plan.threads, plan.shared_bytes, plan.cooperative, stream.handle, plan.cluster}, kernel,
+                geometry_of(plan, args.problem.dtype), args, stream.barriers, stream.tickets);
 }
 
 // Where a streaming backward pass keeps the sums [C] between its two launches; nullptr in eval.

@@ -10,7 +10,7 @@ namespace {
 constexpr int loads_at_once = 4;  // per thread, over all tensors
 
 template <class T, class Access, int V, class Epilogue>
-__global__ void __launch_bounds__(threads_per_block, 3)
+__global__ void __launch_bounds__(streaming_threads, 3)
     normalize(const __grid_constant__ Geometry g, const __grid_constant__ Forward args) {
   using A = acc_t<T>;
   FASTBN_DYNAMIC_SHARED(shared);
@@ -66,7 +66,7 @@ void launch_normalize(const Plan& plan, const Forward& args, const Stream& strea
     constexpr int V = decltype(vector)::value;
     dispatch_epilogue<T, V>(args.epilogue, [&](auto epilogue) {
       launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle},
-             normalize<T, W, V, typename decltype(epilogue)::type>, geometry_of(plan), args);
+             normalize<T, W, V, typename decltype(epilogue)::type>, geometry_of(plan, args.problem.dtype), args);
     });
   });
 }

@@ -1,4 +1,4 @@
-// The numbers of the current device, for descriptions of plans.
+// The numbers of the current device that plans are made for.
 #pragma once
 
 #include "plan.h"

@@ -1,6 +1,5 @@
-// Reductions: from the sums of each thread to those of the block, and from the partial sums of each block to those of
-// the channel tile. Everything is merged in an order that depends on the plan alone, so the same input gives the same
-// bits.
+// Reductions: from the sums of each thread to those of the block, in an order that depends on the plan alone, so the
+// same input gives the same bits.
 #pragma once
 
 #include "../core/moments.h"
@@ -10,10 +9,15 @@ namespace fastbn::cuda {
 
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int lanes_per_warp = 32;
-constexpr int warps_per_block = int(threads_per_block) / lanes_per_warp;
 
 // Two sums over a channel.
 struct Sums {
+  double first, second;
+};
+
+// A partial result of a channel: its mean and M2 in the forward pass, its sums in the backward pass. Its count is known
+// from the plan.
+struct alignas(16) Record {
   double first, second;
 };
 
@@ -67,12 +71,18 @@ struct Scratch {
   unsigned char* shared;
   const Geometry& g;
 
-  // [2, lanes_per_row * V], or [2, warps_per_block]
-  FASTBN_D double* columns() const { return reinterpret_cast<double*>(shared); }
-  // [channels_per_tile] of Sums or Moments, between two barriers.
-  template <class P>
-  FASTBN_D P& partial(int c) const {
-    return reinterpret_cast<P*>(shared + g.partials_offset)[c];
+  // The sums that threads leave for each other; sums_bytes in plan.cpp counts them.
+  template <class S>
+  FASTBN_D S* sums() const {
+    return reinterpret_cast<S*>(shared);
+  }
+  // [channels_per_tile]: of the block, and after merging of the channel.
+  FASTBN_D Record& record(int c) const { return reinterpret_cast<Record*>(shared + g.records_offset)[c]; }
+  // [channels_per_tile]: of the channel, in the block of a cluster that merges it.
+  FASTBN_D Record& merged(int c) const { return (&record(0))[int(g.channels_per_tile) + c]; }
+  // [3, channels_per_tile]: what is known of a channel before its sums are.
+  FASTBN_D double& parameter(int k, int c) const {
+    return reinterpret_cast<double*>(shared + g.parameters_offset)[k * int(g.channels_per_tile) + c];
   }
   // [4, channels_per_tile]
   FASTBN_D A& at(int k, int c) const {
@@ -80,158 +90,149 @@ struct Scratch {
   }
 };
 
-FASTBN_D double warp_sum(double x, int from_lane_distance) {
-  for (int distance = from_lane_distance; distance < lanes_per_warp; distance *= 2) {
-    x += __shfl_xor_sync(all_lanes, x, distance);
-  }
+// How sums of columns are left in shared memory. Of 16-bit types in float, whose rounding is far below theirs: in
+// double those of 512-byte rows would be more than the 48 KB that every launch may use.
+template <class T>
+using stored_t = std::conditional_t<sizeof(T) == 2, float, double>;
+
+// The sum over `lanes` neighbouring lanes, a power of two, in all of them. All lanes of the warp call it.
+FASTBN_D double lanes_sum(double x, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(all_lanes, x, distance);
   return x;
 }
 
-// The sums of a block for each channel of its tile, to scratch.partial<Sums>. All threads call it; it ends with a
-// barrier.
-template <class T, int V, class Index, class S, class A>
-FASTBN_D void block_sums(const RowAccess<T, V, Index>&, const S (&a)[1], const S (&b)[1], const Scratch<A>& scratch) {
+// Both sums over `lanes` neighbouring lanes, in the first of them: half of the lanes add up the first, half the second.
+FASTBN_D Sums lanes_sums(const Sums& s, int lanes) {
+  if (lanes == 1) return s;
+  const int half = lanes / 2;
+  const bool upper = (int(threadIdx.x) & half) != 0;
+  double mine = upper ? s.second : s.first;
+  mine += __shfl_xor_sync(all_lanes, upper ? s.first : s.second, half);
+  mine = lanes_sum(mine, half);
+  return {mine, __shfl_xor_sync(all_lanes, mine, half)};
+}
+
+// Sums N values over the lanes of a warp that are a multiple of `lanes` apart, from `distance` down. At each step a
+// lane keeps one half of its values and gives the other half away, so that all lanes end with a part of the sums:
+// done(first value, values) is called with it in one lane for each part.
+template <int N, class X, class Done>
+FASTBN_D void sum_rows(const X (&value)[N], int first, int distance, int lanes, bool mine, const Done& done) {
+  if (distance < lanes) {
+    if (mine) done(first, value);
+    return;
+  }
+  const bool upper = (int(threadIdx.x) & distance) != 0;
+  if constexpr (N > 1) {
+    double half[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const X keep = upper ? value[i + N / 2] : value[i], give = upper ? value[i] : value[i + N / 2];
+      half[i] = double(keep) + double(__shfl_xor_sync(all_lanes, give, distance));
+    }
+    if constexpr (N / 2 == 1) {
+      double one[1] = {half[0]};
+      for (int d = distance / 2; d >= lanes; d /= 2) {
+        one[0] += __shfl_xor_sync(all_lanes, one[0], d);
+        mine = mine && (int(threadIdx.x) & d) == 0;
+      }
+      if (mine) done(first + (upper ? 1 : 0), one);
+    } else {
+      sum_rows(half, first + (upper ? N / 2 : 0), distance / 2, lanes, mine, done);
+    }
+  }
+}
+
+// The sums of a block for each channel of its tile: body(channel, Sums) is called by one thread for each, after a
+// barrier behind which no thread needs anything else of the scratch.
+template <class T, int V, class Index, bool whole, class S, class A, class Body>
+FASTBN_D void block_sums(const RowAccess<T, V, Index, whole>& access, const S (&a)[1], const S (&b)[1],
+                         const Scratch<A>& scratch, const Body& body) {
   const int lane = int(threadIdx.x) % lanes_per_warp, warp = int(threadIdx.x) / lanes_per_warp;
-  const double first = warp_sum(double(a[0]), 1), second = warp_sum(double(b[0]), 1);
-  if (lane == 0) scratch.columns()[warp] = first, scratch.columns()[warps_per_block + warp] = second;
+  const int warps = access.g.warps;
+  double* const sums = scratch.template sums<double>();
+  const Sums of_warp = lanes_sums({double(a[0]), double(b[0])}, lanes_per_warp);
+  if (lane == 0) sums[warp] = of_warp.first, sums[warps + warp] = of_warp.second;
   __syncthreads();
-  if (threadIdx.x < 2) {
-    double sum = 0;
-    for (int i = 0; i < warps_per_block; ++i) sum += scratch.columns()[int(threadIdx.x) * warps_per_block + i];
-    (threadIdx.x == 0 ? scratch.template partial<Sums>(0).first : scratch.template partial<Sums>(0).second) = sum;
-  }
-  __syncthreads();
+  if (warp != 0) return;
+  const bool mine = lane < warps;
+  const Sums all = lanes_sums({mine ? sums[lane] : 0, mine ? sums[warps + lane] : 0}, lanes_per_warp);
+  if (lane == 0) body(0, all);
 }
 
-template <class T, int V, class Index, class S, class A>
-FASTBN_D void block_sums(const ColumnAccess<T, V, Index>& access, const S (&a)[V], const S (&b)[V],
-                         const Scratch<A>& scratch) {
-  const int lanes = opaque(access.g.lanes_per_row);
-  const int columns = lanes * V;
-  const int lane = int(threadIdx.x) & (lanes - 1);
-  // Rows within a warp first, by shuffles; then warp after warp, so that sums take the room of one row.
-  const int together = larger(lanes, lanes_per_warp);
-  const bool holds = lanes >= lanes_per_warp || int(threadIdx.x) % lanes_per_warp < lanes;
-  for (int round = 0; round < int(threads_per_block) / together; ++round) {
-    const bool mine = int(threadIdx.x) / together == round;
-    if (mine) {  // whole warps, because the shuffles below name all lanes
+// A channel that spans vectors: a vector has values of two channels at most, so each thread leaves two pairs of sums.
+template <class T, int V, class Index, class S, class A, class Body>
+FASTBN_D void wide_sums(const ColumnAccess<T, V, Index>& access, const S (&a)[V], const S (&b)[V],
+                        const Scratch<A>& scratch, const Body& body) {
+  const int threads = access.g.threads, width = int(access.g.columns_per_channel);
+  const int lane = int(threadIdx.x) % lanes_per_warp, warp = int(threadIdx.x) / lanes_per_warp;
+  stored_t<T>* const sums = scratch.template sums<stored_t<T>>();
+  {
+    const int column = access.lane * V, next = (column / width + 1) * width - column;  // slots of the first channel
+    double first[2] = {}, second[2] = {};
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const double first = warp_sum(double(a[j]), lanes), second = warp_sum(double(b[j]), lanes);
-        if (!holds) continue;
-        double* const at = scratch.columns() + j * lanes + lane;  // neighbouring lanes use neighbouring banks
-        at[0] = round == 0 ? first : at[0] + first;
-        at[columns] = round == 0 ? second : at[columns] + second;
-      }
+    for (int j = 0; j < V; ++j) {
+      const bool head = j < next;
+      first[0] += head ? double(a[j]) : 0, second[0] += head ? double(b[j]) : 0;
+      first[1] += head ? 0 : double(a[j]), second[1] += head ? 0 : double(b[j]);
     }
-    __syncthreads();
-  }
-  const auto column = [&](int i) { return (i % V) * lanes + i / V; };
-  const int channel_width = int(access.g.columns_per_channel);
-  if (channel_width == 1) {
-    if (const int c = int(threadIdx.x); c < access.channels) {
-      scratch.template partial<Sums>(c) = {scratch.columns()[column(c)], scratch.columns()[columns + column(c)]};
-    }
-  } else {
-    const int warp = int(threadIdx.x) / lanes_per_warp, within = int(threadIdx.x) % lanes_per_warp;
-    for (int c = warp; c < access.channels; c += warps_per_block) {
-      double first = 0, second = 0;
-      for (int i = within; i < channel_width; i += lanes_per_warp) {
-        first += scratch.columns()[column(c * channel_width + i)];
-        second += scratch.columns()[columns + column(c * channel_width + i)];
-      }
-      first = warp_sum(first, 1), second = warp_sum(second, 1);
-      if (within == 0) scratch.template partial<Sums>(c) = {first, second};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      sums[2 * k * threads + int(threadIdx.x)] = stored_t<T>(first[k]);
+      sums[(2 * k + 1) * threads + int(threadIdx.x)] = stored_t<T>(second[k]);
     }
   }
   __syncthreads();
-}
-
-// Another block's partial result, which was written before a barrier.
-template <class P>
-FASTBN_D P load_partial(const P* p) {
-  double words[sizeof(P) / sizeof(double)];
-  P partial;
-#pragma unroll
-  for (int i = 0; i < int(sizeof(P) / sizeof(double)); ++i)
-    words[i] = load_fresh(reinterpret_cast<const double*>(p) + i);
-  memcpy(&partial, words, sizeof(P));
-  return partial;
-}
-
-// How partial results of one kind are merged: as sums that need no division, and the result from them.
-struct OfSums {
-  using Partial = Sums;
-  FASTBN_D explicit OfSums(const Sums*) {}
-  FASTBN_D Sums terms(const Sums& p) const { return p; }
-  FASTBN_D Sums whole(const Sums& sum, double, double) const { return sum; }
-};
-// Chan's formula for many parts at once, in float64: sums about the mean of the first part, which is near the others.
-struct OfMoments {
-  using Partial = Moments;
-  double reference;
-  FASTBN_D explicit OfMoments(const Moments* first) {
-    reference = load_fresh(&first->mean);
-    if (!(reference - reference == 0)) reference = 0;  // an infinite reference would make the channel NaN
-  }
-  FASTBN_D Sums terms(const Moments& p) const {
-    const double d = p.mean - reference;
-    return {p.n * d, p.m2 + p.n * d * d};
-  }
-  FASTBN_D Moments whole(const Sums& sum, double n, double inverse) const {
-    const double shift = sum.first * inverse;
-    const double m2 = sum.second - sum.first * shift;
-    return {n, reference + shift, m2 < 0 ? 0 : m2};
-  }
-};
-
-// Merges the partial results [blocks, channels_per_tile] of all blocks to scratch.partial, one warp per channel, in the
-// same order in every block. It ends with a barrier.
-template <class Of, class A>
-FASTBN_D void merge_partials(const typename Of::Partial* partials, const Geometry& g, int channels,
-                             const Scratch<A>& scratch) {
-  const int warp = int(threadIdx.x) / lanes_per_warp, lane = int(threadIdx.x) % lanes_per_warp;
-#pragma unroll 1
-  for (int c = warp; c < channels; c += warps_per_block) {
-    const Of of(partials + c);
+  for (int c = warp; c < access.channels; c += access.g.warps) {
+    const int from = c * width / V, to = ((c + 1) * width - 1) / V;
     Sums mine{0, 0};
-#pragma unroll 1
-    for (unsigned i = unsigned(lane); i < g.batch_splits; i += lanes_per_warp) {
-      const Sums terms = of.terms(load_partial(partials + i * g.channels_per_tile + c));
-      mine.first += terms.first, mine.second += terms.second;
+    for (int l = from + lane; l <= to; l += lanes_per_warp) {
+      const stored_t<T>* const at = sums + (l * V >= c * width ? 0 : 2 * threads) + l;
+      for (int r = 0; r < int(access.g.step_rows); ++r) {
+        mine.first += double(at[r * access.g.lanes_per_row]);
+        mine.second += double(at[r * access.g.lanes_per_row + threads]);
+      }
     }
-    mine = {warp_sum(mine.first, 1), warp_sum(mine.second, 1)};
-    if (lane == 0) scratch.template partial<typename Of::Partial>(c) = of.whole(mine, g.count, g.inverse_count);
+    mine = lanes_sums(mine, lanes_per_warp);
+    if (lane == 0) body(c, mine);
   }
-  __syncthreads();
 }
 
-// A barrier for the blocks of a group, with release and acquire semantics. One counter per group, zero at first: the
-// increments of all blocks together flip the top bit and leave the rest as it was, so it needs no reset. The blocks
-// must all be resident: a cooperative launch.
-FASTBN_D void group_barrier(unsigned* counter, unsigned split, unsigned blocks) {
-  constexpr unsigned flag = 0x80000000u;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    fence();
-    const unsigned before = add(counter, split == 0 ? flag - (blocks - 1) : 1u);
-    wait_until([&] { return ((load_acquire(counter) ^ before) & flag) != 0; });
-    fence();
+template <class T, int V, class Index, class S, class A, class Body>
+FASTBN_D void block_sums(const ColumnAccess<T, V, Index>& access, const S (&a)[V], const S (&b)[V],
+                         const Scratch<A>& scratch, const Body& body) {
+  if (access.g.spans_vectors) return wide_sums(access, a, b, scratch, body);
+  // Rows within a warp by shuffles; then the shares of the warps, or of rows that are longer than a warp.
+  const int lanes = access.g.lanes_per_row, columns = lanes * V, width = int(access.g.columns_per_channel);
+  const int shares = lanes <= lanes_per_warp ? access.g.warps : access.g.threads / lanes;
+  const int pitch = 2 * columns + 1;  // lanes that read neighbouring shares use neighbouring banks
+  stored_t<T>* const sums = scratch.template sums<stored_t<T>>();
+  {
+    const int share = int(threadIdx.x) / larger(lanes, lanes_per_warp), lane = access.lane;
+    S value[2 * V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) value[j] = a[j], value[V + j] = b[j];
+    // Value i is column i % V of the lane, of its first sum or its second one.
+    sum_rows(value, 0, lanes_per_warp / 2, lanes, true, [&](int first, const auto& part) {
+      constexpr int n = int(sizeof(part) / sizeof(part[0]));
+      stored_t<T>* const at = sums + share * pitch + lane;
+#pragma unroll
+      for (int i = 0; i < n; ++i) at[(first + i) / V * columns + (first + i) % V * lanes] = stored_t<T>(part[i]);
+    });
   }
   __syncthreads();
-}
-
-// True in the last block of those that share a channel tile: it sees what the others wrote. The counter is zero again
-// after it.
-FASTBN_D bool is_last_block(unsigned* counter, unsigned blocks) {
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) {
-    fence();
-    last = increment_until(counter, blocks - 1) == blocks - 1;
-    fence();
+  const int share = int(threadIdx.x) & (shares - 1), at_once = access.g.threads / shares;
+  for (int base = 0; base < access.channels; base += at_once) {
+    const int c = base + int(threadIdx.x) / shares;
+    Sums mine{0, 0};
+    if (c < access.channels) {
+      for (int i = c * width; i < (c + 1) * width; ++i) {
+        const stored_t<T>* const at = sums + share * pitch + i % V * lanes + i / V;
+        mine.first += double(at[0]), mine.second += double(at[columns]);
+      }
+    }
+    mine = lanes_sums(mine, shares);
+    if (share == 0 && c < access.channels) body(c, mine);
   }
-  return __syncthreads_or(last) != 0;
 }
 
 }  // namespace fastbn::cuda

@@ -10,19 +10,22 @@ namespace fastbn::cuda {
 constexpr int stages = 4;
 
 // The part of a slice that one thread copies and reads.
-template <class T, class Access>
+template <class T>
 struct Slice {
-  unsigned char* data;
+  unsigned char* data;  // of the thread's first vector
+  int step_bytes;
 
-  FASTBN_D unsigned char* at(const Access& access, int step) const {
-    return data + (step * access.places() + access.place()) * 16;
-  }
-  FASTBN_D void fetch(const T* x, const Access& access, const VectorSpan& p, int step) const {
+  template <class Access>
+  FASTBN_D Slice(unsigned char* slice, const Access& access)
+      : data(slice + access.place() * 16), step_bytes(access.places() * 16) {}
+
+  FASTBN_D unsigned char* at(int step) const { return data + step * step_bytes; }
+  FASTBN_D void fetch(const T* x, const VectorSpan& p, int step) const {
     constexpr int V = full_vector<T>;
     if (p.first == 0 && p.last == V) {
-      copy16(at(access, step), x + p.offset);
+      copy16(at(step), x + p.offset);
     } else if (p.first < p.last) {
-      shared_store16(at(access, step), load_span<T, V>(x, p, true));
+      shared_store16(at(step), load_span<T, V>(x, p, true));
     }
   }
 };
@@ -30,14 +33,14 @@ struct Slice {
 // Calls fetch(span, step) for each span of the thread and commits them in `stages` groups.
 template <class Access, class Fetch>
 FASTBN_D void fetch_all(Access& access, const Fetch& fetch) {
-  const int steps_per_stage = int(ceil_div(access.steps(), stages));
+  const int steps_per_stage = (access.steps + stages - 1) / stages;
   access.start();
   int step = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
+    const int end = smaller(step + steps_per_stage, access.steps);
 #pragma unroll 1
-    for (int end = step + steps_per_stage; step < end && access.more(); ++step, access.next())
-      fetch(access.span(), step);
+    for (; step < end; ++step, access.next()) fetch(access.span(), step);
     copies_commit();
   }
 }
@@ -52,14 +55,13 @@ FASTBN_D void wait_for_stage(int stage) {
 // Calls consume(span, step) for each span of the thread as it arrives, and flush() after each group.
 template <class Access, class Consume, class Flush>
 FASTBN_D void consume_all(Access& access, const Consume& consume, const Flush& flush) {
-  const int steps_per_stage = int(ceil_div(access.steps(), stages));
+  const int steps_per_stage = (access.steps + stages - 1) / stages;
   access.start();
-  const int all = access.steps_left();
   int step = 0;
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
     wait_for_stage(stage);
-    const int end = smaller(step + steps_per_stage, all);
+    const int end = smaller(step + steps_per_stage, access.steps);
 #pragma unroll 1
     for (; step < end; ++step, access.next()) consume(access.span(), step);
     flush();

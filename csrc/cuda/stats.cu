@@ -39,8 +39,8 @@ FASTBN_D void sum_differences(Access& access, const T* x, const Scratch<acc_t<T>
 }
 
 template <class T, class Access, int V>
-__global__ void __launch_bounds__(threads_per_block, 2)
-    stats(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* counters) {
+__global__ void __launch_bounds__(streaming_threads, 2)
+    stats(const __grid_constant__ Geometry g, const __grid_constant__ Forward args, unsigned* tickets) {
   using A = acc_t<T>;
   FASTBN_DYNAMIC_SHARED(shared);
   const int64_t channel_tile = blockIdx.x / g.batch_splits;
@@ -50,26 +50,31 @@ __global__ void __launch_bounds__(threads_per_block, 2)
   const Tile tile = access.tile();
   const Scratch<A> scratch{shared, g};
 
-  choose_pivots(access, x, scratch, tile.channels);
+  const Meeting meeting = tile_meeting(g, channel_tile, split, tickets, shared);
+  Record* const records = static_cast<Record*>(args.workspace) + channel_tile * meeting.size();
+  const int c = int(threadIdx.x);
+  if (c < tile.channels) set_pivot<T>(scratch, c, to_acc(load_pivot(access, x, c)));
+  __syncthreads();
 #pragma unroll 1
   for (int attempt = 0; attempt < attempts<T>; ++attempt) {
     ThreadSums<T, Access::slots, true> sums;
     sum_differences<T, Access, V>(access, x, scratch, sums);
-    block_sums(access, sums.firsts(), sums.seconds(), scratch);
-    if (!tile_moments<T>(tile, scratch)) break;
+    bool bad = false;
+    block_sums(access, sums.firsts(), sums.seconds(), scratch, [&](int of, const Sums& s) {
+      const Record record = tile_moments<T>(tile, s, scratch, of, bad);
+      scratch.record(of) = record;
+      if (g.batch_splits > 1) meeting.publish(records, of, record);
+    });
+    if (__syncthreads_or(bad) == 0) break;
   }
 
-  const int c = int(threadIdx.x);
+  const auto finish = [&](int of, const Record& r) {
+    write_moments(args, tile.first_channel + of, r.first, rounded_product(r.second, g.inverse_count));
+  };
   if (g.batch_splits > 1) {
-    Moments* const partials =
-        static_cast<Moments*>(args.workspace) + channel_tile * g.batch_splits * g.channels_per_tile;
-    if (c < tile.channels) partials[split * g.channels_per_tile + c] = scratch.template partial<Moments>(c);
-    if (!is_last_block(counters + channel_tile, g.batch_splits)) return;
-    merge_partials<OfMoments>(partials, g, tile.channels, scratch);
-  }
-  if (c < tile.channels) {
-    const Moments m = scratch.template partial<Moments>(c);
-    write_moments(args, tile.first_channel + c, m.mean, m.m2 * g.inverse_count);
+    meeting.template merge_in_last<OfMoments>(access, records, tile.channels, finish);
+  } else if (c < tile.channels) {
+    finish(c, scratch.record(c));
   }
 }
 
@@ -80,7 +85,7 @@ void launch_stats(const Plan& plan, const Forward& args, const Stream& stream) {
     using T = typename decltype(type)::type;
     using W = typename decltype(access)::type;
     launch({plan.blocks, plan.threads, plan.shared_bytes, false, stream.handle}, stats<T, W, decltype(vector)::value>,
-           geometry_of(plan), args, tickets(stream));
+           geometry_of(plan, args.problem.dtype), args, stream.tickets);
   });
 }
 

@@ -112,7 +112,7 @@ void launch([[maybe_unused]] Context& context, const PassPlan& plan, const Forwa
 #endif
 #if defined(FASTBN_GPU)
   if (const auto* const on_gpu = std::get_if<cuda::Plan>(&plan.plan)) {
-    return cuda::forward(*on_gpu, args, args.training ? context.stream_with_counters() : context.stream());
+    return cuda::forward(*on_gpu, args, context.stream_for(*on_gpu));
   }
 #endif
   cpu::forward(std::get<cpu::Plan>(plan.plan), args);
@@ -124,7 +124,7 @@ void launch([[maybe_unused]] Context& context, const PassPlan& plan, const Backw
 #endif
 #if defined(FASTBN_GPU)
   if (const auto* const on_gpu = std::get_if<cuda::Plan>(&plan.plan)) {
-    return cuda::backward(*on_gpu, args, context.stream_with_counters());
+    return cuda::backward(*on_gpu, args, context.stream_for(*on_gpu));
   }
 #endif
   cpu::backward(std::get<cpu::Plan>(plan.plan), args);

@@ -60,9 +60,9 @@ void check_capability(int device) {
   checked.fetch_or(bit, std::memory_order_relaxed);
 }
 
-Tensor zeroed_counters(const c10::cuda::CUDAStream& stream) {
-  Tensor t = at::detail::empty_cuda({cuda::counter_bytes}, at::kByte, stream.device(), std::nullopt);
-  C10_CUDA_CHECK(cudaMemsetAsync(t.data_ptr(), 0, size_t(cuda::counter_bytes), stream.stream()));
+Tensor zeroed_counters(const c10::cuda::CUDAStream& stream, int64_t bytes) {
+  Tensor t = at::detail::empty_cuda({bytes}, at::kByte, stream.device(), std::nullopt);
+  C10_CUDA_CHECK(cudaMemsetAsync(t.data_ptr(), 0, size_t(bytes), stream.stream()));
   return t;
 }
 
@@ -84,7 +84,7 @@ Tensor kept_counters(const c10::cuda::CUDAStream& stream) {
   static auto* const kept = new std::map<std::pair<int, c10::StreamId>, Tensor>;  // outlives every stream
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& t = (*kept)[{stream.device_index(), stream.id()}];
-  if (!t.defined()) t = zeroed_counters(stream);
+  if (!t.defined()) t = zeroed_counters(stream, cuda::counter_bytes);
   return t;
 }
 
@@ -101,19 +101,25 @@ Context::Context(const Tensor& input) : gpu_(input.is_cuda()), device_(input.dev
   handle_ = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
 }
 
-cuda::Stream Context::stream_with_counters() {
+cuda::Stream Context::stream_for(const cuda::Plan& plan) {
+  if (plan.barriers + plan.tickets == 0) return stream();
   const auto stream = c10::cuda::getCurrentCUDAStream(device_.index());
-  counters_ = needs_own_counters(stream) ? zeroed_counters(stream) : kept_counters(stream);
-  return {handle_, static_cast<unsigned*>(counters_.data_ptr())};
+  const bool own = needs_own_counters(stream);
+  const int64_t tickets = own ? plan.barriers * cuda::barrier_bytes : cuda::counter_bytes / 2;
+  counters_ = own ? zeroed_counters(stream, tickets + plan.tickets * cuda::barrier_bytes) : kept_counters(stream);
+  unsigned* const counters = static_cast<unsigned*>(counters_.data_ptr());
+  return {handle_, counters, counters + tickets / int64_t(sizeof(unsigned))};
 }
 
 #elif defined(FASTBN_SIMT)
 
 Context::Context(const Tensor&) : gpu_(true) {}
 
-cuda::Stream Context::stream_with_counters() {
-  alignas(256) thread_local unsigned counters[cuda::counter_bytes / sizeof(unsigned)] = {};
-  return {nullptr, counters};
+cuda::Stream Context::stream_for(const cuda::Plan& plan) {
+  if (plan.barriers + plan.tickets == 0) return stream();
+  constexpr size_t half = cuda::counter_bytes / 2 / sizeof(unsigned);
+  alignas(256) thread_local unsigned counters[2 * half] = {};
+  return {nullptr, counters, counters + half};
 }
 
 #else

@@ -38,9 +38,10 @@ class Context {
   // Whether the CUDA kernels are used.
   bool on_gpu() const { return gpu_; }
 #if defined(FASTBN_GPU)
-  // The first one for launches with barriers between blocks.
-  cuda::Stream stream_with_counters();
-  cuda::Stream stream() const { return {handle_, nullptr}; }
+  // With the counters of a plan. If they belong to this call alone they are zeroed by a launch, for no more than it
+  // uses.
+  cuda::Stream stream_for(const cuda::Plan& plan);
+  cuda::Stream stream() const { return {handle_, nullptr, nullptr}; }
 #endif
 
   Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const;

@@ -54,6 +54,7 @@ constexpr std::pair<const char*, int64_t cuda::Device::*> device_fields[] = {
     FASTBN_FIELD(Device, registers_per_multiprocessor),
     FASTBN_FIELD(Device, threads_per_multiprocessor),
     FASTBN_FIELD(Device, bytes_per_microsecond),
+    FASTBN_FIELD(Device, cluster),
 };
 constexpr std::pair<const char*, int64_t cuda::Plan::*> plan_fields[] = {
     FASTBN_FIELD(Plan, vector),
@@ -66,6 +67,8 @@ constexpr std::pair<const char*, int64_t cuda::Plan::*> plan_fields[] = {
     FASTBN_FIELD(Plan, vectors_per_row),
     FASTBN_FIELD(Plan, lanes_per_row),
     FASTBN_FIELD(Plan, batch_splits),
+    FASTBN_FIELD(Plan, subgroup),
+    FASTBN_FIELD(Plan, cluster),
     FASTBN_FIELD(Plan, groups),
     FASTBN_FIELD(Plan, waves),
     FASTBN_FIELD(Plan, blocks),
@@ -73,6 +76,8 @@ constexpr std::pair<const char*, int64_t cuda::Plan::*> plan_fields[] = {
     FASTBN_FIELD(Plan, scratch_bytes),
     FASTBN_FIELD(Plan, slice_bytes),
     FASTBN_FIELD(Plan, stagger),
+    FASTBN_FIELD(Plan, barriers),
+    FASTBN_FIELD(Plan, tickets),
     FASTBN_FIELD(Plan, workspace_bytes),
     FASTBN_FIELD(Plan, bytes),
     FASTBN_FIELD(Plan, least_bytes),

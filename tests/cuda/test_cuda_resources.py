@@ -98,6 +98,7 @@ def test_a_good_kernel_passes():
         ({"stack": 8}, "stack frame"),
         ({"registers": 65}, "registers"),
         ({"sass": {**GOOD.sass, "LDL.64": 2}}, "local memory"),
+        ({"sass": {"LDG.E.128": 8, "STG.E.128": 1, "LD.E.64": 2}}, "has 2 generic accesses"),
         ({"sass": {"LDG.E.64": 8, "STG.E.128": 1}}, "loads no 16 bytes"),
         ({"sass": {"LDG.E.128": 8, "STG.E.U16": 1}}, "stores no 16 bytes"),
         (

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 
 import pytest
+from ptx.cases import numbers, run_case
 from simt.build import CSRC, HERE, backend_sources, build, run
 
 
@@ -33,6 +34,38 @@ def test_kernels_under(mode, seeds):
     assert status == 0, output
 
 
+# ---- what other programs do to a launch ------------------------------------------------------------------------------
+
+GROUPS = ["layout=first", "N=32", "C=3", "S=1152"]  # several blocks a channel
+
+
+@pytest.mark.simt
+@pytest.mark.simt_quick
+def test_a_cooperative_launch_that_finds_no_room():
+    """The kernels of a plan without one run instead, in the same memory: no exception, the same results."""
+    said, _ = run_case(*GROUPS)
+    assert (said["forward_launches"], said["backward_launches"]) == (1, 1) and said["forward_blocks"] > 3
+    crowded, found = run_case(*GROUPS, FASTBN_SIMT_COOPERATIVE_BLOCKS="1")
+    alone, right = run_case(*GROUPS, "cooperative=0")
+    assert (crowded["forward_launches"], crowded["backward_launches"]) == (2, 2)
+    assert crowded["forward_blocks"] == alone["forward_blocks"]
+    assert found == right
+
+
+@pytest.mark.simt
+@pytest.mark.simt_quick
+def test_the_margin_of_multiprocessors():
+    """FASTBN_SM_MARGIN: so many multiprocessors stay free for other kernels."""
+    case = [*GROUPS, "mps=8"]
+    all_of_it, right = run_case(*case)
+    fewer, found = run_case(*case, FASTBN_SM_MARGIN="4")
+    half, _ = run_case(*GROUPS, "mps=4")
+    assert half["forward_blocks"] == fewer["forward_blocks"] < all_of_it["forward_blocks"]
+    assert numbers("y", found["y"], "bf16") == pytest.approx(numbers("y", right["y"], "bf16"), abs=0.1)
+    with pytest.raises(RuntimeError, match="FASTBN_SM_MARGIN should be"):
+        run_case(*case, FASTBN_SM_MARGIN="some")
+
+
 # ---- planted defects -----------------------------------------------------------------------------------------------
 
 
@@ -52,54 +85,92 @@ END_OF_TILE = "    __syncthreads();  // the scratch is written again for the nex
 DEFECTS = [
     # ---- within a block
     Defect("no barrier before warps' sums are read", "reduce.cuh",
-           "  __syncthreads();\n  if (threadIdx.x < 2) {",
-           "  if (!PLANTED) __syncthreads();\n  if (threadIdx.x < 2) {"),
+           "  __syncthreads();\n  if (warp != 0) return;",
+           "  if (!PLANTED) __syncthreads();\n  if (warp != 0) return;"),
     Defect("no barrier between warps that share columns", "reduce.cuh",
-           "    __syncthreads();\n  }\n  const auto column",
-           "    if (!PLANTED) __syncthreads();\n  }\n  const auto column"),
-    Defect("no barrier after pivots", "channel.cuh",
-           "would spoil the sums\n  }\n  __syncthreads();",
-           "would spoil the sums\n  }\n  if (!PLANTED) __syncthreads();"),
-    Defect("no barrier before partial results overwrite sums", "channel.cuh",
-           "  __syncthreads();  // the partial results overwrite the sums\n",
-           "  if (!PLANTED) __syncthreads();\n"),
+           "  __syncthreads();\n  const int share =",
+           "  if (!PLANTED) __syncthreads();\n  const int share ="),
+    Defect("no barrier between threads that share channels", "reduce.cuh",
+           "  __syncthreads();\n  for (int c = warp;",
+           "  if (!PLANTED) __syncthreads();\n  for (int c = warp;"),
+    Defect("no barrier after pivots", "resident.cu",
+           "    __syncthreads();\n#pragma unroll 1\n    for (int attempt",
+           "    if (!PLANTED) __syncthreads();\n#pragma unroll 1\n    for (int attempt"),
+    Defect("no barrier before coefficients are read", "resident.cu",
+           "    __syncthreads();\n\n    Access access",
+           "    if (!PLANTED) __syncthreads();\n\n    Access access"),
     Defect("no barrier at the end of a channel tile, forward", "resident.cu",
            END_OF_TILE, "    if (!PLANTED) __syncthreads();\n", "tsan"),
     Defect("no barrier at the end of a channel tile, backward", "backward_resident.cu",
            END_OF_TILE, "    if (!PLANTED) __syncthreads();\n", "tsan"),
     Defect("half a warp in the mask", "reduce.cuh",
-           "__shfl_xor_sync(all_lanes, x, distance)", "__shfl_xor_sync(PLANTED ? 0xffffu : all_lanes, x, distance)"),
+           "x += __shfl_xor_sync(all_lanes, x, distance)",
+           "x += __shfl_xor_sync(PLANTED ? 0xffffu : all_lanes, x, distance)"),
     Defect("the last warp's sum is left out", "reduce.cuh",
-           "for (int i = 0; i < warps_per_block; ++i)", "for (int i = 0; i < warps_per_block - PLANTED; ++i)"),
-    Defect("lanes that own no column write one", "reduce.cuh",
-           "if (!holds) continue;", "if (!holds && !PLANTED) continue;"),
+           "const bool mine = lane < warps;", "const bool mine = lane < warps - PLANTED;"),
+    Defect("the wrong half of the values is given away", "reduce.cuh",
+           "give = upper ? value[i] : value[i + N / 2];", "give = upper != PLANTED ? value[i] : value[i + N / 2];"),
+    Defect("two lanes leave the same sum", "reduce.cuh",
+           "mine = mine && (int(threadIdx.x) & d) == 0;", "mine = mine && (PLANTED || (int(threadIdx.x) & d) == 0);",
+           "tsan"),
+    Defect("the second channel of a vector is left out", "reduce.cuh",
+           "first[1] += head ? 0 : double(a[j])", "first[1] += head || PLANTED ? 0 : double(a[j])"),
+    Defect("the last row of a step is left out", "reduce.cuh",
+           "r < int(access.g.step_rows)", "r < int(access.g.step_rows) - PLANTED"),
     # ---- between blocks
-    Defect("no fence before a group's barrier", "reduce.cuh",
-           "    fence();\n    const unsigned before", "    if (!PLANTED) fence();\n    const unsigned before", "tsan"),
-    Defect("no fence before a ticket", "reduce.cuh",
-           "    fence();\n    last =", "    if (!PLANTED) fence();\n    last =", "tsan"),
-    Defect("no fence after a ticket", "reduce.cuh",
-           "== blocks - 1;\n    fence();", "== blocks - 1;\n    if (!PLANTED) fence();", "tsan"),
-    Defect("the group does not wait", "reduce.cuh",
-           "return ((load_acquire(counter) ^ before) & flag) != 0;",
-           "return PLANTED || ((load_acquire(counter) ^ before) & flag) != 0;"),
-    Defect("one arrival too few for the flip", "reduce.cuh",
-           "flag - (blocks - 1)", "flag - (blocks - !PLANTED)"),
-    Defect("the ticket is not reset", "reduce.cuh",
-           "increment_until(counter, blocks - 1)",
-           "(PLANTED ? add(counter, 1) : increment_until(counter, blocks - 1))"),
-    Defect("not cooperative, forward", "resident.cu",
+    Defect("no release before a group's barrier", "merge.cuh",
+           "if (threadIdx.x == 0) add_release(barrier, first ? top_bit - (arrivals - 1) : 1u);",
+           "const unsigned by = first ? top_bit - (arrivals - 1) : 1u;\n"
+           "    if (threadIdx.x == 0) PLANTED ? void(add(barrier, by)) : add_release(barrier, by);", "tsan"),
+    Defect("a relaxed ticket", "merge.cuh",
+           "last = take_ticket(ticket, blocks - 1)",
+           "last = (PLANTED ? increment_until(ticket, blocks - 1) : take_ticket(ticket, blocks - 1))", "tsan"),
+    Defect("the group does not wait", "merge.cuh",
+           "return ((load_acquire(barrier) ^ before) & top_bit) != 0;",
+           "return PLANTED || ((load_acquire(barrier) ^ before) & top_bit) != 0;"),
+    Defect("one arrival too few for the flip", "merge.cuh",
+           "? top_bit - (arrivals - 1)", "? top_bit - (arrivals - !PLANTED)"),
+    Defect("the barrier is not expected to flip back", "merge.cuh",
+           "before ^= top_bit;", "before ^= PLANTED ? 0 : top_bit;"),
+    Defect("every block of a subgroup merges it", "merge.cuh",
+           "return __syncthreads_or(last) != 0;", "return __syncthreads_or(last || PLANTED) != 0;"),
+    Defect("no barrier of the block after its subgroup", "merge.cuh",
+           "    __syncthreads();\n    return true;", "    if (!PLANTED) __syncthreads();\n    return true;"),
+    Defect("members of another subgroup", "merge.cuh",
+           "int64_t(part()) * g.subgroup)", "int64_t(part() - (PLANTED && part() > 0)) * g.subgroup)"),
+    Defect("the last subgroup is as large as the others", "merge.cuh",
+           "last = smaller(first + g.subgroup, g.batch_splits);",
+           "last = PLANTED ? first + g.subgroup : smaller(first + g.subgroup, g.batch_splits);"),
+    Defect("the second batch of records is left out", "merge.cuh",
+           "from < count; from += g.merge_batch", "from < (PLANTED ? 1 : count); from += g.merge_batch"),
+    Defect("not cooperative", "launch.cuh",
            "plan.shared_bytes, plan.cooperative,", "plan.shared_bytes, plan.cooperative && !PLANTED,"),
-    Defect("not cooperative, backward", "backward_resident.cu",
-           "plan.shared_bytes, plan.cooperative,", "plan.shared_bytes, plan.cooperative && !PLANTED,"),
-    Defect("one set of partial results, forward", "resident.cu",
+    Defect("one set of records", "merge.cuh",
            "(2 * group + set)", "(2 * group + (PLANTED ? 0 : set))"),
-    Defect("one set of partial results, backward", "backward_resident.cu",
-           "(2 * group + set)", "(2 * group + (PLANTED ? 0 : set))"),
-    Defect("a tile's count is left out of the merge", "reduce.cuh",
-           "{p.n * d, p.m2 + p.n * d * d}", "{(PLANTED ? 1 : p.n) * d, p.m2 + (PLANTED ? 1 : p.n) * d * d}"),
-    Defect("workspace for one set of partial results", "plan.cpp",
-           "2 * plan.blocks * plan.channels_per_tile", "(2 - PLANTED) * plan.blocks * plan.channels_per_tile"),
+    Defect("a tile's count is left out of the merge", "merge.cuh",
+           "{n * d, r.second + n * d * d}", "{(PLANTED ? 1 : n) * d, r.second + (PLANTED ? 1 : n) * d * d}"),
+    Defect("workspace for one set of records", "plan.cpp",
+           "2 * plan.groups * merge_bytes(plan)", "(2 - PLANTED) * plan.groups * merge_bytes(plan)"),
+    Defect("workspace without the records of subgroups", "plan.cpp",
+           "of_blocks = plan.subgroup > 1 ? parts", "of_blocks = plan.subgroup > 1 && !PLANTED ? parts"),
+    # ---- within a cluster
+    Defect("no barrier of the cluster before records are read", "merge.cuh",
+           "    cluster_arrive();\n    cluster_wait();\n    const double n",
+           "    if (!PLANTED) cluster_arrive(), cluster_wait();\n    const double n"),
+    Defect("no barrier of the cluster before merged records are read", "merge.cuh",
+           "    cluster_arrive();\n    cluster_wait();\n    for (int c",
+           "    if (!PLANTED) cluster_arrive(), cluster_wait();\n    for (int c"),
+    Defect("no barrier of the cluster at the end, forward", "resident.cu",
+           "if (has_clusters && g.cluster > 1) cluster_arrive(), cluster_wait();",
+           "if (has_clusters && g.cluster > 1 && !PLANTED) cluster_arrive(), cluster_wait();", seeds=4),
+    Defect("no barrier of the cluster at the end, backward", "backward_resident.cu",
+           "if (has_clusters && g.cluster > 1) cluster_arrive(), cluster_wait();",
+           "if (has_clusters && g.cluster > 1 && !PLANTED) cluster_arrive(), cluster_wait();", seeds=4),
+    Defect("the merged record of another block", "merge.cuh",
+           "unsigned(c % size)", "unsigned(PLANTED ? 0 : c % size)"),
+    Defect("a cluster as large as the first", "merge.cuh",
+           "const unsigned first = split - unsigned(rank);",
+           "const unsigned first = PLANTED ? 0 : split - unsigned(rank);"),
     # ---- vectors, their ends, channel_tiles
     Defect("a row begins where its vector begins", "access.cuh",
            "at < 0 ? int(-at) : 0", "at < 0 && !PLANTED ? int(-at) : 0"),
@@ -108,18 +179,18 @@ DEFECTS = [
     Defect("elements beside a row are stored", "access.cuh",
            "if (j >= p.first && j < p.last) store(y", "if (PLANTED || (j >= p.first && j < p.last)) store(y"),
     Defect("a step too far along a row", "access.cuh",
-           "if (vector >= Index(g.vectors_per_row))", "if (vector >= Index(g.vectors_per_row) + PLANTED)"),
+           "if (vector >= Index(g.vectors_per_row))", "if (vector >= Index(g.vectors_per_row) + Index(PLANTED))"),
     Defect("vectors whatever the alignment", "backend.cu",
            "return bits % 16 == 0;", "return PLANTED || bits % 16 == 0;"),
     Defect("the last channel tile is as wide as the others", "access.cuh",
            "int(smaller(g.channels_per_tile, g.channels - first_channel))",
            "int(PLANTED ? g.channels_per_tile : smaller(g.channels_per_tile, g.channels - first_channel))"),
     Defect("one idle lane works", "access.cuh",
-           "return lane() >= vectors;", "return lane() >= vectors + PLANTED;"),
+           "return lane >= vectors ||", "return lane >= vectors + PLANTED ||"),
     Defect("sums of another tile's channels", "backward_elemt.cu",
            "own ? sums[channel]", "own ? sums[PLANTED ? c : channel]"),
     Defect("scratch without coefficients", "plan.cpp",
-           "(3 * 8 + 4 * coefficient)", "(3 * 8 + (PLANTED ? 0 : 4 * coefficient))"),
+           "3 * 8 + 4 * coefficient", "3 * 8 + (PLANTED ? 0 : 4 * coefficient)"),
     # ---- what follows the normalization
     Defect("bits of a mask in another order than they are read", "epilogue.cuh",
            "param)) << j;", "param)) << (PLANTED ? V - 1 - j : j);"),
@@ -133,8 +204,8 @@ DEFECTS = [
            "if (args.grad_residual != nullptr) store_span",
            "if (args.grad_residual != nullptr && !(PLANTED && p.last - p.first < V)) store_span"),
     Defect("dz is stored in the place of x", "backward_resident.cu",
-           "shared_store16(slice_dy.at(access, step),",
-           "shared_store16((PLANTED ? slice_x : slice_dy).at(access, step),"),
+           "shared_store16(slice_dy.at(step),",
+           "shared_store16((PLANTED ? slice_x : slice_dy).at(step),"),
     Defect("z by other operations in the backward pass, resident", "backward_resident.cu",
            "normalized(value[j], z[0][slot], z[1][slot], z[2][slot])",
            "(PLANTED ? (value[j] - z[0][slot]) * z[1][slot] + z[2][slot]"
@@ -143,9 +214,8 @@ DEFECTS = [
            "normalized(value[j], z[0][slot], z[2][slot], shift[slot])",
            "(PLANTED ? (value[j] - z[0][slot]) * z[2][slot] + shift[slot]"
            " : normalized(value[j], z[0][slot], z[2][slot], shift[slot]))"),
-    Defect("the bias is forgotten in the backward pass", "channel.cuh",
-           "read(args.bias, channel, 0)",
-           "(PLANTED && std::is_same_v<Args, Backward> ? 0 : read(args.bias, channel, 0))"),
+    Defect("the bias is forgotten in the backward pass", "backward_resident.cu",
+           "bias.value(args.bias, 0)", "(PLANTED ? 0 : bias.value(args.bias, 0))"),
     Defect("bytes of a mask are fetched once only", "resident.cuh",
            "if (step > 0 && step % 4 == 0) fetch", "if (step > 0 && step % 4 == 0 && !PLANTED) fetch"),
     Defect("what is blocked is multiplied by zero", "backward_epilogue.cuh",
@@ -159,7 +229,7 @@ DEFECTS = [
     Defect("no stage is waited for", "resident.cuh",
            "    wait_for_stage(stage);\n", "    if (!PLANTED) wait_for_stage(stage);\n"),
     Defect("both tensors in the same slice", "backward_resident.cu",
-           "shared + g.slices_offset + g.slice_bytes", "shared + g.slices_offset + (PLANTED ? 0 : g.slice_bytes)"),
+           "tensor * g.slice_bytes", "(PLANTED ? 0 : tensor) * g.slice_bytes"),
 ]
 # fmt: on
 

@@ -18,10 +18,10 @@ using namespace fastbn;
 namespace {
 
 std::map<std::string, std::string> settings = {
-    {"N", "8"},        {"C", "16"},     {"S", "256"},  {"layout", "first"},  {"dtype", "bf16"},
-    {"seed", "0"},     {"output", ""},  {"mask", "0"}, {"residual", "0"},    {"activation", "identity"},
-    {"shared", "64"},  {"block", "48"}, {"mps", "4"},  {"cooperative", "1"}, {"training", "1"},
-    {"backward", "1"},
+    {"N", "8"},        {"C", "16"},       {"S", "256"},  {"layout", "first"},  {"dtype", "bf16"},
+    {"seed", "0"},     {"output", ""},    {"mask", "0"}, {"residual", "0"},    {"activation", "identity"},
+    {"shared", "64"},  {"block", "48"},   {"mps", "4"},  {"cooperative", "1"}, {"cluster", "1"},
+    {"training", "1"}, {"backward", "1"},
 };
 
 int64_t number(const char* name) { return std::atoll(settings.at(name).c_str()); }
@@ -54,6 +54,7 @@ using NameTensor = void(const char* name, const void* data, size_t bytes);
 void run() {
   simt::config.seed = uint64_t(number("seed"));
   simt::config.multiprocessors = number("mps"), simt::config.cooperative = number("cooperative") != 0;
+  simt::config.cluster = number("cluster");
   simt::config.shared_per_multiprocessor = number("shared") << 10;
   simt::config.shared_per_block = number("block") << 10;
   const auto layout = one_of<Layout>("layout", {{"first", Layout::channels_first}, {"last", Layout::channels_last}});
@@ -92,7 +93,8 @@ void run() {
     for (const auto& [what, m] : tensors) name(what, m->data(), m->bytes());
   }
 
-  const cuda::Stream stream{nullptr, static_cast<unsigned*>(counters.data())};
+  unsigned* const barriers = static_cast<unsigned*>(counters.data());
+  const cuda::Stream stream{nullptr, barriers, barriers + counters.bytes() / 2 / sizeof(unsigned)};
   Forward f{};
   f.problem = problem, f.input = x.data(), f.output = y.data(), f.moments = static_cast<double*>(moments.data());
   f.weight = {weight.data(), DType::f32}, f.bias = {bias.data(), DType::f32}, f.training = training, f.eps = 1e-5;
@@ -106,7 +108,7 @@ void run() {
   const Memory forward_space(size_t(forward_plan.workspace_bytes) + 1);
   f.workspace = forward_space.data();
   cuda::forward(forward_plan, f, stream);
-  const uint64_t forward_launches = simt::stats.launches;
+  const uint64_t forward_launches = simt::stats.launches, forward_blocks = simt::stats.blocks;
 
   Backward b{};
   b.problem = problem, b.grad_output = dy.data(), b.input = x.data(), b.grad_input = dx.data();
@@ -125,7 +127,8 @@ void run() {
   FILE* const out = settings["output"].empty() ? nullptr : std::fopen(settings["output"].c_str(), "wb");
   std::cout << "{\"forward_launches\": " << forward_launches
             << ", \"backward_launches\": " << simt::stats.launches - forward_launches
-            << ", \"translated\": " << simt::stats.translated << ", \"results\": {";
+            << ", \"forward_blocks\": " << forward_blocks << ", \"translated\": " << simt::stats.translated
+            << ", \"results\": {";
   const char* comma = "";
   const std::pair<const char*, const Memory*> results[] = {
       {"y", &y}, {"moments", &moments}, {"mask", &mask}, {"dx", &dx}, {"dr", &dr}, {"dw", &dw}, {"db", &db}};

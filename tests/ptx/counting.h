@@ -79,8 +79,8 @@ struct WarpCounts {
 
 // What the blocks of a launch have in common while they are counted.
 struct Counting {
-  // A value of a counter, and when it was written. A thread that polls meets all of them in turn, so that the time it
-  // waits does not depend on how far the machine let others go ahead.
+  // A value of a counter, and when it was written; the first is what it was before. A thread that polls meets all of
+  // them in turn, so that the time it waits does not depend on how far the machine let others go ahead.
   struct Written {
     uint32_t value, when;
   };
@@ -88,6 +88,7 @@ struct Counting {
   std::unordered_map<unsigned, WarpCounts> warps{};                  // by number in the grid
   std::unordered_map<unsigned, std::array<uint32_t, 2>> barriers{};  // clocks, by block
   std::unordered_map<unsigned, std::vector<int>> barrier_sites{};    // by block, in their order
+  std::unordered_map<const void*, std::array<uint32_t, 2>> cluster_clocks{};
   std::unordered_map<uint64_t, std::vector<Written>> atomics{};
 
   explicit Counting(const Entry& entry);

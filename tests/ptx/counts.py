@@ -9,6 +9,7 @@ from ptx.build import library
 from ptx.cases import entries, run_case
 
 KB = 1024
+CLUSTER = 8  # blocks of the largest cluster of an H200
 ITEM_BYTES = {"bf16": 2, "f32": 4}
 PASSES = ("forward", "backward")
 
@@ -19,7 +20,7 @@ def plan_of(n, c, s, layout, dtype, direction, multiprocessors, cooperative=True
     device = {
         "multiprocessors": multiprocessors, "shared_per_multiprocessor": 228 * KB, "shared_per_block": 227 * KB,
         "shared_reserved": KB, "registers_per_multiprocessor": 64 * KB, "threads_per_multiprocessor": 2048,
-        "cooperative": cooperative, "bytes_per_microsecond": 4_300_000,
+        "cooperative": cooperative, "bytes_per_microsecond": 4_300_000, "cluster": CLUSTER,
     }  # fmt: skip
     return cuda_plan([n, c, s, 1], layout == "last", ITEM_BYTES[dtype], direction, True, True, device)
 
@@ -27,6 +28,15 @@ def plan_of(n, c, s, layout, dtype, direction, multiprocessors, cooperative=True
 def in_function(record, name):
     """Whether a place of the source is in a function of this name, or in what is inlined into it."""
     return any(part.split(" ")[-1].removesuffix("{}") == name for part in record.split(" < "))
+
+
+def merges(place):
+    """Whether a place of the source is where records are merged, which have 16 bytes as vectors of the tensor have."""
+    return in_function(place, "merge_records") or in_function(place, "merge_in_clusters")
+
+
+def over_vectors(loop):
+    return loop["vectors"] > 0 and not merges(loop["source"])
 
 
 def summary(launches):
@@ -44,11 +54,11 @@ def summary(launches):
         other += outside
         tensor += sum(site["sectors_of"].values()) - outside
         least += 0 if outside else site["least_sectors"]
-    vector_sites = [s for s in sites if s["in_vector_loop"] and s["space"] == "shared"]
+    vector_sites = [s for s in sites if s["in_vector_loop"] and s["space"] == "shared" and not merges(s["source"])]
     phases = [p for launch in launches for p in launch["phases"] if in_function(p["until"], "block_sums")]
     return {
         "instructions": sum(every) - sum(sum(w["instructions"].values()) for w in waits),
-        "loop_instructions": sum(sum(x["instructions"].values()) for x in loops if x["vectors"] > 0),
+        "loop_instructions": sum(sum(x["instructions"].values()) for x in loops if over_vectors(x)),
         "tensor_sectors": tensor,
         "least_sectors": least,
         "other_sectors": other,
@@ -73,7 +83,7 @@ def counters_of(launch, case, direction):
             memory["tensor"]["sectors"] += site["sectors"] - outside
     shared = [site for site in launch["sites"] if site["space"] == "shared"]
     vectors = case["N"] * case["C"] * case["S"] * ITEM_BYTES[case["dtype"]] / 16 / 32
-    in_loops = sum(sum(loop["instructions"].values()) for loop in launch["loops"] if loop["vectors"] > 0)
+    in_loops = sum(sum(loop["instructions"].values()) for loop in launch["loops"] if over_vectors(loop))
     return {
         "case": case, "pass": direction, "kernel": launch["kernel"], "blocks": launch["blocks"],
         "warps": launch["warps"], "instructions": launch["instructions"], **memory,
@@ -92,7 +102,8 @@ def count(n, c, s, multiprocessors, layout, dtype, cooperative=True):
         path = Path(folder) / "counters"
         said, _ = run_case(
             *(f"{key}={value}" for key, value in [("N", n), ("C", c), ("S", s), ("layout", layout), ("dtype", dtype)]),
-            *(f"mps={multiprocessors}", "shared=228", "block=227", f"cooperative={int(cooperative)}"),
+            *(f"mps={multiprocessors}", "shared=228", "block=227"),
+            *(f"cooperative={int(cooperative)}", f"cluster={CLUSTER}"),
             library=counted_library(),
             FASTBN_PTX_COUNTERS=str(path),
         )

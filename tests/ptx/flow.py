@@ -11,7 +11,7 @@ def class_of(s):
     if s.name.startswith("cp.async"):
         return "copy"
     if s.op in ("ld", "st", "atom", "red"):
-        return "param" if "param" in kinds else "shared" if "shared" in kinds else "global"
+        return "param" if "param" in kinds else "shared" if kinds & {"shared", "shared::cluster"} else "global"
     by_op = {
         "bar": "barrier", "barrier": "barrier", "membar": "barrier", "fence": "barrier", "nanosleep": "barrier",
         "shfl": "shuffle", "vote": "shuffle", "match": "shuffle", "activemask": "shuffle", "redux": "shuffle",

@@ -212,7 +212,7 @@ class Instructions:
 
     def memory(self, s, kinds, allowed):
         """(state space, number of elements, type, the other modifiers) of a load or store."""
-        space, rest = modifiers(kinds, ("global", "shared", "param", "local"))
+        space, rest = modifiers(kinds, ("global", "shared", "param", "local", "shared::cluster"))
         count, rest = modifiers(rest, ("v2", "v4"))
         others = tuple(rest[:-1])
         if others not in allowed:
@@ -228,9 +228,12 @@ class Instructions:
         targets = split_operands(o[0][1:-1]) if o[0].startswith("{") else [o[0]]
         if len(targets) != count:
             raise Unknown(s.text)
-        address = self.address(o[1], "u32" if space == "shared" and self.is_narrow(o[1]) else "u64")
+        narrow = space in ("shared", "shared::cluster") and self.is_narrow(o[1])
+        address = self.address(o[1], "u32" if narrow else "u64")
         if space in ("param", "local"):
             read = f"t.ld_{space}<{c}, {count}>({address})"
+        elif space == "shared::cluster":
+            read = f"t.ld_cluster<{c}, {count}>({address}, {self.site(s, 'load', 'shared', SIZE[c] * count)})"
         elif space == "shared":
             read = f"t.ld_shared<{c}, {count}>(uint32_t({address}), {self.site(s, 'load', space, SIZE[c] * count)})"
         elif others in polls:
@@ -282,6 +285,11 @@ class Instructions:
 
     op_red = op_atom
 
+    def op_mapa(self, s, kinds, o):
+        if kinds != ["shared::cluster", "u32"]:
+            raise Unknown(s.name)
+        return self.assign(o[0], f"t.mapa({self.value(o[1], 'u32')}, {self.value(o[2], 'u32')})", "u32")
+
     def op_cp(self, s, kinds, o):
         if s.name == "cp.async.commit_group":
             return "t.copies_commit();"
@@ -304,6 +312,10 @@ class Instructions:
     # -- barriers, warps, order
 
     def op_bar(self, s, kinds, o):
+        if kinds == ["cluster", "arrive", "release", "aligned"]:
+            return "t.cluster_arrive();"
+        if kinds == ["cluster", "wait", "acquire", "aligned"]:
+            return "t.cluster_wait();"
         if kinds == ["warp", "sync"]:
             return f"t.warp_sync({self.value(o[0], 'u32')});"
         site = self.site(s, "barrier", "shared", 0)

@@ -95,7 +95,7 @@ void launch(const simt::TranslatedLaunch& how) {
     of.entry.code(thread, of.params);
     thread.exits();
   };
-  simt::run(how.blocks, how.threads, how.dynamic_bytes, how.cooperative, call, &launch);
+  simt::run(how.blocks, how.threads, how.dynamic_bytes, how.cooperative, how.cluster, call, &launch);
   ++simt::stats.translated;
   if (counting == nullptr) return;
   counting->finish_phases();

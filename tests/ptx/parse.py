@@ -170,9 +170,9 @@ class Parser:
         while True:
             line = self.lines[self.at]
             self.at += 1
-            if line.lstrip().startswith(".loc"):
+            if line.lstrip().startswith((".loc ", ".loc\t")):
                 source = self.locations.at(line)
-            if line.lstrip().startswith((".loc", ".file", ".pragma")):
+            if line.lstrip().startswith((".loc ", ".loc\t", ".file", ".pragma")):
                 continue
             for c in line.split("//")[0]:
                 if not buffer and c.isspace():

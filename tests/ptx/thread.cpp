@@ -19,7 +19,7 @@ struct Thread::State {
   std::shared_ptr<const Knowledge> fenced{};
   int polled = -1;  // the site of the load that is repeated
   uint32_t value = 0;
-  uint32_t barriers = 0;
+  uint32_t barriers = 0, cluster_barriers = 0;
   // counting
   WarpCounts* warp = nullptr;
   std::vector<uint32_t> iterations{};
@@ -116,6 +116,35 @@ void Thread::before_shared_read(uint32_t at, size_t bytes, int site, Where w) {
   note(site, at);
 }
 
+uint64_t Thread::before_cluster_read(uint32_t at, size_t bytes, int site, Where w) {
+  if (at >> 24 == 0) simt::fail("an address of this block's shared memory where one of another is needed", w);
+  char* const own = shared_ + (at & 0xffffff);
+  simt::check_shared(own, bytes, w);
+  note(site, at);
+  return address(simt::in_cluster(own, (at >> 24) - 1, w));
+}
+
+void Thread::cluster_arrive(Where w) {
+  {
+    simt::Quiet quiet;
+    if (state_->warp != nullptr) {
+      uint32_t& latest =
+          state_->launch.counting->cluster_clocks[simt::self->block->cluster][state_->cluster_barriers & 1];
+      latest = std::max(latest, now_);
+    }
+  }
+  simt::cluster_arrive(w);
+}
+
+void Thread::cluster_wait(Where w) {
+  simt::cluster_wait(w);
+  simt::Quiet quiet;
+  if (state_->warp != nullptr) {
+    now_ = state_->launch.counting->cluster_clocks[simt::self->block->cluster][state_->cluster_barriers & 1];
+  }
+  ++state_->cluster_barriers;
+}
+
 void Thread::before_global_read(uint64_t at, size_t bytes, way how, int site, Where w) {
   const void* p = reinterpret_cast<const void*>(at);
   if (how == way::fresh) {
@@ -158,7 +187,7 @@ void Thread::copy_async(uint32_t to, uint64_t from, unsigned size, unsigned give
   note(site, from);
   std::memset(shared_ + to, 0xff, size);
   state_->copies.push_back({to, from, size, given, now_ + 1});
-  if (state_->warp != nullptr)
+  if (state_->warp != nullptr && in_tensor(from))
     state_->tensor_arrived = std::max(state_->tensor_arrived, now_ + 1), state_->tile_loaded = true;
 }
 
@@ -243,8 +272,9 @@ uint32_t Thread::atomic(uint64_t at, uint32_t v, order how, int site, uint32_t (
   }
   if (state_->warp != nullptr) {
     auto& written = state_->launch.counting->atomics[at];
+    if (written.empty()) written.push_back({old, 0});
     // The memory takes them in turn, but none waits for the one before it to return.
-    arrives = std::max(now_, written.empty() ? 0 : written.back().when - 1) + 1;
+    arrives = std::max(now_ + 1, written.back().when);
     state_->next_value = written.size();
     written.push_back({change(old, v), arrives});
   }

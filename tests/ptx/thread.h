@@ -77,6 +77,15 @@ class Thread {
     before_shared_write(at, sizeof(T) * n, site, w);
     put<T, n>(address(shared_) + at, v);
   }
+  // -- clusters: addresses in another block's shared memory have its rank, plus one, in front
+  uint32_t mapa(uint32_t at, uint32_t rank) const { return at | (rank + 1) << 24; }
+  template <class T, int n>
+  std::array<T, n> ld_cluster(uint32_t at, int site, PTX_WHERE) {
+    return get<T, n>(before_cluster_read(at, sizeof(T) * n, site, w));
+  }
+  void cluster_arrive(PTX_WHERE);
+  void cluster_wait(PTX_WHERE);
+
   template <class T, int n>
   std::array<T, n> ld_global(uint64_t at, way how, int site, PTX_WHERE) {
     before_global_read(at, sizeof(T) * n, how, site, w);
@@ -138,6 +147,7 @@ class Thread {
   void check_param(uint64_t at, size_t bytes, Where w) const;
   void not_shared(uint64_t at, Where w) const;
   void before_shared_read(uint32_t at, size_t bytes, int site, Where w);
+  uint64_t before_cluster_read(uint32_t at, size_t bytes, int site, Where w);
   void before_shared_write(uint32_t at, size_t bytes, int site, Where w);
   void before_global_read(uint64_t at, size_t bytes, way how, int site, Where w);
   void before_global_write(uint64_t at, size_t bytes, int site, Where w);

@@ -22,6 +22,7 @@ const std::pair<const char*, int64_t simt::Config::*> numbers[] = {
     {"registers_per_thread", &simt::Config::registers_per_thread},
     {"threads_per_multiprocessor", &simt::Config::threads_per_multiprocessor},
     {"bytes_per_microsecond", &simt::Config::bytes_per_microsecond},
+    {"cluster", &simt::Config::cluster},
 };
 
 // The backend keeps the numbers of each device: other numbers are another device.

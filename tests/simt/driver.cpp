@@ -219,7 +219,7 @@ void test_running() {
   for (int64_t i = 0; i < 2 * C; ++i) moments.set(i, 1 + uniform());
   for (int64_t i = 0; i < C; ++i) mean.set(i, 1), var.set(i, 2);
   cuda::update_running_stats(static_cast<const double*>(moments.data()), C, 10,
-                             {mean.output(), var.output(), 0.5, nullptr, nullptr}, {nullptr, nullptr});
+                             {mean.output(), var.output(), 0.5, nullptr, nullptr}, {nullptr, nullptr, nullptr});
   const Case c{"update_running_stats", {}, false, false};
   for (int64_t i = 0; i < C; ++i) {
     expect(c, "mean", i, mean.get(i), 0.5 + 0.5 * moments.get(i), 1e-7);
@@ -253,6 +253,7 @@ void test_seed(uint64_t seed, const std::string& filter) {
     simt::config.shared_per_multiprocessor = gpu.shared_per_multiprocessor;
     simt::config.shared_per_block = gpu.shared_per_block;
     simt::config.cooperative = gpu.cooperative;
+    simt::config.cluster = gpu.cluster, simt::config.merged_at_once = gpu.merged_at_once;
     for (const auto& [N, C, S] : shapes) {
       for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
         state = (seed + 1) * 0x9e3779b97f4a7c15 ^ uint64_t(number * 1000003 + N * 10007 + C * 101 + S);
@@ -269,6 +270,8 @@ void test_seed(uint64_t seed, const std::string& filter) {
           test_case(c, nullptr);
           for (int i = 0; i < fused_a_case; ++i) test_case(c, &epilogues[epilogue++ % int64_t(std::size(epilogues))]);
         } catch (const simt::error& e) {
+          // Before anything ran: the largest groups are for the other modes.
+          if (SIMT_TSAN && std::string(e.what()).find("ThreadSanitizer has no room") != std::string::npos) continue;
           wrong(c, e.what());
         }
       }

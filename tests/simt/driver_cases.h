@@ -91,12 +91,15 @@ struct Gpu {
   const char* name;
   int64_t multiprocessors, shared_per_multiprocessor, shared_per_block;
   bool cooperative;
+  int64_t cluster, merged_at_once;
 };
 constexpr Gpu gpus[] = {
-    {"small", 4, 64 << 10, 48 << 10, true},    // groups of several blocks, several waves
-    {"roomy", 6, 200 << 10, 160 << 10, true},  // a channel tile fits in a block
-    {"alone", 4, 64 << 10, 48 << 10, false},   // no cooperative launches
-    {"poor", 2, 24 << 10, 22 << 10, true},     // little fits
+    {"small", 4, 64 << 10, 48 << 10, true, 1, 512},    // groups of several blocks, several waves
+    {"roomy", 6, 200 << 10, 160 << 10, true, 2, 512},  // a channel tile fits in a block, or in a small cluster
+    {"alone", 4, 64 << 10, 48 << 10, false, 1, 4},     // no cooperative launches; the last block of a subgroup merges
+    {"poor", 2, 36 << 10, 34 << 10, true, 1, 4},       // little fits
+    {"many", 13, 36 << 10, 34 << 10, true, 1, 4},      // subgroups of the blocks of a group
+    {"clustered", 6, 64 << 10, 48 << 10, true, 4, 512},
 };
 
 struct Case {

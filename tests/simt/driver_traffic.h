@@ -34,9 +34,13 @@ inline std::vector<std::string> names_of(const Plan& plan, Pass pass, bool train
   std::vector<std::string> names = {base + (plan.batch_splits > 1 ? ", several blocks" : ", one block")};
   if (plan.strategy == Strategy::resident && plan.waves > 1) names.push_back(base + ", several waves");
   if (plan.vector == 1) names.push_back(base + ", scalar");
+  if (plan.cluster > 1) names.push_back(base + (plan.batch_splits > plan.cluster ? ", clusters" : ", a cluster"));
+  if (plan.cluster == 1 && plan.subgroup > 1) names.push_back(base + ", subgroups");
   if (!kernel.empty()) names.push_back(base + kernel);
   return names;
 }
+
+inline std::set<std::string> set_of(const std::vector<std::string>& names) { return {names.begin(), names.end()}; }
 
 inline std::set<std::string> all_names() {
   std::set<std::string> names;
@@ -49,6 +53,12 @@ inline std::set<std::string> all_names() {
         for (const char* kernel : {", relu", pass == Pass::forward ? ", relu of a sum" : ", masked", ", any"}) {
           for (const auto& name : names_of(plan, pass, true, kernel)) names.insert(name);
         }
+        plan.cluster = plan.subgroup = 2;
+        if (pattern == AccessPattern::columns && blocks > 1) names.merge(set_of(names_of(plan, pass, true)));
+        plan.batch_splits = 4;
+        if (pattern == AccessPattern::columns) names.merge(set_of(names_of(plan, pass, true)));
+        plan.batch_splits = blocks, plan.cluster = 1, plan.subgroup = blocks;
+        for (const auto& name : names_of(plan, pass, true)) names.insert(name);
         plan.strategy = Strategy::streaming, plan.vector = 1;
         for (const bool training : {false, true}) {
           if (pass == Pass::forward && !training) continue;  // the same kernel as in training
@@ -72,15 +82,17 @@ inline void call(const Case& c, const Plan& plan, Pass pass, bool training, cons
           std::to_string(plan.batch_splits) + " blocks a tile, " + std::to_string(plan.waves) + " waves, " +
           std::to_string(plan.vector) + " elements an access, " + std::to_string(plan.shared_bytes) + " bytes shared";
   simt::stats = {};
-  body(cuda::Stream{nullptr, static_cast<unsigned*>(counters->data())});
+  constexpr size_t half = cuda::counter_bytes / 2 / sizeof(unsigned);
+  unsigned* const barriers = static_cast<unsigned*>(counters->data());
+  body(cuda::Stream{nullptr, barriers, barriers + half});
   if (plan.strategy == Strategy::resident && simt::stats.launches != 1) {
     wrong(c, std::to_string(simt::stats.launches) + " launches of the resident strategy");
   }
   // Those of barriers, in the first half, may have their top bit set: it flips with each barrier.
-  constexpr size_t count = cuda::counter_bytes / sizeof(unsigned);
-  for (size_t i = 0; i < count; ++i) {
-    const unsigned n = static_cast<unsigned*>(counters->data())[i];
-    if (n == 0 || (n == 0x80000000u && i < count / 2)) continue;
+  constexpr size_t sector = cuda::barrier_bytes / sizeof(unsigned);
+  for (size_t i = 0; i < 2 * half; ++i) {
+    const unsigned n = barriers[i];
+    if (n == 0 || (n == 0x80000000u && i < half && i % sector == 0)) continue;
     wrong(c, "counter " + std::to_string(i) + " is " + std::to_string(n) + " after the launch");
   }
 }

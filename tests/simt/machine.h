@@ -42,6 +42,10 @@ struct Config {
   int64_t registers_per_thread = from_environment("REGISTERS_PER_THREAD", 64);
   int64_t threads_per_multiprocessor = from_environment("THREADS", 2048);
   bool cooperative = from_environment("COOPERATIVE", 1) != 0;
+  int64_t cluster = from_environment("CLUSTER", 1);                  // blocks of the largest cluster
+  int64_t merged_at_once = from_environment("MERGED_AT_ONCE", 512);  // records; the planner's limit
+  // Blocks of a cooperative launch that other programs leave room for, which the properties do not tell.
+  int64_t cooperative_blocks = from_environment("COOPERATIVE_BLOCKS", 1 << 30);
   int64_t bytes_per_microsecond = from_environment("BYTES_PER_MICROSECOND", 100000);
 
   static int64_t from_environment(const char* name, int64_t otherwise) {
@@ -54,7 +58,7 @@ inline Config config;
 struct Stats {
   uint64_t launches, blocks, switches;
   uint64_t bytes_read, bytes_written;  // by load*, copy16 and store*
-  uint64_t fresh_bytes, atomics;       // by load_fresh; add, increment_until and load_acquire
+  uint64_t fresh_bytes, atomics;       // by load_fresh*; atomic operations and load_acquire
   uint64_t translated;                 // launches of translated PTX (translated.h)
   uint64_t queries;                    // of the numbers of the device and of resident blocks
 };
@@ -92,6 +96,8 @@ struct Fiber {
   int source = 0;
   unsigned slot = 0;
   uint64_t given = 0, got = 0;
+  unsigned cluster_phase = 0;  // of the barrier of its cluster that it arrived at
+  bool in_cluster_barrier = false;
   bool fenced = false;               // since the last barrier
   std::vector<const void*> atomics;  // that it read since the last fence
   struct Copy {
@@ -128,6 +134,16 @@ struct Block {
   unsigned arrived = 0, phase = 0, votes[2]{};
   Where where{};
   std::vector<Fiber*> waiters;
+  struct Cluster* cluster = nullptr;
+};
+
+// Blocks that meet at barriers of their own, in two steps, and read each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;
+  unsigned arrived = 0, phase = 0;
+  Where where{};
+  std::vector<Fiber*> waiters;
+  char order[2]{};  // TSan: one object for each phase
 };
 
 struct Machine {
@@ -141,6 +157,7 @@ struct Machine {
   void* arguments = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Block> slots;
+  std::vector<Cluster> clusters;
   Block* current = nullptr;
   size_t ready[2]{};  // [1] only runs when [0] is empty
   size_t stale = 0;   // spinning fibers that polled in vain since the last progress
@@ -316,6 +333,54 @@ inline unsigned sync_block(unsigned vote, Where w) {
   acquire(&votes);
   self->fenced = false;
   return votes;
+}
+
+// ---- clusters ------------------------------------------------------------------------------------------------------
+
+inline Cluster& own_cluster(const char* what, Where w) {
+  Cluster* const cluster = self->block->cluster;
+  if (cluster == nullptr) fail(std::string(what) + " without a cluster", w);
+  return *cluster;
+}
+
+inline void cluster_arrive(Where w) {
+  Quiet quiet;
+  Cluster& c = own_cluster("barrier of a cluster", w);
+  if (self->in_cluster_barrier) fail("arrives twice at the barrier of a cluster", w);
+  for (const Block* b : c.blocks) {
+    if (b->exited != 0) fail("barrier of a cluster: threads of a block have exited", w);
+  }
+  release(&c.order[c.phase & 1]);
+  self->in_cluster_barrier = true, self->cluster_phase = c.phase;
+  if (++c.arrived < c.blocks.size() * machine.threads) return;
+  c.arrived = 0, ++c.phase;
+  for (Fiber* f : c.waiters) wake(f);
+  c.waiters.clear();
+}
+
+inline void cluster_wait(Where w) {
+  Quiet quiet;
+  Cluster& c = own_cluster("barrier of a cluster", w);
+  if (!self->in_cluster_barrier) fail("waits at the barrier of a cluster without arriving", w);
+  if (c.phase == self->cluster_phase) {
+    c.waiters.push_back(self);
+    leave(State::waiting, "barrier of a cluster", w);
+  } else if (config.seed != 0) {
+    leave(State::ready, "barrier of a cluster", w);
+  }
+  self->in_cluster_barrier = false;
+  acquire(&c.order[self->cluster_phase & 1]);
+}
+
+// The place of p, in the shared memory of this block, in that of another one.
+inline char* in_cluster(const void* p, unsigned rank, Where w) {
+  Cluster& c = own_cluster("an address of another block", w);
+  if (rank >= c.blocks.size()) fail("no block of the cluster has rank " + std::to_string(rank), w);
+  const Block& other = *c.blocks[rank];
+  if (other.exited != 0) fail("reads the shared memory of a block that has exited", w);
+  const size_t at = size_t(static_cast<const char*>(p) - self->block->shared);
+  if (at >= machine.arena) fail("not an address in the shared memory of this block", w);
+  return other.shared + at;
 }
 
 // ---- warps: a rendezvous of the lanes in a mask --------------------------------------------------------------------
@@ -601,6 +666,7 @@ inline void start_block(Block& b, unsigned index) {
   for (unsigned t = 0; t < m.threads; ++t) {
     Fiber& f = b.fibers[t];
     f.block = &b, f.thread = t, f.lane = t % 32, f.fenced = false, f.atomics.clear(), f.what = "start";
+    f.in_cluster_barrier = false;
     Warp& warp = b.warps[t / 32];
     if (f.lane == 0) warp.lanes = &f;
     warp.alive |= 1u << f.lane;
@@ -639,6 +705,10 @@ inline void run_blocks(unsigned resident) {
   }
   unsigned started = 0;
   for (Block& b : m.slots) start_block(b, order[started++]);
+  for (Block& b : m.slots) {
+    b.cluster = m.clusters.empty() ? nullptr : &m.clusters[b.index / (m.blocks / unsigned(m.clusters.size()))];
+    if (b.cluster != nullptr) b.cluster->blocks[b.index % b.cluster->blocks.size()] = &b;
+  }
   for (unsigned running = resident; running != 0;) {
     switch_to(next());  // back here when a block has finished, or something has failed
     if (m.failure) std::rethrow_exception(std::exchange(m.failure, nullptr));
@@ -650,8 +720,8 @@ inline void run_blocks(unsigned resident) {
   }
 }
 
-inline void run(int64_t blocks, int64_t threads, int64_t dynamic_bytes, bool cooperative, void (*call)(void*),
-                void* arguments) {
+inline void run(int64_t blocks, int64_t threads, int64_t dynamic_bytes, bool cooperative, int64_t cluster,
+                void (*call)(void*), void* arguments) {
   Machine& m = machine;
   std::lock_guard lock(m.mutex);
   self = &host;
@@ -668,6 +738,11 @@ inline void run(int64_t blocks, int64_t threads, int64_t dynamic_bytes, bool coo
   m.blocks = unsigned(blocks), m.threads = unsigned(threads), m.cooperative = cooperative;
   m.dynamic_bytes = size_t(dynamic_bytes), m.static_bytes = 0;
   if (cooperative && !config.cooperative) fail("this device has no cooperative launches");
+  if (cluster > config.cluster || blocks % cluster != 0 || (cluster > 1 && !cooperative)) {
+    fail("clusters of " + std::to_string(cluster) + " blocks, of " + std::to_string(blocks) + ": not on this device");
+  }
+  m.clusters.assign(cluster > 1 ? size_t(blocks / cluster) : 0, {});
+  for (Cluster& c : m.clusters) c.blocks.resize(size_t(cluster));
   check_fits(Where::current());
 
   ++m.launch, ++stats.launches;

@@ -71,6 +71,7 @@ struct Launch {
   int64_t shared_bytes;
   bool cooperative;
   void* stream;
+  int64_t cluster = 1;
 };
 
 template <class... P>
@@ -80,8 +81,15 @@ int64_t resident_blocks(void (*)(P...), int64_t threads, int64_t shared_bytes) {
   return simt::blocks_per_multiprocessor(threads, shared_bytes);
 }
 
+// False: other programs leave no room for a cooperative launch of so many blocks.
+template <class... P>
+int64_t resident_clusters(void (*kernel)(P...), int64_t threads, int64_t shared_bytes, int64_t cluster) {
+  return resident_blocks(kernel, threads, shared_bytes) * simt::config.multiprocessors / cluster;
+}
+
 template <class... P, class... A>
-void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
+bool launch(const Launch& how, void (*kernel)(P...), A&&... args) {
+  if (how.cooperative && how.blocks > simt::config.cooperative_blocks) return false;
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
@@ -89,24 +97,33 @@ void launch(const Launch& how, void (*kernel)(P...), A&&... args) {
   const std::vector<simt::Argument> arguments = std::apply(
       [](const P&... of) { return std::vector<simt::Argument>{{&of, sizeof(P), alignof(P)}...}; }, call.args);
   if (simt::launch_translated(reinterpret_cast<const void*>(kernel), how.blocks, how.threads, how.shared_bytes,
-                              how.cooperative, arguments)) {
-    return;
+                              how.cooperative, how.cluster, arguments)) {
+    return true;
   }
   const auto apply = [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); };
-  simt::run(how.blocks, how.threads, how.shared_bytes, how.cooperative, apply, &call);
+  simt::run(how.blocks, how.threads, how.shared_bytes, how.cooperative, how.cluster, apply, &call);
+  return true;
 }
 
 inline Device query_device() {
   ++simt::stats.queries;
   const simt::Config& c = simt::config;
-  return {c.multiprocessors, c.shared_per_multiprocessor,    c.shared_per_block,
-          c.shared_reserved, c.registers_per_multiprocessor, c.threads_per_multiprocessor,
-          c.cooperative,     c.bytes_per_microsecond};
+  return {c.multiprocessors,
+          c.shared_per_multiprocessor,
+          c.shared_per_block,
+          c.shared_reserved,
+          c.registers_per_multiprocessor,
+          c.threads_per_multiprocessor,
+          c.cooperative,
+          c.cluster,
+          c.bytes_per_microsecond,
+          c.merged_at_once};
 }
 
 inline int current_device() { return int(simt::config.device); }
 
 constexpr bool spares_registers = false;
+constexpr bool has_clusters = true;
 
 inline int opaque(int x) { return x; }
 
@@ -151,15 +168,27 @@ inline void shared_store16(void* p, const Bytes16& v, SIMT_WHERE) {
 }
 
 inline void copy16(void* shared, const void* global, SIMT_WHERE) { simt::start_copy(shared, global, where); }
+inline void copy16_fresh(void* shared, const void* global, SIMT_WHERE) {
+  simt::note_fresh(global, 16, where);
+  simt::start_copy(shared, global, where);
+}
 inline void copies_commit() { simt::commit_copies(); }
 template <int n>
 void copies_done() {
   simt::finish_copies(n);
 }
 
+inline void prefetch(const void* p, SIMT_WHERE) { simt::check_alignment(p, 1, where); }
+
+inline double rounded_product(double a, double b) { return a * b; }
+
 // ---- blocks that talk to each other --------------------------------------------------------------------------------
 
 inline void fence(SIMT_WHERE) { simt::fence(where); }
+inline unsigned load_relaxed(const unsigned* p, SIMT_WHERE) {
+  simt::note_atomic(p, simt::Access::read, where);
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
 inline unsigned load_acquire(const unsigned* p, SIMT_WHERE) {
   simt::note_atomic(p, simt::Access::read, where);
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
@@ -180,6 +209,23 @@ inline unsigned increment_until(unsigned* p, unsigned last, SIMT_WHERE) {
   while (!__atomic_compare_exchange_n(p, &old, old >= last ? 0 : old + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return old;
+}
+inline void add_release(unsigned* p, unsigned v, SIMT_WHERE) {
+  simt::fence(where);
+  simt::note_atomic(p, simt::Access::write, where);
+  __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+inline unsigned take_ticket(unsigned* p, unsigned last, SIMT_WHERE) {
+  simt::fence(where);
+  const unsigned old = increment_until(p, last, where);
+  simt::fence(where);
+  return old;
+}
+inline void cluster_arrive(SIMT_WHERE) { simt::cluster_arrive(where); }
+inline void cluster_wait(SIMT_WHERE) { simt::cluster_wait(where); }
+inline Bytes16 cluster_load16(const void* p, unsigned rank, SIMT_WHERE) {
+  simt::check_shared(p, 16, where);
+  return *reinterpret_cast<const Bytes16*>(simt::in_cluster(p, rank, where));
 }
 template <class Done>
 void wait_until(Done&& done, SIMT_WHERE) {

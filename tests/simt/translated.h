@@ -18,6 +18,7 @@ struct TranslatedLaunch {
   const void* kernel;  // the address of the C++ kernel, whose symbol is the name of the entry
   int64_t blocks, threads, dynamic_bytes;
   bool cooperative;
+  int64_t cluster;
   const std::vector<Argument>* arguments;
   const Config* config;
   Stats* stats;
@@ -42,11 +43,11 @@ inline void* translated_symbol(const char* name) {
 
 // Whether the launch went to translated PTX.
 inline bool launch_translated(const void* kernel, int64_t blocks, int64_t threads, int64_t dynamic_bytes,
-                              bool cooperative, const std::vector<Argument>& arguments) {
+                              bool cooperative, int64_t cluster, const std::vector<Argument>& arguments) {
   static Translated* const translated = reinterpret_cast<Translated*>(translated_symbol("ptx_launch"));
   if (translated == nullptr) return false;
   const char* failed =
-      translated({kernel, blocks, threads, dynamic_bytes, cooperative, &arguments, &config, &stats, &watches});
+      translated({kernel, blocks, threads, dynamic_bytes, cooperative, cluster, &arguments, &config, &stats, &watches});
   if (failed != nullptr) throw error(failed);
   return true;
 }
