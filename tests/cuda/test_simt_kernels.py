@@ -36,7 +36,8 @@ def test_kernels_under(mode, seeds):
 
 # ---- what other programs do to a launch ------------------------------------------------------------------------------
 
-GROUPS = ["layout=first", "N=32", "C=3", "S=1152"]  # several blocks a channel
+SHAPE = ["layout=first", "N=32", "C=3", "S=1152"]
+GROUPS = [*SHAPE, "mps=8"]  # three blocks a channel
 
 
 @pytest.mark.simt
@@ -56,14 +57,13 @@ def test_a_cooperative_launch_that_finds_no_room():
 @pytest.mark.simt_quick
 def test_the_margin_of_multiprocessors():
     """FASTBN_SM_MARGIN: so many multiprocessors stay free for other kernels."""
-    case = [*GROUPS, "mps=8"]
-    all_of_it, right = run_case(*case)
-    fewer, found = run_case(*case, FASTBN_SM_MARGIN="4")
-    half, _ = run_case(*GROUPS, "mps=4")
+    all_of_it, right = run_case(*GROUPS)
+    fewer, found = run_case(*GROUPS, FASTBN_SM_MARGIN="4")
+    half, _ = run_case(*SHAPE, "mps=4")
     assert half["forward_blocks"] == fewer["forward_blocks"] < all_of_it["forward_blocks"]
     assert numbers("y", found["y"], "bf16") == pytest.approx(numbers("y", right["y"], "bf16"), abs=0.1)
     with pytest.raises(RuntimeError, match="FASTBN_SM_MARGIN should be"):
-        run_case(*case, FASTBN_SM_MARGIN="some")
+        run_case(*GROUPS, FASTBN_SM_MARGIN="some")
 
 
 # ---- planted defects -----------------------------------------------------------------------------------------------
