@@ -33,6 +33,7 @@ struct RowAccess {
   using C = Lanes<T, A>;
   const Plan& plan;
   const Shape& shape;
+  const bool fetches;  // prefetch by software
 
   // Calls body(row) for every row of the k-th channel of the tile; backwards, the row that was read last comes first.
   template <class Body>
@@ -75,7 +76,7 @@ struct RowAccess {
   template <class Op>
   std::pair<double, double> sums(const Tile& tile, int64_t k, E pivot, const Op& op,
                                  const ForwardCoefficients<T>& z) const {
-    RowReduction<T, Op> pair(op, L::all(pivot), z);
+    RowReduction<T, Op> pair(op, L::all(pivot), z, fetches);
     for_each_row(tile, k, false, [&](const Row& row) { pair.add(row); });
     pair.flush();
     return {total<double>(pair.first), total<double>(pair.second)};
@@ -84,7 +85,7 @@ struct RowAccess {
   void stats(const T* x, const Tile& tile, double* mean, double* m2) const {
     const double n = double(count(tile));
     for (int64_t k = 0; k < tile.channels; ++k) {
-      E pivot = wide_sums<T> ? E(0) : probe_pivot(x, tile, k);
+      E pivot = starts_at_zero<T> ? E(0) : probe_pivot(x, tile, k);
       Moments m{};
       const auto improved = [&](const auto& op) {
         const auto [sum, squares] = sums(tile, k, pivot, op, ForwardCoefficients<T>{});
@@ -137,28 +138,31 @@ struct RowAccess {
     for (int64_t k = tile.channels - 1; k >= 0; --k) {
       C c[F::count];
       for (int i = 0; i < F::count; ++i) c[i] = C::all(coefficients[i][k]);
-      const bool unread = memory.unread, streamed = memory.streamed;
+      const bool unread = memory.unread, streamed = memory.streamed, fetches = this->fetches;
       const int64_t next = memory.next;
       // Captured by value: a store may alias whatever is reached through a reference.
       const auto of_row = [=](const Row& row) FASTBN_INLINE {
-        return [=](const auto& io, int64_t i) FASTBN_INLINE {
-          const int64_t then = ahead<T>(row, i);
-          if (unread) {
-            f.prefetch(then);
-            if (!streamed) fetch(out + then);  // 5-15 % faster, NOTES.md#prefetch
+        return [=](const auto& io, int64_t i, auto& packs) FASTBN_INLINE {
+          constexpr int number = std::extent_v<std::remove_reference_t<decltype(packs)>>;
+          for (int p = 0; fetches && p < number; ++p) {
+            const int64_t then = ahead<T>(row, i + p * P::size);
+            if (unread) {
+              f.prefetch(then);
+              if (!streamed) fetch(out + then);  // 5-15 % faster, NOTES.md#prefetch
+            }
+            f.prefetch_extra(then);
+            if (next != 0 && !unread) f.prefetch(row.offset + i + p * P::size + next);
           }
-          f.prefetch_extra(then);
-          if (next != 0 && !unread) f.prefetch(row.offset + i + next);
-          return f(io, row.offset + i, row.slot + slot_of<T>(i), c);
+          f(io, Places<number>{row.offset + i, P::size, row.slot + slot_of<T>(i), 1}, c, packs);
         };
       };
       const auto alone = [&](const Row& row) {
         const bool in_order = reinterpret_cast<uintptr_t>(out + row.offset) % vector_bytes == 0;
         const bool streams = memory.streamed && (in_order || !f.uses_mask());
-        map_row(WholePack<T>{streams, streams && memory.both}, out + row.offset, row.length, of_row(row));
+        map_row<T, F::calls>(WholePack<T>{streams, streams && memory.both}, out + row.offset, row.length, of_row(row));
       };
-      const bool several =
-          vector_bytes == 64 && (sizeof(T) == 2 ? streamed || unread : streamed && !unread && !memory.both);
+      const bool several = !F::calls && vector_bytes == 64 &&
+                           (sizeof(T) == 2 ? streamed || unread : streamed && !unread && !memory.both);
       Row waiting[4];
       int number = 0;
       for_each_row(tile, k, true, [&](const Row& row) {
@@ -185,6 +189,7 @@ struct ColumnAccess {
   using Block = ColumnBlock<T>;
   const Plan& plan;
   const Shape& shape;
+  const bool fetches;  // prefetch by software
 
   // Rows that are accumulated before the sums are moved to float64 (which they may be in already).
   static constexpr int64_t most_rows = sizeof(E) == 8 ? 1 << 20 : float_terms;
@@ -202,9 +207,9 @@ struct ColumnAccess {
     const int64_t start = first * plan.columns + tile.first_channel * channel_width;
     const int64_t slots = plan.slots_per_row(P::size), channel_tile = tile.first_channel / plan.channels_per_tile;
     const int64_t slot = channel_tile * plan.slot_rows() * slots;
-    body(Block{start, plan.columns, rows, int(columns), slot + first * slots, slots});
+    body(Block{start, plan.columns, rows, int(columns), slot + first * slots, slots, fetches});
     if (plan.spare > 0 && tile.split == plan.batch_splits - 1) {
-      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare), slot + plan.rows * slots, slots});
+      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare), slot + plan.rows * slots, slots, fetches});
     }
   }
 
@@ -311,7 +316,7 @@ struct ColumnAccess {
 
   void stats(const T* x, const Tile& tile, double* mean, double* m2) const {
     E pivot[max_columns];
-    wide_sums<T> ? void(memset(pivot, 0, tile.channels * sizeof(E))) : probe_pivot(x, tile, pivot);
+    starts_at_zero<T> ? void(memset(pivot, 0, tile.channels * sizeof(E))) : probe_pivot(x, tile, pivot);
     bool lost;
     if (moments(FirstStatsOp<T>{x}, tile, pivot, mean, m2, lost)) {
       moments(StatsOp<T, true>{x}, tile, pivot, mean, m2, lost);

@@ -65,6 +65,7 @@ struct ColumnBlock {
   int columns;   // at most max_columns
   int64_t slot;  // of the mask, of the first pack
   int64_t slots_per_row;
+  bool fetches;  // prefetch by software
 
   bool narrow() const { return columns < size; }
   // Whether an array of one value per channel is in pack order already.
@@ -80,6 +81,23 @@ struct ColumnBlock {
   int64_t rows_ahead() const {
     const int64_t step = Rows * stride;  // 0 for the spare elements, which are a row of their own
     return ceil_div(bytes_ahead / int64_t(sizeof(T)), larger<int64_t>(1, step)) * step;
+  }
+  // Sums about a pivot where most data needs none: compiled small.
+  template <class F>
+  static constexpr bool is_rare() {
+    if constexpr (F::is_sum) return F::shifted && starts_at_zero<T>;
+    return false;
+  }
+  // Calls body with whether to prefetch as a type: a branch in the loops costs 5 % in the cache. One loop that always
+  // prefetches is enough where it gains little for its compile time.
+  template <class F, class Body>
+  FASTBN_HD void with_prefetch(const Body& body) const {
+    constexpr bool two_loops =
+        vector_bytes >= 32 && !std::is_same_v<T, double> && !std::is_same_v<T, Half> && !F::calls && !is_rare<F>();
+    if constexpr (two_loops) {
+      if (!fetches) return body(std::false_type{});
+    }
+    body(std::true_type{});
   }
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
@@ -188,6 +206,7 @@ struct ColumnBlock {
       here = Sums{}, end += channel_width;
     };
     const int64_t apart = stride, slots_apart = slots_per_row;
+    const bool fetches = this->fetches;
     const int64_t ahead = larger<int64_t>(1, bytes_ahead / int64_t(sizeof(T)) / size / rows) * size;
     // The pack that starts at `column`; `known`: elements that the previous pack covered.
     const auto step = [&](int column, int known, int64_t slots) FASTBN_INLINE {
@@ -198,16 +217,28 @@ struct ColumnBlock {
       const ForwardCoefficients<T> of_z{z[0], z[1], z[2]};
       S s{}, q{};
       int64_t row = 0;
-      const auto add_row = [&]() FASTBN_INLINE {
-        const int64_t at = start + row * apart + column;
-        f.prefetch(at + ahead);
-        S x, y;
-        f(WholePack<T>{}, at, slots + row * slots_apart, c[0], of_z, x, y);
-        for (int k = 0; k < S::vectors; ++k) s.v[k] += x.v[k], q.v[k] += x.v[k] * y.v[k];
-        ++row;
+      // The next rows.
+      const auto add = [&](auto places) FASTBN_INLINE {
+        constexpr int number = decltype(places)::number;
+        const Places<number> at{start + row * apart + column, apart, slots + row * slots_apart, slots_apart};
+        if (fetches) {
+          for (int r = 0; r < number; ++r) f.prefetch(at.element(r) + ahead);
+        }
+        S x[number], y[number];
+        f(WholePack<T>{}, at, c[0], of_z, x, y);
+        for (int r = 0; r < number; ++r) {
+          for (int k = 0; k < S::vectors; ++k) s.v[k] += x[r].v[k], q.v[k] += x[r].v[k] * y[r].v[k];
+        }
+        row += number;
       };
-      while (row + 4 <= rows) add_row(), add_row(), add_row(), add_row();
-      while (row < rows) add_row();
+      while (row + 4 <= rows) {
+        if constexpr (F::calls) {
+          add(Places<4>{});
+        } else {
+          for (int r = 0; r < 4; ++r) add(Places<1>{});
+        }
+      }
+      while (row < rows) add(Places<1>{});
       if (known > 0) keep_from<T, sum_t<T>>(s, known), keep_from<T, sum_t<T>>(q, known);
       if (const int left = int(end - column); left < size) {
         S s_here = s, q_here = q;
@@ -245,15 +276,18 @@ struct ColumnBlock {
   void accumulate(int64_t first, int64_t last, const Pivots& pivots,
                   const ForwardCoefficientSource& forward_coefficients, sum_t<T>* s, sum_t<T>* q, const F& f) const {
     if constexpr (Pivots::may_be_narrow) {
-      if (narrow()) return add_rows<1>(PartOfPack<T>{columns}, first, last, pivots, forward_coefficients, s, q, f);
+      if (narrow())
+        return add_rows<1, false>(PartOfPack<T>{columns}, first, last, pivots, forward_coefficients, s, q, f);
     }
-    constexpr int at_once = 4;
+    constexpr int at_once = is_rare<F>() ? 2 : F::calls ? 4 : 8;
     const int64_t together = first + (last - first) / at_once * at_once;
-    add_rows<at_once>(WholePack<T>{}, first, together, pivots, forward_coefficients, s, q, f);
-    add_rows<1>(WholePack<T>{}, together, last, pivots, forward_coefficients, s, q, f);
+    with_prefetch<F>([&](auto prefetches) FASTBN_INLINE {
+      add_rows<at_once, prefetches.value>(WholePack<T>{}, first, together, pivots, forward_coefficients, s, q, f);
+    });
+    add_rows<1, false>(WholePack<T>{}, together, last, pivots, forward_coefficients, s, q, f);
   }
 
-  template <int Rows, class IO, class Pivots, class ForwardCoefficientSource, class F>
+  template <int Rows, bool prefetches, class IO, class Pivots, class ForwardCoefficientSource, class F>
   void add_rows(const IO io, int64_t first, int64_t last, Pivots pivots, ForwardCoefficientSource forward_coefficients,
                 sum_t<T>* s, sum_t<T>* q, const F f) const {
     using S = Lanes<T, sum_t<T>>;
@@ -267,15 +301,28 @@ struct ColumnBlock {
       Lanes<T, acc_t<T>> z[3]{};
       if constexpr (F::needs_z) forward_coefficients.get(p, column, z);
       const ForwardCoefficients<T> of_z{z[0], z[1], z[2]};
-      S sum = S::load(s + p), dot = S::load(q + p);
-      for (int r = 0; r < Rows; ++r) {
-        f.prefetch(at + r * apart + (near ? ahead : Rows * apart));
-        S x, y;
-        f(a, at + r * apart, slots + r * slots_apart, c[0], of_z, x, y);
-        for (int k = 0; k < S::vectors; ++k) sum.v[k] += x.v[k], dot.v[k] += x.v[k] * y.v[k];
+      // Two accumulators for each sum, of even and of odd rows: half the latency.
+      constexpr int chains = Rows > 1 ? 2 : 1;
+      S sum[chains]{}, dot[chains]{};
+      sum[0] = S::load(s + p), dot[0] = S::load(q + p);
+      if constexpr (prefetches) {
+        for (int r = 0; r < Rows; ++r) f.prefetch(at + r * apart + (near ? ahead : Rows * apart));
       }
-      sum.store(s + p);
-      dot.store(q + p);
+      // Row by row, so that terms stay in registers, unless a function is called for them.
+      constexpr int together = F::calls ? Rows : 1;
+      for (int r = 0; r < Rows; r += together) {
+        S x[together], y[together];
+        f(a, Places<together>{at + r * apart, apart, slots + r * slots_apart, slots_apart}, c[0], of_z, x, y);
+        for (int t = 0; t < together; ++t) {
+          S &u = sum[(r + t) % chains], &v = dot[(r + t) % chains];
+          for (int k = 0; k < S::vectors; ++k) u.v[k] += x[t].v[k], v.v[k] += x[t].v[k] * y[t].v[k];
+        }
+      }
+      for (int k = 0; k < S::vectors && chains > 1; ++k) {
+        sum[0].v[k] += sum[chains - 1].v[k], dot[0].v[k] += dot[chains - 1].v[k];
+      }
+      sum[0].store(s + p);
+      dot[0].store(q + p);
     };
     // One loop is 3-6 % slower for bfloat16 sums with pivots in registers; NOTES.md#compile-time.
     constexpr bool apart_last = !wide_sums<T> && !Pivots::may_be_narrow;
@@ -287,21 +334,25 @@ struct ColumnBlock {
   void map(T* out, const Coefficients& coefficients, MemoryUse memory, const F& f) const {
     const bool aligned = reinterpret_cast<uintptr_t>(out + start) % vector_bytes == 0 &&
                          stride * sizeof(T) % vector_bytes == 0 && columns % size == 0;
-    // Rows that share one load of the coefficients, as many as there are registers for: up to 35 % faster, most where
-    // the coefficients of a row fill L1. Streaming stores go row by row if a pack is less than a cache line, so that a
-    // line is written in one go. NOTES.md#rows-at-a-time.
-    constexpr int at_once = vector_bytes == 64 ? 4 : 2, lines_at_once = vector_bytes == 64 ? 4 : 1;
+    // Rows that share one load of the coefficients, and one call of a function. Four where coefficients of small maps
+    // are blended for each row of packs; with more than two, channels_last is up to 15 % slower past L2. Streaming
+    // stores go row by row if a pack is less than a cache line, so that a line is written in one go.
+    // NOTES.md#rows-at-a-time.
+    constexpr int at_once = vector_bytes == 64 && (F::calls || !Coefficients::may_be_narrow) ? 4 : 2;
+    constexpr bool one_line = vector_bytes == 64;
     if constexpr (Coefficients::may_be_narrow) {
-      if (narrow()) return map_rows<1>(PartOfPack<T>{columns}, 0, rows, out, coefficients, memory, f);
+      if (narrow()) return map_rows<1, false>(PartOfPack<T>{columns}, 0, rows, out, coefficients, memory, f);
     }
     const bool streams = memory.streamed && aligned;
     const WholePack<T> io{streams, streams && memory.both};
-    const int64_t together = streams && lines_at_once == 1 ? 0 : rows / at_once * at_once;
-    map_rows<at_once>(io, 0, together, out, coefficients, memory, f);
-    map_rows<1>(io, together, rows, out, coefficients, memory, f);
+    const int64_t together = streams && !one_line ? 0 : rows / at_once * at_once;
+    with_prefetch<F>([&](auto prefetches) FASTBN_INLINE {
+      map_rows<at_once, prefetches.value>(io, 0, together, out, coefficients, memory, f);
+      map_rows<1, prefetches.value && !one_line>(io, together, rows, out, coefficients, memory, f);
+    });
   }
 
-  template <int Rows, class IO, class Coefficients, class F>
+  template <int Rows, bool prefetches, class IO, class Coefficients, class F>
   void map_rows(const IO io, int64_t first, int64_t last, T* out, Coefficients coefficients, const MemoryUse memory,
                 const F f) const {
     const int64_t apart = stride, slots_apart = slots_per_row, next = memory.next;
@@ -313,24 +364,26 @@ struct ColumnBlock {
     const auto step = [=](const IO& a, int64_t at, int p, int column, int64_t slots) mutable FASTBN_INLINE {
       Lanes<T, acc_t<T>> c[F::count];
       coefficients.get(p, column, c);
-      const int64_t then = at + (unread && at >= last_rows ? wrap : ahead);
-      // Rows that are far apart need no prefetch of inputs that were just reduced: they are in cache.
-      if (near || unread) {
-        for (int r = 0; r < Rows; ++r) f.prefetch(then + r * apart);
-      }
-      for (int r = 0; r < Rows; ++r) f.prefetch_extra(then + r * apart);
-      if (next != 0 && !unread) {
-        for (int r = 0; r < Rows; ++r) f.prefetch(at + r * apart + next);
-      }
-      // Prefetch outputs that stay in cache: 5-30 % faster for channels_last if the cache is cold;
-      // NOTES.md#prefetch.
-      if (near && !a.streams) {
-        for (int r = 0; r < Rows; ++r) fetch(out + then + r * apart);
+      if constexpr (prefetches) {
+        const int64_t then = at + (unread && at >= last_rows ? wrap : ahead);
+        // Rows that are far apart need no prefetch of inputs that were just reduced: they are in cache.
+        if (near || unread) {
+          for (int r = 0; r < Rows; ++r) f.prefetch(then + r * apart);
+        }
+        for (int r = 0; r < Rows; ++r) f.prefetch_extra(then + r * apart);
+        if (next != 0 && !unread) {
+          for (int r = 0; r < Rows; ++r) f.prefetch(at + r * apart + next);
+        }
+        // Prefetch outputs that stay in cache: 5-30 % faster for channels_last if the cache is cold;
+        // NOTES.md#prefetch.
+        if (near && !a.streams) {
+          for (int r = 0; r < Rows; ++r) fetch(out + then + r * apart);
+        }
       }
       // All loads precede the first store: rows are often a multiple of 4 KiB apart, and a load behind such a store
       // stalls on 4K aliasing.
       Pack<T> results[Rows];
-      for (int r = 0; r < Rows; ++r) results[r] = f(a, at + r * apart, slots + r * slots_apart, c);
+      f(a, Places<Rows>{at, apart, slots, slots_apart}, c, results);
       a.template store_rows<Rows>(results, out + at, apart);
     };
     each_pack_of_rows<Rows, false>(io, first, last, step);

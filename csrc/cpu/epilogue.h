@@ -1,6 +1,15 @@
 // Epilogues of the CPU kernels, one pack at a time: y and its mask from z in the forward pass, dz from dy in the
 // backward pass. `io` loads and stores a pack, `i` is its first element, `slot` its index in the mask.
 
+// Elements and mask slots of `Packs` packs at equal distances.
+template <int Packs>
+struct Places {
+  static constexpr int number = Packs;
+  int64_t first_element, apart, first_slot, slots_apart;
+  FASTBN_HD int64_t element(int pack) const { return first_element + pack * apart; }
+  FASTBN_HD int64_t slot(int pack) const { return first_slot + pack * slots_apart; }
+};
+
 // Both passes use the same operations, so that they agree on the sign of z.
 template <class A>
 FASTBN_HD Vec<A> normalized(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> shift) {
@@ -67,17 +76,21 @@ struct Bits {
   }
 };
 
-// Activations chosen at run time. Functions of their own: inlined, every loop would contain all activations.
+// Activations chosen at run time, of several vectors in place. Functions of their own: inlined, every loop would
+// contain all activations. For several vectors, because a call for each costs as much as the activation;
+// NOTES.md#epilogue.
 template <class A>
-FASTBN_NOINLINE Vec<A> activate(Vec<A> z, Activation activation, A param) {
-  return FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
-    return std::decay_t<decltype(act)>::template forward<Math<A>>(z, param);
+FASTBN_NOINLINE void activate(Vec<A>* z, int vectors, Activation activation, A param) {
+  FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
+    for (int k = 0; k < vectors; ++k) z[k] = std::decay_t<decltype(act)>::template forward<Math<A>>(z[k], param);
   });
 }
 template <class A>
-FASTBN_NOINLINE Vec<A> activation_gradient(Vec<A> dy, Vec<A> z, Activation activation, A param) {
-  return FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
-    return std::decay_t<decltype(act)>::template backward<Math<A>>(dy, z, param);
+FASTBN_NOINLINE void activation_gradient(Vec<A>* dy, const Vec<A>* z, int vectors, Activation activation, A param) {
+  FASTBN_CAPABILITY::dispatch_activation(activation, [&](auto act) FASTBN_INLINE {
+    for (int k = 0; k < vectors; ++k) {
+      dy[k] = std::decay_t<decltype(act)>::template backward<Math<A>>(dy[k], z[k], param);
+    }
   });
 }
 template <class A>
@@ -85,9 +98,11 @@ FASTBN_HD auto blocked_by(Vec<A> z, Activation activation) {
   return activation == Activation::relu6 ? Relu6::blocked(z, A(0)) : Relu::blocked(z, A(0));
 }
 
-// Forward epilogues turn z into y in place. uses_mask(): it fills a mask.
+// Forward epilogues turn z into y in place. uses_mask(): it fills a mask. calls: it calls a function, `finish`, for
+// several packs.
 template <class T>
 struct IdentityEpilogue {
+  static constexpr bool calls = false;
   FASTBN_HD void prefetch(int64_t) const {}
   FASTBN_HD bool uses_mask() const { return false; }
   template <class IO>
@@ -97,6 +112,7 @@ struct IdentityEpilogue {
 template <class T, bool with_residual>
 struct ReluEpilogue {
   using A = acc_t<T>;
+  static constexpr bool calls = false;
   const T* residual;
   void* mask;
 
@@ -122,6 +138,7 @@ struct ReluEpilogue {
 template <class T>
 struct RuntimeEpilogue {
   using A = acc_t<T>;
+  static constexpr bool calls = true;
   const T* residual;  // or nullptr
   void* mask;
   Activation activation;
@@ -142,7 +159,10 @@ struct RuntimeEpilogue {
       for (int k = 0; k < z.vectors; ++k) t[k] = blocked_by<A>(z.v[k], activation);
       Bits<T>::store(t, mask, slot);
     }
-    for (auto& v : z.v) v = activate<A>(v, activation, param);
+  }
+  template <int Packs>
+  FASTBN_HD void finish(Pack<T> (&z)[Packs]) const {
+    activate<A>(z[0].v, Packs * Pack<T>::vectors, activation, param);
   }
 };
 
@@ -168,9 +188,9 @@ struct ForwardCoefficients {
   Lanes<T, acc_t<T>> mean, scale, shift;
 };
 
-// Backward epilogues make dz from dy, and from x if needs_z. uses_mask(): it reads a mask. calls: it calls a function
-// per vector, so few accumulators stay in registers. If has_bits, `bits` returns dz as stored in memory, which saves
-// rounding it again.
+// Backward epilogues make dz from dy, and from x if needs_z. uses_mask(): it reads a mask. calls: it calls a function,
+// for several packs at once, so few accumulators stay in registers. If has_bits, `bits` returns dz as stored in memory,
+// which saves rounding it again.
 template <class T>
 struct IdentityBackward {
   static constexpr bool needs_z = false, has_bits = true, calls = false;
@@ -239,18 +259,35 @@ struct RuntimeBackward {
 
   FASTBN_HD bool uses_mask() const { return false; }
   template <class IO>
-  FASTBN_HD Pack<T> operator()(const IO& io, int64_t i, int64_t, const Pack<T>& x, const ForwardCoefficients<T>& c,
-                               Vec<float>&) const {
-    Pack<T> dz = io.load(dy + i), z;
-    for (int k = 0; k < dz.vectors; ++k) z.v[k] = normalized<A>(x.v[k], c.mean.v[k], c.scale.v[k], c.shift.v[k]);
+  FASTBN_HD Pack<T> z(const IO& io, int64_t i, const Pack<T>& x, const ForwardCoefficients<T>& c) const {
+    Pack<T> z;
+    for (int k = 0; k < z.vectors; ++k) z.v[k] = normalized<A>(x.v[k], c.mean.v[k], c.scale.v[k], c.shift.v[k]);
     if (residual != nullptr) {
       const Pack<T> r = io.load(residual + i);
-      for (int k = 0; k < dz.vectors; ++k) z.v[k] += r.v[k];
+      for (int k = 0; k < z.vectors; ++k) z.v[k] += r.v[k];
     }
-    for (int k = 0; k < dz.vectors; ++k) dz.v[k] = activation_gradient<A>(dz.v[k], z.v[k], activation, param);
-    return dz;
+    return z;
+  }
+  template <int Packs>
+  FASTBN_HD void finish(Pack<T> (&dz)[Packs], const Pack<T> (&z)[Packs]) const {
+    activation_gradient<A>(dz[0].v, z[0].v, Packs * Pack<T>::vectors, activation, param);
   }
 };
+
+// dz of the packs at places[0], places[1], ... `bits`: see has_bits.
+template <class T, int Packs, class Epilogue, class IO>
+FASTBN_HD void output_gradients(const Epilogue& epilogue, const IO& io, const Places<Packs>& at,
+                                const Pack<T> (&x)[Packs], const ForwardCoefficients<T>& c, Pack<T> (&dz)[Packs],
+                                Vec<float> (&bits)[Packs]) {
+  if constexpr (Epilogue::calls) {
+    Pack<T> z[Packs];
+    for (int p = 0; p < Packs; ++p)
+      dz[p] = io.load(epilogue.dy + at.element(p)), z[p] = epilogue.z(io, at.element(p), x[p], c);
+    epilogue.finish(dz, z);
+  } else {
+    for (int p = 0; p < Packs; ++p) dz[p] = epilogue(io, at.element(p), at.slot(p), x[p], c, bits[p]);
+  }
+}
 
 // Calls body with the backward epilogue of a call.
 template <class T, class Body>

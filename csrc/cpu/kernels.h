@@ -92,22 +92,28 @@ struct Pass {
   using A = acc_t<T>;
   const Shape& shape;
   const Plan plan;
-  const Access access{plan, shape};
   const int64_t C = shape.C;
-  const int64_t all_parts;
+  const int64_t tensors, all_parts;
+  const bool unread;  // the loop that writes is the first one to read the inputs
+  // Whether all tensors fit into the cache. They are not prefetched then: there is little to wait for, and the
+  // instructions are up to a third of a pass (NOTES.md#prefetch).
+  const bool in_cache;
+  const Access access;
 
-  // `summed`: the inputs are reduced before the outputs are written.
-  Pass(const Plan& plan, const Problem& problem, bool summed)
-      : shape(problem.shape), plan(summed ? plan : in_parts(plan, problem, thread_count())), all_parts(problem.parts) {}
+  // `tensors`: how many the pass reads or writes. `summed`: the inputs are reduced before the outputs are written;
+  // `elsewhere`: they were reduced by an earlier pass.
+  Pass(const Plan& plan, const Problem& problem, int64_t tensors, bool summed, bool elsewhere)
+      : shape(problem.shape),
+        plan(summed ? plan : in_parts(plan, problem, thread_count())),
+        tensors(tensors),
+        all_parts(problem.parts),
+        unread(!summed && !elsewhere),
+        in_cache(bytes() * all_parts < cached_bytes(unread)),
+        access{this->plan, shape, !in_cache} {}
 
-  int64_t bytes(int64_t tensors) const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
-
-  // Cache use of the loop that writes; `tensors`: how many it reads or writes. `summed`: it follows a reduction;
-  // `elsewhere`: the reduction was an earlier pass; `both`: the second output may use streaming stores.
-  MemoryUse memory_use(int64_t tensors, bool summed, bool elsewhere, bool both) const {
-    const bool unread = !summed && !elsewhere;
-    return {bytes(tensors) * all_parts >= cached_bytes(unread), both, unread, 0};
-  }
+  int64_t bytes() const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
+  // Cache use of the loop that writes; `both`: the second output may use streaming stores.
+  MemoryUse memory_use(bool both) const { return {!in_cache, both, unread, 0}; }
 
   // Adds the distance to the channel tile that is `tiles_ahead`.
   MemoryUse before(MemoryUse memory, int64_t tiles_ahead) const {
@@ -125,8 +131,8 @@ struct Pass {
   // (outputs) for all tiles. A channel tile with one batch split goes through all three while it is in cache. Otherwise
   // the outputs run backwards, each thread through its own tiles, to reuse what its cache still holds.
   template <class First, class Finalize, class Second>
-  void run(int64_t tensors, bool reduce, const First& first, const Finalize& finalize, const Second& second) const {
-    const int64_t bytes = this->bytes(tensors), tiles = plan.channel_tiles * plan.batch_splits;
+  void run(bool reduce, const First& first, const Finalize& finalize, const Second& second) const {
+    const int64_t bytes = this->bytes(), tiles = plan.channel_tiles * plan.batch_splits;
     if (plan.batch_splits == 1) {
       // Without a reduction the outputs also run backwards: what was read or written last is in cache.
       const Order order = reduce ? Order::forwards : Order::backwards;
@@ -150,13 +156,13 @@ struct Pass {
 template <class T, class Access>
 void forward(const Plan& plan, const Forward& args) {
   using A = acc_t<T>;
-  const Pass<T, Access> pass(plan, args.problem, args.training);
+  const int64_t tensors = args.epilogue.residual == nullptr ? 2 : 3;
+  const Pass<T, Access> pass(plan, args.problem, tensors, args.training, args.precomputed_stats);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
   T* y = static_cast<T*>(args.output);
-  const int64_t tensors = args.epilogue.residual == nullptr ? 2 : 3;
-  const MemoryUse memory = pass.memory_use(tensors, args.training, args.precomputed_stats, false);
+  const MemoryUse memory = pass.memory_use(false);
   const double count = double(args.problem.shape.per_channel());
 
   const auto stats = [&](const Tile& p) {
@@ -217,7 +223,7 @@ void forward(const Plan& plan, const Forward& args) {
                       {work.coefficient[0] + c, work.coefficient[1] + c, work.coefficient[2] + c}, f);
     });
   };
-  pass.run(tensors, args.training, stats, finalize, normalize);
+  pass.run(args.training, stats, finalize, normalize);
 }
 
 template <class T, class Access>
@@ -226,18 +232,18 @@ void backward(const Plan& plan, const Backward& args) {
   const bool global_sums = args.global_sums != nullptr;
   const bool reduce =
       !global_sums && (args.training || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr);
-  const Pass<T, Access> pass(plan, args.problem, reduce);
+  T* dz = static_cast<T*>(args.grad_residual);
+  const int64_t tensors = dz == nullptr || dz == args.grad_output ? 3 : 4;
+  const Pass<T, Access> pass(plan, args.problem, tensors, reduce, global_sums);
   const int64_t C = pass.C;
   const Workspace<A> work(args.workspace, C);
   const T* x = static_cast<const T*>(args.input);
   T* dx = static_cast<T*>(args.grad_input);
-  T* dz = static_cast<T*>(args.grad_residual);
   // Streaming stores for both gradients: up to 19 % faster, but 5-40 % slower if dz overwrites dy, and if a vector is
   // not a whole cache line; NOTES.md#epilogue.
   const bool both = vector_bytes == 64 && dz != nullptr && dz != args.grad_output &&
                     (reinterpret_cast<uintptr_t>(dz) - reinterpret_cast<uintptr_t>(dx)) % vector_bytes == 0;
-  const int64_t tensors = dz == nullptr || dz == args.grad_output ? 3 : 4;
-  const MemoryUse memory = pass.memory_use(tensors, reduce, global_sums, both);
+  const MemoryUse memory = pass.memory_use(both);
   const double* const mean = args.moments;
   const double* const variance = args.moments + C;
   const double n = double(args.problem.shape.per_channel());
@@ -336,7 +342,7 @@ void backward(const Plan& plan, const Backward& args) {
       }
     });
   };
-  pass.run(tensors, reduce, backward_reduce, finalize, backward_elemt);
+  pass.run(reduce, backward_reduce, finalize, backward_elemt);
 }
 
 void run_forward(const Plan& plan, const Forward& args) {

@@ -54,8 +54,10 @@ struct RowReduction {
   L s[unroll] = {}, q[unroll] = {};
   Vec<double> first = {}, second = {};
   int64_t pending = 0;
+  bool fetches;
 
-  RowReduction(const Op& t, const L& p, const ForwardCoefficients<T>& z) : op(t), pivot(p), forward_coefficients(z) {}
+  RowReduction(const Op& t, const L& p, const ForwardCoefficients<T>& z, bool prefetches)
+      : op(t), pivot(p), forward_coefficients(z), fetches(prefetches) {}
 
   void add(const Row& row) {
     for (int64_t from = 0; from < row.length; from += stretch) {
@@ -67,13 +69,26 @@ struct RowReduction {
       const L p = pivot;
       const ForwardCoefficients<T> z = forward_coefficients;
       const Row here = row;
-      each_pack<T, unroll>(from, to, [&](int64_t i, int64_t before, int u) FASTBN_INLINE {
-        t.prefetch(ahead<T>(here, i));
-        L x, y;
-        t(WholePack<T>{}, here.offset + i, here.slot + slot_of<T>(i), p, z, x, y);
-        if (before != 0) keep_from<T, E>(x, int(before)), keep_from<T, E>(y, int(before));
-        for (int k = 0; k < L::vectors; ++k) a[u].v[k] += x.v[k], b[u].v[k] += x.v[k] * y.v[k];
-      });
+      const bool fetches = this->fetches;
+      const auto add = [&](int64_t i, int64_t before, int u, auto places) FASTBN_INLINE {
+        constexpr int number = decltype(places)::number;
+        if (fetches) {
+          for (int p = 0; p < number; ++p) t.prefetch(ahead<T>(here, i + p * Pack<T>::size));
+        }
+        L x[number], y[number];
+        t(WholePack<T>{}, Places<number>{here.offset + i, Pack<T>::size, here.slot + slot_of<T>(i), 1}, p, z, x, y);
+        if (before != 0) keep_from<T, E>(x[0], int(before)), keep_from<T, E>(y[0], int(before));
+        for (int n = 0; n < number; ++n) {
+          for (int k = 0; k < L::vectors; ++k) a[u].v[k] += x[n].v[k], b[u].v[k] += x[n].v[k] * y[n].v[k];
+        }
+      };
+      int64_t i = from;
+      constexpr int together = 4;  // packs for which a function is called
+      for (; Op::calls && i + together * Pack<T>::size <= to; i += together * Pack<T>::size) {
+        add(i, 0, 0, Places<together>{});
+      }
+      each_pack<T, unroll>(i, to,
+                           [&](int64_t i, int64_t before, int u) FASTBN_INLINE { add(i, before, u, Places<1>{}); });
       for (int u = 0; u < unroll; ++u) s[u] = a[u], q[u] = b[u];
       pending += to - from;
     }
@@ -89,30 +104,32 @@ struct RowReduction {
   }
 };
 
-// out[i] = f(io, i) for the packs of a row; only the overlap at the end is written twice. Streaming stores write whole
-// cache lines; packs then start at multiples of their size only if out is aligned to a vector.
-template <class T, class IO, class F>
+// f(io, i, packs) makes the packs of a row that begin at i; only the overlap at the end is written twice. Streaming
+// stores write whole cache lines; packs then start at multiples of their size only if out is aligned to a vector.
+template <class T, bool calls, class IO, class F>
 FASTBN_HD void map_row(const IO& io, T* out, int64_t length, const F& f) {
   constexpr int size = Pack<T>::size;
-  constexpr int unroll = 4;
+  constexpr int unroll = 4, together = calls ? unroll : 1;
   const WholePack<T> whole;
+  const auto put = [&](const auto& how, int64_t i, auto places) FASTBN_INLINE {
+    Pack<T> packs[decltype(places)::number];
+    f(how, i, packs);
+    for (int p = 0; p < places.number; ++p) how.store(packs[p], out + i + p * size);
+  };
   int64_t i = 0;
   if (io.streams) {
     constexpr int64_t line = 64;
     const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(out) % line);
     if (misaligned != 0) {
       const int64_t head = smaller((line - misaligned) / int64_t(sizeof(T)), length / size * size);
-      for (; i < head; i += size) whole.store(f(whole, i), out + i);
+      for (; i < head; i += size) put(whole, i, Places<1>{});
       i = head;
     }
   }
   for (; i + size * unroll <= length; i += size * unroll) {
-    for (int u = 0; u < unroll; ++u) io.store(f(io, i + u * size), out + i + u * size);
+    for (int u = 0; u < unroll; u += together) put(io, i + u * size, Places<together>{});
   }
-  for (; i < length; i += size) {
-    const int64_t at = smaller(i, length - size);
-    whole.store(f(whole, at), out + at);
-  }
+  for (; i < length; i += size) put(whole, smaller(i, length - size), Places<1>{});
 }
 
 // The same for four rows of one length, of whole aligned packs; of(row) is their f. Several write streams use memory
@@ -125,10 +142,11 @@ FASTBN_HD void map_four_rows(const IO& io, T* out, const Row (&rows)[4], const O
   T *const out2 = out + rows[2].offset, *const out3 = out + rows[3].offset;
   const int64_t length = rows[0].length;
   for (int64_t i = 0; i < length; i += Pack<T>::size) {
-    const Pack<T> p0 = f0(io, i), p1 = f1(io, i), p2 = f2(io, i), p3 = f3(io, i);
-    io.store(p0, out0 + i);
-    io.store(p1, out1 + i);
-    io.store(p2, out2 + i);
-    io.store(p3, out3 + i);
+    Pack<T> p[4][1];
+    f0(io, i, p[0]), f1(io, i, p[1]), f2(io, i, p[2]), f3(io, i, p[3]);
+    io.store(p[0][0], out0 + i);
+    io.store(p[1][0], out1 + i);
+    io.store(p[2][0], out2 + i);
+    io.store(p[3][0], out3 + i);
   }
 }
