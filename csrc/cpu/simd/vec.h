@@ -194,16 +194,14 @@ constexpr int float_terms = 32;
 // Whether the type of the sums is wider than that of the values.
 template <class T>
 constexpr bool wide_sums = sizeof(sum_t<T>) > sizeof(acc_t<T>);
-// Whether products and sums of them are so nearly exact that the first pass over the data needs no pivot. Sums in
-// float32 round only where bfloat16 values differ by more than a factor of 4, and such values cannot all be far from
-// zero; NOTES.md#bfloat16.
+// Whether sums of products are so nearly exact that the first pass needs no pivot; NOTES.md#bfloat16.
 template <class T>
 constexpr bool starts_at_zero = !std::is_same_v<T, double>;
 // The square of the allowed distance of a pivot from the mean, in standard deviations.
 template <class T>
-constexpr double pivot_allowed = wide_sums<T>        ? 1e3 * 1e3
-                                 : starts_at_zero<T> ? 16.0 * 16.0
-                                                     : 2.0 * 2.0;
+constexpr double pivot_allowed = wide_sums<T>        ? 1e6
+                                 : starts_at_zero<T> ? 256
+                                                     : 4;
 
 // A value near the mean to subtract from x; a value of T where sums are float32, so that differences are exact. Always
 // finite, or it would spoil the sums.
