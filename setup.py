@@ -52,11 +52,16 @@ def find_torch() -> None:
     pip builds with that environment's interpreter, so its sysconfig still names the folders. Appended: what the build
     environment has itself comes first.
     """
-    for variables in ({}, *({"base": folder, "platbase": folder} for folder in environments())):
-        for name in ("platlib", "purelib"):
-            site.addsitedir(sysconfig.get_path(name, vars=variables))
-            if importlib.util.find_spec("torch") is not None:
-                return
+    # Not this interpreter's own scheme: Debian's has other folders outside of environments. Python 3.10 has no "venv".
+    scheme = "venv" if "venv" in sysconfig.get_scheme_names() else "posix_prefix"
+    folders = [sysconfig.get_path(name) for name in ("platlib", "purelib")]
+    for folder in environments():
+        variables = {"base": folder, "platbase": folder}
+        folders += [sysconfig.get_path(name, scheme, variables) for name in ("platlib", "purelib")]
+    for folder in folders:
+        site.addsitedir(folder)
+        if importlib.util.find_spec("torch") is not None:
+            return
 
 
 try:

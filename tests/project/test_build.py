@@ -101,7 +101,7 @@ def test_build_isolation_hides_torch_and_setup_finds_it(source_tree, tmp_path, p
         "try:\n    import torch\n    sys.exit('torch is there already')\nexcept ImportError:\n    pass\n"
         "import runpy, setuptools\n"
         "get_path = sysconfig.get_path\n"
-        f"sysconfig.get_path = lambda name, vars=None: get_path(name, vars=vars) if vars else {own!r}\n"
+        f"sysconfig.get_path = lambda name, *place: get_path(name, *place) if place else {own!r}\n"
         "setuptools.setup = lambda **_: print('torch was found')\n"
         "runpy.run_path('setup.py')\n"
     )
