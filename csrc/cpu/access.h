@@ -33,7 +33,7 @@ struct RowAccess {
   using C = Lanes<T, A>;
   const Plan& plan;
   const Shape& shape;
-  const bool fetches;  // prefetch by software
+  const bool past_cache;  // see ColumnBlock
 
   // Calls body(row) for every row of the k-th channel of the tile; backwards, the row that was read last comes first.
   template <class Body>
@@ -76,7 +76,7 @@ struct RowAccess {
   template <class Op>
   std::pair<double, double> sums(const Tile& tile, int64_t k, E pivot, const Op& op,
                                  const ForwardCoefficients<T>& z) const {
-    RowReduction<T, Op> pair(op, L::all(pivot), z, fetches);
+    RowReduction<T, Op> pair(op, L::all(pivot), z, past_cache);
     for_each_row(tile, k, false, [&](const Row& row) { pair.add(row); });
     pair.flush();
     return {total<double>(pair.first), total<double>(pair.second)};
@@ -138,18 +138,15 @@ struct RowAccess {
     for (int64_t k = tile.channels - 1; k >= 0; --k) {
       C c[F::count];
       for (int i = 0; i < F::count; ++i) c[i] = C::all(coefficients[i][k]);
-      const bool unread = memory.unread, streamed = memory.streamed, fetches = this->fetches;
+      const bool unread = memory.unread, past_cache = this->past_cache;
       const int64_t next = memory.next;
       // Captured by value: a store may alias whatever is reached through a reference.
       const auto of_row = [=](const Row& row) FASTBN_INLINE {
         return [=](const auto& io, int64_t i, auto& packs) FASTBN_INLINE {
           constexpr int number = std::extent_v<std::remove_reference_t<decltype(packs)>>;
-          for (int p = 0; fetches && p < number; ++p) {
+          for (int p = 0; past_cache && p < number; ++p) {
             const int64_t then = ahead<T>(row, i + p * P::size);
-            if (unread) {
-              f.prefetch(then);
-              if (!streamed) fetch(out + then);  // 5-15 % faster, NOTES.md#prefetch
-            }
+            if (unread) f.prefetch(then);
             f.prefetch_extra(then);
             if (next != 0 && !unread) f.prefetch(row.offset + i + p * P::size + next);
           }
@@ -158,11 +155,11 @@ struct RowAccess {
       };
       const auto alone = [&](const Row& row) {
         const bool in_order = reinterpret_cast<uintptr_t>(out + row.offset) % vector_bytes == 0;
-        const bool streams = memory.streamed && (in_order || !f.uses_mask());
+        const bool streams = past_cache && (in_order || !f.uses_mask());
         map_row<T, F::calls>(WholePack<T>{streams, streams && memory.both}, out + row.offset, row.length, of_row(row));
       };
       const bool several = !F::calls && vector_bytes == 64 &&
-                           (sizeof(T) == 2 ? streamed || unread : streamed && !unread && !memory.both);
+                           (sizeof(T) == 2 ? past_cache || unread : past_cache && !unread && !memory.both);
       Row waiting[4];
       int number = 0;
       for_each_row(tile, k, true, [&](const Row& row) {
@@ -172,7 +169,7 @@ struct RowAccess {
         waiting[number++] = row;
         if (number < 4) return;
         number = 0;
-        map_four_rows(WholePack<T>{streamed, streamed && memory.both}, out, waiting, of_row);
+        map_four_rows(WholePack<T>{past_cache, past_cache && memory.both}, out, waiting, of_row);
       });
       for (int r = 0; r < number; ++r) alone(waiting[r]);
     }
@@ -189,7 +186,7 @@ struct ColumnAccess {
   using Block = ColumnBlock<T>;
   const Plan& plan;
   const Shape& shape;
-  const bool fetches;  // prefetch by software
+  const bool past_cache;  // see ColumnBlock
 
   // Rows that are accumulated before the sums are moved to float64 (which they may be in already).
   static constexpr int64_t most_rows = sizeof(E) == 8 ? 1 << 20 : float_terms;
@@ -207,9 +204,9 @@ struct ColumnAccess {
     const int64_t start = first * plan.columns + tile.first_channel * channel_width;
     const int64_t slots = plan.slots_per_row(P::size), channel_tile = tile.first_channel / plan.channels_per_tile;
     const int64_t slot = channel_tile * plan.slot_rows() * slots;
-    body(Block{start, plan.columns, rows, int(columns), slot + first * slots, slots, fetches});
+    body(Block{start, plan.columns, rows, int(columns), slot + first * slots, slots, past_cache});
     if (plan.spare > 0 && tile.split == plan.batch_splits - 1) {
-      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare), slot + plan.rows * slots, slots, fetches});
+      body(Block{plan.rows * plan.columns, 0, 1, int(plan.spare), slot + plan.rows * slots, slots, past_cache});
     }
   }
 

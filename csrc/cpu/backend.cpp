@@ -76,7 +76,7 @@ int64_t third_level_cache() {
 }
 
 // What of it a pass can count on. A larger one is shared by many cores, whose programs take their part: with 105 MB on
-// a Xeon, passes over 26 to 50 MB take half as long again if their outputs stay in it (NOTES.md#streaming-stores).
+// a Xeon, passes over 26 to 50 MB take 1.2 to 2 times as long if their outputs stay in it (NOTES.md#streaming-stores).
 constexpr int64_t most_bytes = 32 << 20;
 
 // Read when the library is loaded, not in the first call: a process that forks meanwhile would leave its child waiting

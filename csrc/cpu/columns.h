@@ -3,9 +3,8 @@
 
 // How a pass that writes outputs uses the caches.
 struct MemoryUse {
-  bool streamed;  // outputs use streaming stores
-  bool both;      // so does the residual's gradient
-  bool unread;    // the inputs are not in cache, so prefetch them
+  bool both;    // streaming stores for the residual's gradient too
+  bool unread;  // no reduction has read the inputs
   // Distance in elements to the same place in the next channel tile, which is prefetched while this one is written; 0:
   // none. 5-25 % faster from 6 MB on, up to 5 % slower when everything is in cache;
   // NOTES.md#prefetch.
@@ -65,7 +64,9 @@ struct ColumnBlock {
   int columns;   // at most max_columns
   int64_t slot;  // of the mask, of the first pack
   int64_t slots_per_row;
-  bool fetches;  // prefetch by software
+  // The tensors of the pass do not fit into the cache: prefetch, and use streaming stores. Where they fit there is
+  // little to wait for, and prefetch instructions are up to a third of a pass (NOTES.md#prefetch).
+  bool past_cache;
 
   bool narrow() const { return columns < size; }
   // Whether an array of one value per channel is in pack order already.
@@ -82,20 +83,17 @@ struct ColumnBlock {
     const int64_t step = Rows * stride;  // 0 for the spare elements, which are a row of their own
     return ceil_div(bytes_ahead / int64_t(sizeof(T)), larger<int64_t>(1, step)) * step;
   }
-  // Sums about a pivot where most data needs none: compiled small.
+  // Sums about a pivot of types that seldom need one are compiled small.
   template <class F>
-  static constexpr bool is_rare() {
-    if constexpr (F::is_sum) return F::shifted && starts_at_zero<T>;
-    return false;
-  }
-  // Calls body with whether to prefetch as a type: a branch in the loops costs 5 % in the cache. One loop that always
-  // prefetches is enough where it gains little for its compile time.
+  static constexpr bool is_rare = F::shifted && starts_at_zero<T>;
+  // Calls body with whether to prefetch as a type: a branch in the loops costs 5 % in the cache (NOTES.md#prefetch).
+  // One loop that always prefetches is enough where it gains little for its compile time.
   template <class F, class Body>
   FASTBN_HD void with_prefetch(const Body& body) const {
     constexpr bool two_loops =
-        vector_bytes >= 32 && !std::is_same_v<T, double> && !std::is_same_v<T, Half> && !F::calls && !is_rare<F>();
+        vector_bytes >= 32 && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) && !F::calls && !is_rare<F>;
     if constexpr (two_loops) {
-      if (!fetches) return body(std::false_type{});
+      if (!past_cache) return body(std::false_type{});
     }
     body(std::true_type{});
   }
@@ -206,7 +204,7 @@ struct ColumnBlock {
       here = Sums{}, end += channel_width;
     };
     const int64_t apart = stride, slots_apart = slots_per_row;
-    const bool fetches = this->fetches;
+    const bool prefetches = past_cache;
     const int64_t ahead = larger<int64_t>(1, bytes_ahead / int64_t(sizeof(T)) / size / rows) * size;
     // The pack that starts at `column`; `known`: elements that the previous pack covered.
     const auto step = [&](int column, int known, int64_t slots) FASTBN_INLINE {
@@ -221,7 +219,7 @@ struct ColumnBlock {
       const auto add = [&](auto places) FASTBN_INLINE {
         constexpr int number = decltype(places)::number;
         const Places<number> at{start + row * apart + column, apart, slots + row * slots_apart, slots_apart};
-        if (fetches) {
+        if (prefetches) {
           for (int r = 0; r < number; ++r) f.prefetch(at.element(r) + ahead);
         }
         S x[number], y[number];
@@ -279,7 +277,7 @@ struct ColumnBlock {
       if (narrow())
         return add_rows<1, false>(PartOfPack<T>{columns}, first, last, pivots, forward_coefficients, s, q, f);
     }
-    constexpr int at_once = is_rare<F>() ? 2 : F::calls ? 4 : 8;
+    constexpr int at_once = is_rare<F> ? 2 : F::calls ? 4 : 8;
     const int64_t together = first + (last - first) / at_once * at_once;
     with_prefetch<F>([&](auto prefetches) FASTBN_INLINE {
       add_rows<at_once, prefetches.value>(WholePack<T>{}, first, together, pivots, forward_coefficients, s, q, f);
@@ -343,7 +341,7 @@ struct ColumnBlock {
     if constexpr (Coefficients::may_be_narrow) {
       if (narrow()) return map_rows<1, false>(PartOfPack<T>{columns}, 0, rows, out, coefficients, memory, f);
     }
-    const bool streams = memory.streamed && aligned;
+    const bool streams = past_cache && aligned;
     const WholePack<T> io{streams, streams && memory.both};
     const int64_t together = streams && !one_line ? 0 : rows / at_once * at_once;
     with_prefetch<F>([&](auto prefetches) FASTBN_INLINE {

@@ -93,11 +93,8 @@ struct Pass {
   const Shape& shape;
   const Plan plan;
   const int64_t C = shape.C;
-  const int64_t tensors, all_parts;
+  const int64_t tensors;
   const bool unread;  // the loop that writes is the first one to read the inputs
-  // Whether all tensors fit into the cache. They are not prefetched then: there is little to wait for, and the
-  // instructions are up to a third of a pass (NOTES.md#prefetch).
-  const bool in_cache;
   const Access access;
 
   // `tensors`: how many the pass reads or writes. `summed`: the inputs are reduced before the outputs are written;
@@ -106,14 +103,12 @@ struct Pass {
       : shape(problem.shape),
         plan(summed ? plan : in_parts(plan, problem, thread_count())),
         tensors(tensors),
-        all_parts(problem.parts),
         unread(!summed && !elsewhere),
-        in_cache(bytes() * all_parts < cached_bytes(unread)),
-        access{this->plan, shape, !in_cache} {}
+        access{this->plan, shape, bytes() * problem.parts >= cached_bytes(unread)} {}
 
   int64_t bytes() const { return shape.elements() * int64_t(sizeof(T)) * tensors; }
   // Cache use of the loop that writes; `both`: the second output may use streaming stores.
-  MemoryUse memory_use(bool both) const { return {!in_cache, both, unread, 0}; }
+  MemoryUse memory_use(bool both) const { return {both, unread, 0}; }
 
   // Adds the distance to the channel tile that is `tiles_ahead`.
   MemoryUse before(MemoryUse memory, int64_t tiles_ahead) const {

@@ -4,7 +4,7 @@
 // Terms a and b of the sums of a and a * b. `shifted`: the pivot is subtracted from x.
 template <class T, bool is_shifted>
 struct StatsOp {
-  static constexpr bool is_sum = true, shifted = is_shifted;
+  static constexpr bool shifted = is_shifted;
   using S = Lanes<T, sum_t<T>>;
   static constexpr bool needs_z = false, calls = false;
   const T* x;
@@ -27,7 +27,7 @@ using FirstStatsOp = StatsOp<T, !starts_at_zero<T>>;
 
 template <class T, class Epilogue, bool is_shifted>
 struct BackwardReduceOp {
-  static constexpr bool is_sum = true, shifted = is_shifted;
+  static constexpr bool shifted = is_shifted;
   using S = Lanes<T, sum_t<T>>;
   static constexpr bool needs_z = Epilogue::needs_z, calls = Epilogue::calls;
   const T* x;
@@ -61,7 +61,7 @@ using UnshiftedBackwardReduceOp = BackwardReduceOp<T, Epilogue, !starts_at_zero<
 template <class T, class Epilogue>
 struct NormalizeOp {
   static constexpr int count = 3;  // mean, scale, shift
-  static constexpr bool is_sum = false, calls = Epilogue::calls;
+  static constexpr bool shifted = false, calls = Epilogue::calls;
   const T* x;
   Epilogue epilogue;
 
@@ -90,7 +90,7 @@ FASTBN_HD void store_residual_grad(const IO& io, const Pack<T>& dz, Vec<float> b
 template <class T, class Epilogue>
 struct BackwardElemtOp {
   static constexpr int count = Epilogue::needs_z ? 5 : 4;  // mean, x_scale, scale, shift, shift of z
-  static constexpr bool is_sum = false, calls = Epilogue::calls;
+  static constexpr bool shifted = false, calls = Epilogue::calls;
   const T* x;
   T* grad_residual;  // or nullptr
   Epilogue epilogue;
@@ -119,7 +119,7 @@ struct BackwardElemtOp {
 template <class T, class Epilogue>
 struct BackwardScaleOp {
   static constexpr int count = Epilogue::needs_z ? 3 : 1;  // scale, mean, shift of z
-  static constexpr bool is_sum = false, calls = Epilogue::calls;
+  static constexpr bool shifted = false, calls = Epilogue::calls;
   const T* x;
   T* grad_residual;  // or nullptr
   Epilogue epilogue;

@@ -54,10 +54,10 @@ struct RowReduction {
   L s[unroll] = {}, q[unroll] = {};
   Vec<double> first = {}, second = {};
   int64_t pending = 0;
-  bool fetches;
+  bool past_cache;
 
-  RowReduction(const Op& t, const L& p, const ForwardCoefficients<T>& z, bool prefetches)
-      : op(t), pivot(p), forward_coefficients(z), fetches(prefetches) {}
+  RowReduction(const Op& t, const L& p, const ForwardCoefficients<T>& z, bool past)
+      : op(t), pivot(p), forward_coefficients(z), past_cache(past) {}
 
   void add(const Row& row) {
     for (int64_t from = 0; from < row.length; from += stretch) {
@@ -69,10 +69,10 @@ struct RowReduction {
       const L p = pivot;
       const ForwardCoefficients<T> z = forward_coefficients;
       const Row here = row;
-      const bool fetches = this->fetches;
+      const bool prefetches = past_cache;
       const auto add = [&](int64_t i, int64_t before, int u, auto places) FASTBN_INLINE {
         constexpr int number = decltype(places)::number;
-        if (fetches) {
+        if (prefetches) {
           for (int p = 0; p < number; ++p) t.prefetch(ahead<T>(here, i + p * Pack<T>::size));
         }
         L x[number], y[number];

@@ -24,7 +24,7 @@ void validate_chunks(const Tensor& input, int64_t chunk_size);
 c10::SymInt checked_channels(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& residual = std::nullopt, const Tensor* grad_output = nullptr);
 
-// Raises unless t is a strided tensor on the device of `other`.
+// Raises unless t is on the device of `other` and strided, or of the same other layout as it.
 void check_placed(const Tensor& t, const char* name, const Tensor& other, const char* other_name = "input");
 
 // Raises unless t is float64 with these sizes.

@@ -267,3 +267,15 @@ def test_statistics_of_a_mixture_of_scales(device, channels_last):
 
     for quantity, result in ours.items():
         assert_close(quantity, result, truth)
+
+
+@LAYOUTS
+def test_variance_of_bfloat16_with_few_values_near_zero(device, layout):
+    """Sums about zero would round in the last digits of a float32: such a channel has to be read again."""
+    torch.manual_seed(0)
+    rare = torch.rand(4, 64, 7, 7) < 0.01
+    x = torch.where(rare, 0.01 + 0.001 * torch.randn(rare.shape), 1.2 + 0.6 * torch.rand(rare.shape))
+    x = x.to(device, torch.bfloat16).contiguous(memory_format=layout)
+    moments = fastbn.BatchNormFunction.apply(x, None, None, None, 1e-5)[1]
+    exact = rows(wide(x)).var(1, unbiased=False)
+    assert (abs(wide(moments[1]) - exact) <= 2**-22 * exact).all()

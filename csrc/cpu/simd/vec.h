@@ -200,7 +200,7 @@ constexpr bool starts_at_zero = !std::is_same_v<T, double>;
 // The square of the allowed distance of a pivot from the mean, in standard deviations.
 template <class T>
 constexpr double pivot_allowed = wide_sums<T>        ? 1e6
-                                 : starts_at_zero<T> ? 256
+                                 : starts_at_zero<T> ? 16
                                                      : 4;
 
 // A value near the mean to subtract from x; a value of T where sums are float32, so that differences are exact. Always
