@@ -4,7 +4,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from . import ops
 
@@ -15,7 +14,7 @@ def check_memory(**tensors: object) -> None:
     The kernels check their arguments themselves. This is for tensors that torch's own operations are about to read:
     most of them do not check, and the process crashes.
     """
-    if is_compiling():
+    if ops.is_compiling():
         return
     for name, t in tensors.items():
         if isinstance(t, torch.Tensor):

@@ -216,11 +216,14 @@ struct ColumnAccess {
     return elements / tile.channels;
   }
 
-  // Calls body with a provider of per-pack values, from arrays of one value per channel.
-  template <class V, int Count, class Body>
+  // Calls body with a provider of per-pack values, from arrays of one value per channel. `rare`: one kind of provider
+  // is enough.
+  template <bool rare, class V, int Count, class Body>
   void for_packs(const Block& block, const Tile& tile, const V* const (&values)[Count], const Body& body) const {
-    if (plan.columns_per_channel >= P::size)
-      return body(PerChannel<T, V, Count>(values, int(plan.columns_per_channel)));
+    if constexpr (!rare) {
+      if (plan.columns_per_channel >= P::size)
+        return body(PerChannel<T, V, Count>(values, int(plan.columns_per_channel)));
+    }
     alignas(64) V expanded[Count][width];
     PerColumn<T, V, Count> arrays;
     for (int i = 0; i < Count; ++i) {
@@ -237,9 +240,12 @@ struct ColumnAccess {
   void reduce_block(const Block& block, const Tile& tile, const E* pivot, const A* const (&forward_coefficients)[3],
                     double* a, double* b, const F& f) const {
     const int64_t channel_width = plan.columns_per_channel;
-    if (channel_width >= P::size && block.rows <= Block::few_rows) {
-      return block.sum_maps(channel_width, {{pivot}, int(channel_width)}, {forward_coefficients, int(channel_width)}, a,
-                            b, f);
+    constexpr bool rare = Block::template is_rare<F>;
+    if constexpr (!rare) {
+      if (channel_width >= P::size && block.rows <= Block::few_rows) {
+        return block.sum_maps(channel_width, {{pivot}, int(channel_width)}, {forward_coefficients, int(channel_width)},
+                              a, b, f);
+      }
     }
     const auto sum = [&](const auto& pivots, const auto& z) {
       alignas(64) E s[width], q[width];
@@ -253,7 +259,7 @@ struct ColumnAccess {
     };
     const auto with_z = [&](const auto& pivots) {
       if constexpr (F::needs_z) {
-        for_packs(block, tile, forward_coefficients, [&](const auto& z) {
+        for_packs<rare>(block, tile, forward_coefficients, [&](const auto& z) {
           using Z = std::decay_t<decltype(z)>;
           // Both have the same kind, so the other combinations need not be compiled.
           constexpr bool alike = Z::may_be_narrow == std::decay_t<decltype(pivots)>::may_be_narrow;
@@ -264,7 +270,7 @@ struct ColumnAccess {
       }
     };
     if constexpr (F::shifted) {
-      for_packs(block, tile, {pivot}, with_z);
+      for_packs<rare>(block, tile, {pivot}, with_z);
     } else {
       with_z(PerColumn<T, E, 1>{});
     }
@@ -372,7 +378,7 @@ struct ColumnAccess {
   template <class F>
   void map(T* out, const Tile& tile, MemoryUse memory, const A* const (&coefficients)[F::count], const F& f) const {
     each_block(tile, [&](const Block& block) {
-      for_packs(block, tile, coefficients, [&](const auto& c) { block.map(out, c, memory, f); });
+      for_packs<false>(block, tile, coefficients, [&](const auto& c) { block.map(out, c, memory, f); });
     });
   }
 };

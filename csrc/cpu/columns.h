@@ -83,20 +83,9 @@ struct ColumnBlock {
     const int64_t step = Rows * stride;  // 0 for the spare elements, which are a row of their own
     return ceil_div(bytes_ahead / int64_t(sizeof(T)), larger<int64_t>(1, step)) * step;
   }
-  // Sums about a pivot of types that seldom need one are compiled small.
+  // Sums about a pivot of types that seldom need one: compiled small, instead of fast (NOTES.md#compile-time).
   template <class F>
   static constexpr bool is_rare = F::shifted && starts_at_zero<T>;
-  // Calls body with whether to prefetch as a type: a branch in the loops costs 5 % in the cache (NOTES.md#prefetch).
-  // One loop that always prefetches is enough where it gains little for its compile time.
-  template <class F, class Body>
-  FASTBN_HD void with_prefetch(const Body& body) const {
-    constexpr bool two_loops =
-        vector_bytes >= 32 && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) && !F::calls && !is_rare<F>;
-    if constexpr (two_loops) {
-      if (!past_cache) return body(std::false_type{});
-    }
-    body(std::true_type{});
-  }
   int whole() const { return columns / size * size; }
   int packs() const { return int(ceil_div(columns, size)); }
   // Index of a column in arrays in pack order: the overlapping pack is stored behind whole().
@@ -275,19 +264,17 @@ struct ColumnBlock {
                   const ForwardCoefficientSource& forward_coefficients, sum_t<T>* s, sum_t<T>* q, const F& f) const {
     if constexpr (Pivots::may_be_narrow) {
       if (narrow())
-        return add_rows<1, false>(PartOfPack<T>{columns}, first, last, pivots, forward_coefficients, s, q, f);
+        return add_rows<1>(PartOfPack<T>{columns}, first, last, false, pivots, forward_coefficients, s, q, f);
     }
     constexpr int at_once = is_rare<F> ? 2 : F::calls ? 4 : 8;
     const int64_t together = first + (last - first) / at_once * at_once;
-    with_prefetch<F>([&](auto prefetches) FASTBN_INLINE {
-      add_rows<at_once, prefetches.value>(WholePack<T>{}, first, together, pivots, forward_coefficients, s, q, f);
-    });
-    add_rows<1, false>(WholePack<T>{}, together, last, pivots, forward_coefficients, s, q, f);
+    add_rows<at_once>(WholePack<T>{}, first, together, past_cache, pivots, forward_coefficients, s, q, f);
+    add_rows<1>(WholePack<T>{}, together, last, false, pivots, forward_coefficients, s, q, f);
   }
 
-  template <int Rows, bool prefetches, class IO, class Pivots, class ForwardCoefficientSource, class F>
-  void add_rows(const IO io, int64_t first, int64_t last, Pivots pivots, ForwardCoefficientSource forward_coefficients,
-                sum_t<T>* s, sum_t<T>* q, const F f) const {
+  template <int Rows, class IO, class Pivots, class ForwardCoefficientSource, class F>
+  void add_rows(const IO io, int64_t first, int64_t last, const bool prefetches, Pivots pivots,
+                ForwardCoefficientSource forward_coefficients, sum_t<T>* s, sum_t<T>* q, const F f) const {
     using S = Lanes<T, sum_t<T>>;
     // By value: a store may alias whatever is reached through a reference, which would be reloaded.
     const int64_t apart = stride, slots_apart = slots_per_row;
@@ -303,7 +290,7 @@ struct ColumnBlock {
       constexpr int chains = Rows > 1 ? 2 : 1;
       S sum[chains]{}, dot[chains]{};
       sum[0] = S::load(s + p), dot[0] = S::load(q + p);
-      if constexpr (prefetches) {
+      if (prefetches) {
         for (int r = 0; r < Rows; ++r) f.prefetch(at + r * apart + (near ? ahead : Rows * apart));
       }
       // Row by row, so that terms stay in registers, unless a function is called for them.
@@ -339,20 +326,18 @@ struct ColumnBlock {
     constexpr int at_once = vector_bytes == 64 && (F::calls || !Coefficients::may_be_narrow) ? 4 : 2;
     constexpr bool one_line = vector_bytes == 64;
     if constexpr (Coefficients::may_be_narrow) {
-      if (narrow()) return map_rows<1, false>(PartOfPack<T>{columns}, 0, rows, out, coefficients, memory, f);
+      if (narrow()) return map_rows<1>(PartOfPack<T>{columns}, 0, rows, false, out, coefficients, memory, f);
     }
     const bool streams = past_cache && aligned;
     const WholePack<T> io{streams, streams && memory.both};
     const int64_t together = streams && !one_line ? 0 : rows / at_once * at_once;
-    with_prefetch<F>([&](auto prefetches) FASTBN_INLINE {
-      map_rows<at_once, prefetches.value>(io, 0, together, out, coefficients, memory, f);
-      map_rows<1, prefetches.value && !one_line>(io, together, rows, out, coefficients, memory, f);
-    });
+    map_rows<at_once>(io, 0, together, past_cache, out, coefficients, memory, f);
+    map_rows<1>(io, together, rows, past_cache && !one_line, out, coefficients, memory, f);
   }
 
-  template <int Rows, bool prefetches, class IO, class Coefficients, class F>
-  void map_rows(const IO io, int64_t first, int64_t last, T* out, Coefficients coefficients, const MemoryUse memory,
-                const F f) const {
+  template <int Rows, class IO, class Coefficients, class F>
+  void map_rows(const IO io, int64_t first, int64_t last, const bool prefetches, T* out, Coefficients coefficients,
+                const MemoryUse memory, const F f) const {
     const int64_t apart = stride, slots_apart = slots_per_row, next = memory.next;
     const bool near = is_near(), unread = memory.unread;
     const int64_t ahead = near ? rows_ahead<Rows>() : Rows * apart;
@@ -362,7 +347,7 @@ struct ColumnBlock {
     const auto step = [=](const IO& a, int64_t at, int p, int column, int64_t slots) mutable FASTBN_INLINE {
       Lanes<T, acc_t<T>> c[F::count];
       coefficients.get(p, column, c);
-      if constexpr (prefetches) {
+      if (prefetches) {
         const int64_t then = at + (unread && at >= last_rows ? wrap : ahead);
         // Rows that are far apart need no prefetch of inputs that were just reduced: they are in cache.
         if (near || unread) {

@@ -13,7 +13,7 @@ struct Places {
 // Both passes use the same operations, so that they agree on the sign of z.
 template <class A>
 FASTBN_HD Vec<A> normalized(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> shift) {
-  return (x - mean) * scale + shift;
+  return multiply_add(x - mean, scale, shift);
 }
 
 // One bit for each value of a pack, 1 if the activation passed it. In memory order, except for bfloat16 without
@@ -171,15 +171,10 @@ template <class T, class Body>
 FASTBN_HD void dispatch_epilogue(const Forward& args, const Body& body) {
   const Epilogue& e = args.epilogue;
   const T* residual = static_cast<const T*>(e.residual);
-  if (e.activation == Activation::identity && residual == nullptr) {
-    body(IdentityEpilogue<T>{});
-  } else if (e.activation == Activation::relu && residual == nullptr && args.mask == nullptr) {
-    body(ReluEpilogue<T, false>{nullptr, nullptr});
-  } else if (e.activation == Activation::relu && residual != nullptr) {
-    body(ReluEpilogue<T, true>{residual, args.mask});
-  } else {
-    body(RuntimeEpilogue<T>{residual, args.mask, e.activation, acc_t<T>(e.param)});
-  }
+  if (e.activation == Activation::identity && residual == nullptr) return body(IdentityEpilogue<T>{});
+  if (e.activation == Activation::relu && residual != nullptr) return body(ReluEpilogue<T, true>{residual, args.mask});
+  if (e.activation == Activation::relu && args.mask == nullptr) return body(ReluEpilogue<T, false>{nullptr, nullptr});
+  body(RuntimeEpilogue<T>{residual, args.mask, e.activation, acc_t<T>(e.param)});
 }
 
 // Mean, scale and shift of the forward pass, for epilogues that recompute z.
@@ -295,13 +290,8 @@ FASTBN_HD void dispatch_backward_epilogue(const Backward& args, const Body& body
   using A = acc_t<T>;
   const Epilogue& e = args.epilogue;
   const T* dy = static_cast<const T*>(args.grad_output);
-  if (e.activation == Activation::identity) {
-    body(IdentityBackward<T>{dy});
-  } else if (args.mask != nullptr) {
-    body(MaskBackward<T>{dy, args.mask, A(e.param)});
-  } else if (e.activation == Activation::relu && e.residual == nullptr) {
-    body(ReluBackward<T>{dy});
-  } else {
-    body(RuntimeBackward<T>{dy, static_cast<const T*>(e.residual), e.activation, A(e.param)});
-  }
+  if (e.activation == Activation::identity) return body(IdentityBackward<T>{dy});
+  if (args.mask != nullptr) return body(MaskBackward<T>{dy, args.mask, A(e.param)});
+  if (e.activation == Activation::relu && e.residual == nullptr) return body(ReluBackward<T>{dy});
+  body(RuntimeBackward<T>{dy, static_cast<const T*>(e.residual), e.activation, A(e.param)});
 }

@@ -109,7 +109,7 @@ struct BackwardElemtOp {
       Pack<T>& v = results[p];
       store_residual_grad<Epilogue>(io, v, bits[p], grad_residual, at.element(p));
       for (int k = 0; k < v.vectors; ++k) {
-        v.v[k] = (v.v[k] + (value[p].v[k] - c[0].v[k]) * c[1].v[k]) * c[2].v[k] + c[3].v[k];
+        v.v[k] = multiply_add(multiply_add(value[p].v[k] - c[0].v[k], c[1].v[k], v.v[k]), c[2].v[k], c[3].v[k]);
       }
     }
   }

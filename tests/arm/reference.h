@@ -180,7 +180,7 @@ struct Allowed {
   double f32, bf16, f64;
 };
 inline const std::map<std::string, Allowed> allowed_units = {
-    {"mean", {0.25, 0.5, 8}},   {"var", {0.25, 16, 32}},       {"running", {1, 8, 4}},     {"y", {4, 4, 16}},
+    {"mean", {0.25, 1, 8}},     {"var", {0.25, 16, 32}},       {"running", {1, 8, 4}},     {"y", {4, 4, 16}},
     {"grad_input", {4, 4, 32}}, {"grad_residual", {4, 4, 16}}, {"grad_weight", {1, 2, 4}}, {"grad_bias", {1, 1, 4}},
 };
 

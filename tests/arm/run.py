@@ -25,7 +25,8 @@ KERNELS = ROOT / "csrc" / "cpu"
 # Those of setup.py which change what the compiler makes; test_arm.py holds them to be its.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
 STANDARD = "-std=c++17"  # what torch compiles extensions with
-NOT_FUSED = "-ffp-contract=off"
+NOT_CONTRACTED = "-ffp-contract=off"
+NOT_FUSED = (NOT_CONTRACTED, "-DFASTBN_NOT_FUSED")  # by the compiler, and where the code asks for it
 BASELINE_ONLY = "-DFASTBN_SIMT"  # no wider instruction sets, which the driver would need to be built with
 
 
@@ -59,7 +60,7 @@ def builds(wide: bool) -> list[Build]:
     # Linked statically, so that the emulator needs no libraries of the other architecture.
     found = [
         Build("arm", cross, ("-static",), (emulator,)),
-        Build("arm, not fused", cross, ("-static", NOT_FUSED), (emulator,)),
+        Build("arm, not fused", cross, ("-static", *NOT_FUSED), (emulator,)),
     ]
     if platform.machine() == "x86_64":
         if wide:
@@ -84,7 +85,7 @@ def compile_all(chosen: list[Build]) -> dict[Build, Path]:
     objects: dict[Build, list[Path]] = {}
     for build in chosen:
         of_kernels = [flag for flag in build.flags if flag != "-static"]
-        of_driver = [NOT_FUSED, *(flag for flag in of_kernels if flag != NOT_FUSED)]  # or inputs would differ
+        of_driver = [NOT_CONTRACTED, *(flag for flag in of_kernels if flag not in NOT_FUSED)]  # or inputs would differ
         sources = [(Path(__file__).parent / "driver.cpp", of_driver), (KERNELS / "backend.cpp", of_driver)]
         sources += [(KERNELS / f"kernels_{name}.cpp", of_kernels) for name in build.kernels]
         for source, flags in sources:

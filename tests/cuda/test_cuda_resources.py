@@ -88,6 +88,8 @@ def test_the_plans_assumption_is_found():
 
 def test_a_good_kernel_passes():
     assert resources.problems_of(GOOD, 64) == []
+    reads_other_blocks = dataclasses.replace(GOOD, sass={**GOOD.sass, "LD.E.128": 5})
+    assert resources.problems_of(reads_other_blocks, 64) == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,8 @@ def test_a_good_kernel_passes():
         ({"registers": 65}, "registers"),
         ({"sass": {**GOOD.sass, "LDL.64": 2}}, "local memory"),
         ({"sass": {"LDG.E.128": 8, "STG.E.128": 1, "LD.E.64": 2}}, "has 2 generic accesses"),
+        ({"sass": {**GOOD.sass, "LD.E.128": 2, "ST.E.128": 1}}, "has 1 generic accesses"),
+        ({"sass": {**GOOD.sass, "LD.E.128": 2}, "arch": "sm_80"}, "has 2 generic accesses"),
         ({"sass": {"LDG.E.64": 8, "STG.E.128": 1}}, "loads no 16 bytes"),
         ({"sass": {"LDG.E.128": 8, "STG.E.U16": 1}}, "stores no 16 bytes"),
         (

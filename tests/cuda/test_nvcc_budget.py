@@ -1,6 +1,7 @@
-"""What the review of the kernels found, as counts of what nvcc compiled: each test fails for the kernels as they were.
+"""What the review of the kernels found, as counts of what nvcc compiled.
 
-Small tensors on a small GPU: what is counted a vector, a channel or a tile does not depend on their sizes."""
+Those of the kernels before the redesign were above these limits (benchmarks/NOTES.md#kernels-by-counts). Small tensors
+on a small GPU: what is counted a vector, a channel or a tile does not depend on their sizes."""
 
 import json
 
@@ -116,7 +117,7 @@ def test_all_warps_reduce(counted, case, layout, direction):
 
 
 def test_the_barrier_of_a_group(counted):
-    """Finding 8: one fence a block, by the release; who waits sleeps between polls."""
+    """Finding 8: no fence but that of the release."""
     _, launch = counted(ROWS, "first")["forward"]
     fences = [site for site in launch["sites"] if "fence" in site["name"] or "membar" in site["name"]]
     assert fences == []

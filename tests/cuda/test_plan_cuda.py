@@ -79,7 +79,7 @@ def plan_of(sizes, channels_last=False, element_bytes=2, direction="forward", tr
 
 
 def assert_covers(p, sizes, element_bytes):
-    """Every element belongs to one item, and an item's blocks, vectors and lanes hold all of it."""
+    """Every element belongs to one channel tile, and a tile's blocks, vectors and lanes hold all of it."""
     batch, channels, positions = sizes[0], sizes[1], math.prod(sizes[2:])
     assert p["rows"] * p["columns"] == batch * channels * positions
     assert p["columns_per_channel"] in (1, positions) and p["columns"] == channels * p["columns_per_channel"]
@@ -92,7 +92,7 @@ def assert_covers(p, sizes, element_bytes):
         assert (p["vectors_per_row"] - 1) * p["vector"] + 1 >= width or width % p["vector"] == 0
         assert p["vectors_per_row"] * p["vector"] >= width
     else:
-        assert p["channel_tiles"] == 1 or width % p["vector"] == 0, "items meet at borders of vectors"
+        assert p["channel_tiles"] == 1 or width % p["vector"] == 0, "channel tiles meet at borders of vectors"
         assert p["columns"] % p["vector"] == 0, "and so do rows"
         assert p["vectors_per_row"] == ceil_div(width, p["vector"])
         lanes = p["lanes_per_row"]
@@ -101,7 +101,7 @@ def assert_covers(p, sizes, element_bytes):
         else:
             assert lanes & (lanes - 1) == 0 and p["vectors_per_row"] <= lanes, "shuffles merge rows"
         assert lanes <= p["threads"]
-    assert p["channels_per_tile"] <= p["threads"], "a thread finishes each channel of an item"
+    assert p["channels_per_tile"] <= p["threads"], "a thread finishes each channel of a channel tile"
 
 
 def assert_fits(p, device, backward):
@@ -112,7 +112,7 @@ def assert_fits(p, device, backward):
         slices = (2 if backward else 1) * p["slice_bytes"]
         assert p["scratch_bytes"] + slices == p["shared_bytes"]
         vectors = p["slice_bytes"] // 16 * p["batch_splits"]
-        assert vectors >= p["rows"] * p["vectors_per_row"], "the slices of an item hold all of it"
+        assert vectors >= p["rows"] * p["vectors_per_row"], "the slices of a channel tile hold all of it"
         assert p["blocks"] == p["groups"] * p["batch_splits"]
         assert (p["waves"] - 1) * p["groups"] < p["channel_tiles"] <= p["waves"] * p["groups"]
         assert p["cooperative"] == (p["batch_splits"] > 1) and p["cooperative"] <= device["cooperative"]
@@ -147,7 +147,7 @@ def subgroups(p):
 
 
 def records(p):
-    """Of an item: those of its blocks, and of its subgroups if there are any."""
+    """Of a channel tile: those of its blocks, and of its subgroups if there are any."""
     if p["cluster"] > 1:
         return subgroups(p) * p["channels_per_tile"] if subgroups(p) > 1 else 0
     levels = p["subgroup"] > 1
@@ -168,8 +168,8 @@ def assert_moves(p, sizes, element_bytes, backward, training):
     again = p["strategy"] == "streaming" and training
     assert p["bytes"] == p["least_bytes"] + again * (2 if backward else 1) * tensor
     sums = sizes[1] * 16 + 256 if p["strategy"] == "streaming" else 0
-    items = 2 * p["groups"] if p["strategy"] == "resident" else p["channel_tiles"]  # two sets of records
-    needed = items * records(p) * 16 if p["batch_splits"] > 1 else 0
+    tiles = 2 * p["groups"] if p["strategy"] == "resident" else p["channel_tiles"]  # two sets of records
+    needed = tiles * records(p) * 16 if p["batch_splits"] > 1 else 0
     assert needed <= p["workspace_bytes"] <= needed + sums
 
 
