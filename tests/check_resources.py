@@ -4,12 +4,13 @@ Reads the log of a build with `ptxas -v` and the built library. Prints a table a
 exits with status 1 if there is one.
 
 Rules, for each kernel and architecture:
-1. no spills and no stack frame: an array that lives in memory costs more than all the arithmetic; ten registers at
-   most in kernels that find their activation at run time, whose arithmetic takes longer than that;
+1. ten registers at most are spilled, and none of them is read or written in an innermost loop: what is needed once a
+   tile may wait in memory, while an array that lives there costs more than all the arithmetic. Kernels that find their
+   activation at run time may spill in loops, too: their arithmetic takes longer than that;
 2. no more registers than `registers_per_thread` of csrc/cuda/plan.h, for kernels of the resident strategy;
 3. kernels that access whole vectors load and store 16 bytes at a time (SASS: LDG.E.128 or LDGSTS...128, STG.E.128),
-   and nothing in SASS touches local memory, or memory by a generic address. But for one thing: 16-byte loads of the
-   resident kernels from the shared memory of another block of the cluster, which SASS has no other instruction for.
+   and nothing in SASS touches memory by a generic address. But for 16-byte
+   loads by the resident kernels from the shared memory of another block of the cluster: SASS has no other for them.
 Kernels of float64 are listed and not judged: no default plan is tuned for them.
 
 Usage: check_resources.py BUILD_LOG LIBRARY [--architectures "8.0;9.0"] [--json FILE] [--cuobjdump PROGRAM]
@@ -35,11 +36,15 @@ USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 ARCH = re.compile(r"^\s*arch = (sm_\w+)")
 FUNCTION = re.compile(r"^\s*Function : (\w+)")
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
+TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 # Kernels whose outputs are a few values a channel.
 REDUCTIONS = ("stats", "backward_reduce")
 # Of SASS, what the rules look at: reads and writes of global and of local memory.
 LOADS, STORES, LOCAL = ("LDG", "LDGSTS"), ("STG",), ("LDL", "STL")
+ARITHMETIC = ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "DADD", "DMUL", "DFMA")
+LOCAL_IN_LOOP = "on local memory in an innermost loop"
+SPILL_ALLOWED = 40  # bytes: ten registers
 NO_CLUSTERS = ("sm_75", "sm_80", "sm_86", "sm_89")
 GENERIC = ("LD", "ST")  # of an address that may be in any memory, which costs more than one that is known to be where
 
@@ -64,8 +69,8 @@ class Kernel:
         return "resident" in self.name
 
     @property
-    def spill_allowed(self) -> int:
-        return 40 if re.search(r"\bAny\b", self.name) else 0
+    def activation_at_run_time(self) -> bool:
+        return re.search(r"\bAny\b", self.name) is not None
 
     @property
     def vectors(self) -> bool:
@@ -101,18 +106,57 @@ def parse_log(text: str) -> list[Kernel]:
     return list(kernels.values())
 
 
+def in_innermost_loops(branches: list[tuple[int, int]], arithmetic: list[int], addresses: list[int]) -> int:
+    """How many of the addresses are in a loop that has arithmetic and no other loop in it.
+
+    Branches are given as (address, target). A loop without arithmetic waits for another block.
+    """
+    ends: dict[int, int] = {}
+    for address, target in branches:
+        if target < address:
+            ends[target] = max(address, ends.get(target, 0))
+    loops = list(ends.items())
+    innermost = [
+        (start, end) for start, end in loops if not any(start < other and last <= end for other, last in loops)
+    ]
+    innermost = [(start, end) for start, end in innermost if any(start <= a <= end for a in arithmetic)]
+    return sum(any(start <= a <= end for start, end in innermost) for a in addresses)
+
+
 def parse_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
-    """How often each instruction on global or local memory occurs, by mangled name and architecture."""
+    """How often each instruction on global or local memory occurs, by mangled name and architecture.
+
+    Those on local memory in innermost loops are counted again, as LOCAL_IN_LOOP.
+    """
     found: dict[tuple[str, str], Counter[str]] = {}
     arch, counts = "", Counter()
+    branches: list[tuple[int, int]] = []
+    arithmetic: list[int] = []
+    local: list[int] = []
+
+    def finish() -> None:
+        if number := in_innermost_loops(branches, arithmetic, local):
+            counts[LOCAL_IN_LOOP] = number
+        branches.clear(), arithmetic.clear(), local.clear()
+
     for line in lines:
         if match := INSTRUCTION.match(line):
-            if match[1].split(".")[0] in (*LOADS, *STORES, *LOCAL, *GENERIC):
-                counts[match[1]] += 1
+            address, name, operands = int(match[1], 16), match[2], match[3]
+            kind = name.split(".")[0]
+            if kind == "BRA" and (target := TARGET.search(operands)):
+                branches.append((address, int(target[1], 16)))
+            elif kind in ARITHMETIC:
+                arithmetic.append(address)
+            elif kind in (*LOADS, *STORES, *LOCAL, *GENERIC):
+                counts[name] += 1
+                if kind in LOCAL:
+                    local.append(address)
         elif match := ARCH.match(line):
             arch = match[1]
         elif match := FUNCTION.match(line):
+            finish()
             counts = found.setdefault((match[1], arch), Counter())
+    finish()
     return found
 
 
@@ -150,17 +194,19 @@ def problems_of(kernel: Kernel, registers: int) -> list[str]:
     if not kernel.judged:
         return []
     problems = []
-    spill = max(kernel.spill_stores, kernel.spill_loads)
-    if spill > kernel.spill_allowed:
-        problems.append(f"spills {kernel.spill_stores} bytes to memory and reads {kernel.spill_loads} back")
-    if kernel.stack and not 0 < spill <= kernel.spill_allowed:
+    if max(kernel.spill_stores, kernel.stack) > SPILL_ALLOWED:
+        problems.append(f"spills {kernel.spill_stores} bytes to memory, of {kernel.stack} of its stack")
+    if kernel.stack and not kernel.spill_stores:
         problems.append(f"has a stack frame of {kernel.stack} bytes")
+    local = kernel.sass.get(LOCAL_IN_LOOP, 0)
+    if local and not kernel.activation_at_run_time:
+        problems.append(f"has {local} instructions on local memory in an innermost loop")
     if kernel.resident and kernel.registers > registers:
         problems.append(f"uses {kernel.registers} registers, the plan counts on {registers}")
-    if (local := kernel.count(LOCAL)) and not 0 < spill <= kernel.spill_allowed:
-        problems.append(f"has {local} instructions on local memory")
-    from_cluster = kernel.count(GENERIC[:1], "128") if kernel.resident and kernel.arch not in NO_CLUSTERS else 0
-    if generic := kernel.count(GENERIC) - from_cluster:
+    generic = kernel.count(GENERIC)
+    if kernel.resident and kernel.arch not in NO_CLUSTERS:
+        generic -= kernel.count(["LD"], "128")
+    if generic:
         problems.append(f"has {generic} generic accesses to memory")
     if kernel.vectors and not kernel.count(LOADS, "128"):
         problems.append("loads no 16 bytes at a time")

@@ -256,7 +256,7 @@ FASTBN_D void fence() { __threadfence(); }
 FASTBN_D unsigned load_relaxed(const unsigned* p) {
   unsigned v;
 #if __CUDA_ARCH__ >= 700
-  asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));
 #else
   v = *static_cast<const volatile unsigned*>(p);
 #endif
@@ -265,7 +265,7 @@ FASTBN_D unsigned load_relaxed(const unsigned* p) {
 FASTBN_D unsigned load_acquire(const unsigned* p) {
   unsigned v;
 #if __CUDA_ARCH__ >= 700
-  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
 #else
   v = *static_cast<const volatile unsigned*>(p), __threadfence();
 #endif

@@ -95,11 +95,11 @@ def test_a_good_kernel_passes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spill_stores": 4}, "spills"),
-        ({"spill_loads": 4}, "spills"),
+        ({"spill_stores": 44, "stack": 8}, "spills"),
+        ({"spill_stores": 4, "stack": 44}, "spills"),
         ({"stack": 8}, "stack frame"),
         ({"registers": 65}, "registers"),
-        ({"sass": {**GOOD.sass, "LDL.64": 2}}, "local memory"),
+        ({"sass": {**GOOD.sass, resources.LOCAL_IN_LOOP: 2}}, "2 instructions on local memory"),
         ({"sass": {"LDG.E.128": 8, "STG.E.128": 1, "LD.E.64": 2}}, "has 2 generic accesses"),
         ({"sass": {**GOOD.sass, "LD.E.128": 2, "ST.E.128": 1}}, "has 1 generic accesses"),
         ({"sass": {**GOOD.sass, "LD.E.128": 2}, "arch": "sm_80"}, "has 2 generic accesses"),
@@ -144,10 +144,39 @@ def test_a_rule_without_kernels_is_a_broken_rule():
     assert len(resources.unjudged([dataclasses.replace(GOOD, name="another<float, Way<float, 4>>")])) == 2
 
 
-def test_few_registers_may_be_spilled_where_the_activation_is_found_at_run_time():
-    for name, spill, holds in [(ANY, 40, True), (ANY, 44, False), (MASKED, 4, False)]:
-        sass = {**GOOD.sass, "STL": 2}
-        kernel = dataclasses.replace(GOOD, name=name, spill_stores=spill, spill_loads=spill, stack=8, sass=sass)
+LOOPS = """
+		Function : loops
+        /*0010*/                   STL [R1], R4 ;
+        /*0020*/                   MOV R1, c[0x0][0x28] ;
+        /*0030*/                   LDL R4, [R1] ;
+        /*0040*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0050*/                   LDL R5, [R1] ;
+        /*0060*/                   FFMA R4, R5, R6, R4 ;
+        /*0070*/              @!P0 BRA P2, 0x40 ;
+        /*0080*/               @P0 BRA 0x20 ;
+        /*0090*/                   LDL R6, [R1] ;
+        /*00a0*/               @P0 BRA 0x90 ;
+        /*00b0*/                   BRA 0xb0;
+"""
+
+
+def test_local_memory_in_innermost_loops():
+    """What the outer loop does once is no matter, nor what is done while a block waits."""
+    counts = resources.parse_sass(["arch = sm_90", *LOOPS.splitlines()])["loops", "sm_90"]
+    assert counts == {"STL": 1, "LDL": 3, "LDG.E.128": 1, resources.LOCAL_IN_LOOP: 1}
+    without = resources.parse_sass(["arch = sm_90", *LOOPS.replace("LDL R5", "LDS R5").splitlines()])
+    assert without["loops", "sm_90"] == {"STL": 1, "LDL": 2, "LDG.E.128": 1}
+
+
+def test_few_registers_may_be_spilled_outside_of_loops():
+    outside = {**GOOD.sass, "LDL": 2, "STL": 2}
+    for name, spill, sass, holds in [
+        (GOOD.name, 40, outside, True),
+        (GOOD.name, 44, outside, False),
+        (ANY, 40, {**outside, resources.LOCAL_IN_LOOP: 2}, True),
+        (MASKED, 4, {**outside, resources.LOCAL_IN_LOOP: 2}, False),
+    ]:
+        kernel = dataclasses.replace(GOOD, name=name, spill_stores=spill, spill_loads=2 * spill, stack=8, sass=sass)
         assert (resources.problems_of(kernel, 64) == []) == holds
 
 

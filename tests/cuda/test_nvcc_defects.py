@@ -46,8 +46,8 @@ FASTBN_D void shared_store16"""
 ROUND_TO_ZERO = """uint32_t word;
   asm("cvt.rz.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(in[1]), "f"(in[0]));"""
 RELEASE = "red.release.gpu.global.add.u32"
-ACQUIRE = 'asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");'
-ACQUIRE_WITHOUT_CLOBBER = 'asm("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p));'
+ACQUIRE = 'asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");'
+ACQUIRE_WITHOUT_CLOBBER = 'asm("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)));'
 
 
 def in_device(old, new):

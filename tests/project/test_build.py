@@ -253,7 +253,7 @@ def reusing(wheel, unpacked, tmp_path_factory):
     program = folder / "compiler"
     program.write_text(
         '#!/bin/sh\nfor word; do test "$before" = -o && output=$word; before=$word; done\n'
-        f'case $output in *.o) exec cp "{folder}/objects/${{output#*/build/temp*/}}" "$output";; esac\n'
+        f'case $output in *.o) exec cp "{folder}/objects/csrc/${{output##*/csrc/}}" "$output";; esac\n'
         'exec c++ "$@"\n'
     )
     program.chmod(0o755)
