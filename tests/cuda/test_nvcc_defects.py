@@ -2,7 +2,6 @@
 
 g++ sees the same text with and without a defect, so the C++ kernels in the emulator cannot notice any."""
 
-import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import pytest
 from ptx.build import HERE, find_nvcc, library
 from ptx.cases import entries, run_case
 from simt.build import CSRC, build, run
+from simt.copies import copy_of_csrc, replaced
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")]
 
@@ -89,14 +89,16 @@ def what_is_noticed(csrc, cases):
 
 
 def copy_with(edits, folder):
-    csrc = folder / "csrc"
-    for part in ("core", "cuda"):
-        shutil.copytree(CSRC / part, csrc / part)
+    csrc = copy_of_csrc(folder, "bf16", identity=True)
     for file, old, new in edits:
-        text = (csrc / "cuda" / file).read_text()
-        assert text.count(old) == 1, f"{file} should have once: {old}"
-        (csrc / "cuda" / file).write_text(text.replace(old, new))
+        replaced(csrc / "cuda" / file, old, new)
     return csrc
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """A copy without a defect."""
+    return copy_with((), tmp_path_factory.mktemp("right"))
 
 
 def as_gcc_sees_it(csrc):
@@ -105,28 +107,28 @@ def as_gcc_sees_it(csrc):
     return subprocess.run([*command, csrc / "cuda" / "resident.cu"], capture_output=True, text=True, check=True).stdout
 
 
-def test_nothing_is_noticed_where_nothing_is_wrong():
-    assert what_is_noticed(CSRC, CASES) == []
+def test_nothing_is_noticed_where_nothing_is_wrong(right):
+    assert what_is_noticed(right, CASES) == []
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
-def test_defect_is_noticed(defect, tmp_path):
+def test_defect_is_noticed(defect, right, tmp_path):
     csrc = copy_with(defect.edits, tmp_path)
-    assert as_gcc_sees_it(csrc) == as_gcc_sees_it(CSRC), "the emulator can see it too"
+    assert as_gcc_sees_it(csrc) == as_gcc_sees_it(right), "the emulator can see it too"
     noticed = what_is_noticed(csrc, defect.cases)
     assert len(noticed) == len(defect.cases), noticed
     for text in noticed:
         assert defect.words in text
 
 
-def test_a_missing_memory_clobber_is_noticed(tmp_path):
+def test_a_missing_memory_clobber_is_noticed(right, tmp_path):
     """nvcc then loads once, before the loop that waits for another value, where it finds that worth while: not in the
     kernels of csrc as they are, but in a small one that calls the same function."""
     csrc, kernel = copy_with(in_device(ACQUIRE, ACQUIRE_WITHOUT_CLOBBER), tmp_path), HERE / "small.cu"
-    assert as_gcc_sees_it(csrc) == as_gcc_sees_it(CSRC), "the emulator can see it too"
+    assert as_gcc_sees_it(csrc) == as_gcc_sees_it(right), "the emulator can see it too"
     program = build([kernel], "plain")
-    right = library(kernels=[kernel])
-    assert run(program, "barriers", timeout=20, FASTBN_SIMT_PTX=str(right)) == run(program, "barriers")
+    good = library(kernels=[kernel])
+    assert run(program, "barriers", timeout=20, FASTBN_SIMT_PTX=str(good)) == run(program, "barriers")
     wrong = library(kernels=[kernel], csrc=csrc)
     with pytest.raises(subprocess.TimeoutExpired):
         run(program, "barriers", timeout=20, FASTBN_SIMT_PTX=str(wrong))

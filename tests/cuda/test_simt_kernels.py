@@ -2,12 +2,12 @@
 
 The driver compares with float64. It also has to fail for each defect that is planted in a copy of the kernels."""
 
-import shutil
 from dataclasses import dataclass
 
 import pytest
 from ptx.cases import numbers, run_case
 from simt.build import CSRC, HERE, backend_sources, build, run
+from simt.copies import copy_of_csrc, replaced
 
 
 def driver(mode, csrc=CSRC, defines=()):
@@ -238,29 +238,12 @@ DEFECTS = [
 WHICH = """#include <cstdlib>
 inline const int planted = std::getenv("PLANTED") == nullptr ? 0 : std::atoi(std::getenv("PLANTED"));
 """
-ONE_TYPE = """namespace fastbn::cuda {
-template <class Body>
-void dispatch_one(DType, const Body& body) {
-  body(Type<float>{});
-}
-"""
-
-
-def replaced(path, old, new, times=1):
-    text = path.read_text()
-    assert text.count(old) == times, f"{path.name} should have {times} of: {old}"
-    path.write_text(text.replace(old, new))
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    csrc = tmp_path_factory.mktemp("planted") / "csrc"
-    for part in ("core", "cuda"):
-        shutil.copytree(CSRC / part, csrc / part)
+    csrc = copy_of_csrc(tmp_path_factory.mktemp("planted"), "f32")
     replaced(csrc / "cuda" / "plan.h", "#pragma once\n", "#pragma once\n" + WHICH)
-    launch = csrc / "cuda" / "launch.cuh"
-    replaced(launch, "dispatch_dtype(dtype, [&](auto type) {", "dispatch_one(dtype, [&](auto type) {", times=2)
-    replaced(launch, "namespace fastbn::cuda {\n", ONE_TYPE)
     for number, defect in enumerate(DEFECTS, 1):
         replaced(csrc / "cuda" / defect.file, defect.old, defect.new.replace("PLANTED", f"(planted == {number})"))
     return csrc

@@ -22,7 +22,9 @@ def test_bits_are_those_of_the_file(backend, column):
     if column not in same_bits.columns():
         pytest.skip(f"this processor has no {column}")
     if set(digests[column].values()) == {same_bits.UNKNOWN}:
-        pytest.skip(f"no digests of {column} since the last change of bits: run same_bits.py --update on this processor")
+        pytest.skip(
+            f"no digests of {column} since the last change of bits: run same_bits.py --update on this processor"
+        )
     found, expected = same_bits.compute(column), digests[column]
     assert list(found) == list(expected), "cases were added or removed: same_bits.py --update"
     same_libc = environment["libc"] == header["libc"]
