@@ -7,7 +7,7 @@ PYTHON ?= python3
 # What pip installs where $(PYTHON) has no torch of its own; options of pip may follow the name.
 TORCH ?= torch==2.13.0
 VENV := .venv
-PACKAGES := numpy pybind11 pytest hypothesis expecttest setuptools wheel scikit-learn rich matplotlib onnx onnxscript auditwheel uv
+PACKAGES := numpy pybind11 pytest pytest-xdist hypothesis expecttest setuptools wheel scikit-learn rich matplotlib onnx onnxscript auditwheel uv
 # Formatters are pinned, because another version formats differently. These go into the environment even
 # where $(PYTHON) has them, so that their programs are found in it.
 # mypy with what it needs, because tools are installed without their dependencies.
@@ -16,6 +16,10 @@ TOOLS := ninja ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 ast-serialize librt
 DOCS_TOOLS := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 latex2mathml==3.81.1
 # Which tests `make asan` runs, and whatever else pytest takes.
 ASAN_TESTS ?= -m sanitize
+# Processes of the quick tests, a file each at a time; most tests use one thread. Threads that wait must not spin then.
+TEST_JOBS ?= 2
+SEVERAL := OMP_WAIT_POLICY=passive
+JOBS_OF_PYTEST = -n $(TEST_JOBS) --dist loadfile
 BENCH_ARGUMENTS ?=
 PAPER_ARGUMENTS ?=
 ARM_ARGUMENTS ?=
@@ -133,7 +137,7 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 
 test: lint build
 	$(SAY) "quick tests of the CPU backend"
-	cd tests && $(IN_VENV) $(PY) -m pytest -m "not slow"
+	cd tests && $(IN_VENV) $(SEVERAL) $(PY) -m pytest $(JOBS_OF_PYTEST) -m "not slow"
 	@$(MAKE) --no-print-directory simt-quick
 	$(SAY) "all of make test passed"
 
@@ -213,13 +217,15 @@ simt-build: venv
 
 simt: simt-build
 	$(SAY) "the tests, with the CUDA kernels on the CPU"
-	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt --ignore-glob="*/test_simt_*"
+	cd tests && $(IN_VENV) $(SEVERAL) PYTHONPATH=$(SIMT_SITE) \
+	    $(PY) -m pytest -p no:cacheprovider $(JOBS_OF_PYTEST) --backend simt --ignore-glob="*/test_simt_*"
 	$(SAY) "the emulator itself, sanitizers, and planted defects"
 	cd tests && $(IN_VENV) $(PY) -m pytest -p no:cacheprovider --noconftest -W ignore cuda/test_simt_emulator.py cuda/test_simt_kernels.py
 
 simt-quick: simt-build
 	$(SAY) "quick tests, with the CUDA kernels on the CPU"
-	cd tests && $(IN_VENV) PYTHONPATH=$(SIMT_SITE) $(PY) -m pytest -p no:cacheprovider --backend simt -m "not slow"
+	cd tests && $(IN_VENV) $(SEVERAL) PYTHONPATH=$(SIMT_SITE) \
+	    $(PY) -m pytest -p no:cacheprovider $(JOBS_OF_PYTEST) --backend simt -m "not slow"
 
 FIND_NVCC := command -v nvcc > /dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || { \
         echo "no nvcc: install the CUDA toolkit, or set CUDA_HOME"; exit 1; }

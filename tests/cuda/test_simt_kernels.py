@@ -77,6 +77,7 @@ class Defect:
     new: str  # the same, but where PLANTED is true
     mode: str = "plain"  # in which the driver fails
     seeds: int = 1
+    only: str = ""  # the case that shows it; by default all that are not large
 
 
 END_OF_TILE = "    __syncthreads();  // the scratch is written again for the next channel tile\n"
@@ -135,14 +136,15 @@ DEFECTS = [
     Defect("every block of a subgroup merges it", "merge.cuh",
            "return __syncthreads_or(last) != 0;", "return __syncthreads_or(last || PLANTED) != 0;"),
     Defect("no barrier of the block after its subgroup", "merge.cuh",
-           "    __syncthreads();\n    return true;", "    if (!PLANTED) __syncthreads();\n    return true;"),
+           "    __syncthreads();\n    return true;", "    if (!PLANTED) __syncthreads();\n    return true;", "tsan"),
     Defect("members of another subgroup", "merge.cuh",
-           "int64_t(part()) * g.subgroup)", "int64_t(part() - (PLANTED && part() > 0)) * g.subgroup)"),
+           "int64_t(part()) * g.subgroup)", "int64_t(part() - (PLANTED && part() > 0)) * g.subgroup)", "tsan"),
     Defect("the last subgroup is as large as the others", "merge.cuh",
            "last = smaller(first + g.subgroup, g.batch_splits);",
            "last = PLANTED ? first + g.subgroup : smaller(first + g.subgroup, g.batch_splits);"),
     Defect("the second batch of records is left out", "merge.cuh",
-           "from < count; from += g.merge_batch", "from < (PLANTED ? 1 : count); from += g.merge_batch"),
+           "from < count; from += g.merge_batch", "from < (PLANTED ? 1 : count); from += g.merge_batch",
+           only="large: streaming"),
     Defect("not cooperative", "launch.cuh",
            "plan.shared_bytes, plan.cooperative,", "plan.shared_bytes, plan.cooperative && !PLANTED,"),
     Defect("one set of records", "merge.cuh",
@@ -170,7 +172,7 @@ DEFECTS = [
            "unsigned(c % size)", "unsigned(PLANTED ? 0 : c % size)"),
     Defect("a cluster as large as the first", "merge.cuh",
            "const unsigned first = split - unsigned(rank);",
-           "const unsigned first = PLANTED ? 0 : split - unsigned(rank);"),
+           "const unsigned first = PLANTED ? 0 : split - unsigned(rank);", only="large: clusters"),
     # ---- vectors, their ends, channel_tiles
     Defect("a row begins where its vector begins", "access.cuh",
            "at < 0 ? int(-at) : 0", "at < 0 && !PLANTED ? int(-at) : 0"),
@@ -217,7 +219,8 @@ DEFECTS = [
     Defect("the bias is forgotten in the backward pass", "backward_resident.cu",
            "bias.value(args.bias, 0)", "(PLANTED ? 0 : bias.value(args.bias, 0))"),
     Defect("bytes of a mask are fetched once only", "resident.cuh",
-           "if (step > 0 && step % 4 == 0) fetch", "if (step > 0 && step % 4 == 0 && !PLANTED) fetch"),
+           "if (step > 0 && step % 4 == 0) fetch", "if (step > 0 && step % 4 == 0 && !PLANTED) fetch",
+           only="large: one block"),
     Defect("what is blocked is multiplied by zero", "backward_epilogue.cuh",
            "if (param != 0) {", "if (param != 0 || PLANTED) {"),
     Defect("vectors whatever the alignment of the residual", "backend.cu",
@@ -249,9 +252,9 @@ def copy(tmp_path_factory):
     return csrc
 
 
-def run_copy(csrc, mode, number, seeds):
+def run_copy(csrc, mode, number, seeds, only=""):
     program = driver(mode, csrc, ["-DSIMT_ONE_TYPE"])
-    return run(program, seeds, PLANTED=str(number), **at_once(mode))
+    return run(program, seeds, only, PLANTED=str(number), **at_once(mode))
 
 
 @pytest.mark.cpu
@@ -264,9 +267,17 @@ def test_copy_without_defect(copy, mode):
 
 @pytest.mark.cpu
 @pytest.mark.slow
+@pytest.mark.parametrize("only", sorted({defect.only for defect in DEFECTS} - {""}))
+def test_large_case_without_defect(copy, only):
+    status, output = run_copy(copy, "plain", 0, 1, only)
+    assert status == 0, output
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, len(DEFECTS) + 1), ids=lambda number: DEFECTS[number - 1].name)
 def test_defect_is_noticed(copy, number):
     defect = DEFECTS[number - 1]
-    status, output = run_copy(copy, defect.mode, number, defect.seeds)
+    status, output = run_copy(copy, defect.mode, number, defect.seeds, defect.only)
     assert status != 0, output
     assert "FAILED: no plan was" not in output, "the plans changed, nothing else was noticed"

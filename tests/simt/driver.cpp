@@ -245,16 +245,49 @@ constexpr int fused_a_case = 1;
 constexpr int fused_a_case = 2;
 #endif
 
+void use(const Gpu& gpu) {
+  simt::config.multiprocessors = gpu.multiprocessors;
+  simt::config.shared_per_multiprocessor = gpu.shared_per_multiprocessor;
+  simt::config.shared_per_block = gpu.shared_per_block;
+  simt::config.cooperative = gpu.cooperative;
+  simt::config.cluster = gpu.cluster, simt::config.merged_at_once = gpu.merged_at_once;
+}
+
+// Cases too large for all seeds, which run when they are asked for by name.
+struct LargeCase {
+  Gpu gpu;
+  Shape shape;
+};
+constexpr LargeCase large_cases[] = {
+    // more records of a channel than are staged at once
+    {{"large: streaming", 24, 36 << 10, 34 << 10, false, 1, 1 << 20}, {75, 32, 120, Layout::channels_last}},
+    // more than four vectors a thread, so that masks are fetched again
+    {{"large: one block", 1, 200 << 10, 160 << 10, true, 1, 512}, {10, 1, 1152, Layout::channels_first}},
+    // several clusters, the last of which has fewer values
+    {{"large: clusters", 16, 64 << 10, 48 << 10, true, 4, 512}, {77, 32, 49, Layout::channels_last}},
+};
+
+void test_large(const std::string& name) {
+  int64_t number = std::size(gpus);
+  for (const auto& [gpu, shape] : large_cases) {
+    simt::config.device = number++;
+    if (gpu.name != name) continue;
+    use(gpu);
+    state = 1;
+    const Case c{name, {shape, DType::f32}, false, false};
+    test_case(c, nullptr);
+    for (const auto& epilogue : epilogues) test_case(c, &epilogue);
+    return;
+  }
+  throw std::runtime_error("there is no case " + name);
+}
+
 void test_seed(uint64_t seed, const std::string& filter) {
   simt::config.seed = seed;
   int64_t number = 0, epilogue = int64_t(seed);
   for (const Gpu& gpu : gpus) {
     simt::config.device = number++;
-    simt::config.multiprocessors = gpu.multiprocessors;
-    simt::config.shared_per_multiprocessor = gpu.shared_per_multiprocessor;
-    simt::config.shared_per_block = gpu.shared_per_block;
-    simt::config.cooperative = gpu.cooperative;
-    simt::config.cluster = gpu.cluster, simt::config.merged_at_once = gpu.merged_at_once;
+    use(gpu);
     for (const auto& [N, C, S] : shapes) {
       for (const Layout layout : {Layout::channels_first, Layout::channels_last}) {
         state = (seed + 1) * 0x9e3779b97f4a7c15 ^ uint64_t(number * 1000003 + N * 10007 + C * 101 + S);
@@ -290,8 +323,12 @@ int main(int argc, char** argv) {
 #endif
   counters = std::make_unique<Scratch>(cuda::counter_bytes, 0);
   try {
-    for (int64_t seed = 0; seed < seeds; ++seed) test_seed(uint64_t(seed), filter);
-    test_running();
+    if (filter.rfind("large: ", 0) == 0) {
+      test_large(filter);
+    } else {
+      for (int64_t seed = 0; seed < seeds; ++seed) test_seed(uint64_t(seed), filter);
+      test_running();
+    }
   } catch (const std::exception& e) {
     std::cout << "FAILED: " << e.what() << std::endl;
     return 1;
