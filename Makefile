@@ -130,7 +130,7 @@ $(VENV)/.packages: Makefile
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(SAY) "building fastbn and installing it: two to four minutes on two cores"
+	$(SAY) "building fastbn and installing it: two to five minutes on two cores"
 	@rm -rf build/lib* build/bdist*
 	$(IN_VENV) $(PY) -m pip install --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
@@ -212,7 +212,7 @@ asan: venv
 
 # A third build: the CUDA kernels by g++, every CUDA thread a fiber. tests/conftest.py says which tests are quick there.
 simt-build: venv
-	$(SAY) "building fastbn with the CUDA kernels for the CPU: about two minutes on two cores"
+	$(SAY) "building fastbn with the CUDA kernels for the CPU: two to four minutes on two cores"
 	$(IN_VENV) FASTBN_SIMT=1 $(PY) setup.py --quiet build --build-base build/simt --build-lib $(SIMT_SITE)
 
 simt: simt-build
