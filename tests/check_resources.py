@@ -9,8 +9,8 @@ Rules, for each kernel and architecture:
    activation at run time may spill in loops, too: their arithmetic takes longer than that;
 2. no more registers than `registers_per_thread` of csrc/cuda/plan.h, for kernels of the resident strategy;
 3. kernels that access whole vectors load and store 16 bytes at a time (SASS: LDG.E.128 or LDGSTS...128, STG.E.128),
-   and nothing in SASS touches memory by a generic address. But for 16-byte
-   loads by the resident kernels from the shared memory of another block of the cluster: SASS has no other for them.
+   and nothing in SASS touches memory by a generic address, but for 16-byte loads by the resident kernels from the
+   shared memory of another block of the cluster: SASS has no other instruction for these.
 Kernels of float64 are listed and not judged: no default plan is tuned for them.
 
 Usage: check_resources.py BUILD_LOG LIBRARY [--architectures "8.0;9.0"] [--json FILE] [--cuobjdump PROGRAM]
