@@ -20,6 +20,8 @@ ASAN_TESTS ?= -m sanitize
 TEST_JOBS ?= 2
 SEVERAL := OMP_WAIT_POLICY=passive
 JOBS_OF_PYTEST = -n $(TEST_JOBS) --dist loadfile
+# Tests of programs, which need no fastbn.
+WITHOUT_FASTBN := -p no:cacheprovider --noconftest -W ignore
 BENCH_ARGUMENTS ?=
 PAPER_ARGUMENTS ?=
 ARM_ARGUMENTS ?=
@@ -72,7 +74,7 @@ FIND_CUDA := CUDA_HOME="$${CUDA_HOME:-$$(nvcc --dryrun -x cu /dev/null 2>&1 | se
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper paper-data report report-check asan simt simt-build simt-quick \
+.PHONY: help venv build test test-slow lint includes format bench bench-full bench-peers paper paper-data report report-check asan simt simt-build simt-quick simt-slow \
     ptx ptx-quick cuda-venv cuda-build gpu arm try-versions workflows docs docs-serve sdist wheel clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -88,7 +90,8 @@ help:
 	@echo "make test       lint, and the tests that are not slow"
 	@echo "make test-slow  the slow tests"
 	@echo "make asan       the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator"
+	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator;"
+	@echo "                make simt-quick is a part of make test, make simt-slow the rest"
 	@echo "make ptx        what nvcc compiles (no GPU needed), executed on the CPU: tests, planted defects, counts, a budget"
 	@echo "make ptx-quick  a part of make ptx in three minutes: float32 and bfloat16, planted defects, counters"
 	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
@@ -143,7 +146,7 @@ test: lint build
 
 test-slow: build
 	$(SAY) "slow tests"
-	cd tests && $(IN_VENV) $(PY) -m pytest -m slow --ignore-glob="*/test_simt_*"
+	cd tests && $(IN_VENV) $(SEVERAL) $(PY) -m pytest $(JOBS_OF_PYTEST) -m slow --ignore-glob="*/test_simt_*"
 
 lint: venv includes
 	$(SAY) "lint"
@@ -208,19 +211,21 @@ asan: venv
 	cd tests && $(IN_VENV) PYTHONPATH=$(SITE) \
 	    LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(PY) -m pytest -p no:cacheprovider $(ASAN_TESTS)
+	    $(PY) -m pytest -p no:cacheprovider $(JOBS_OF_PYTEST) $(ASAN_TESTS)
 
 # A third build: the CUDA kernels by g++, every CUDA thread a fiber. tests/conftest.py says which tests are quick there.
 simt-build: venv
 	$(SAY) "building fastbn with the CUDA kernels for the CPU: two to four minutes on two cores"
 	$(IN_VENV) FASTBN_SIMT=1 $(PY) setup.py --quiet build --build-base build/simt --build-lib $(SIMT_SITE)
 
-simt: simt-build
-	$(SAY) "the tests, with the CUDA kernels on the CPU"
+simt: simt-quick simt-slow
+
+simt-slow: simt-build
+	$(SAY) "the slow tests, with the CUDA kernels on the CPU"
 	cd tests && $(IN_VENV) $(SEVERAL) PYTHONPATH=$(SIMT_SITE) \
-	    $(PY) -m pytest -p no:cacheprovider $(JOBS_OF_PYTEST) --backend simt --ignore-glob="*/test_simt_*"
+	    $(PY) -m pytest -p no:cacheprovider $(JOBS_OF_PYTEST) --backend simt -m slow --ignore-glob="*/test_simt_*"
 	$(SAY) "the emulator itself, sanitizers, and planted defects"
-	cd tests && $(IN_VENV) $(PY) -m pytest -p no:cacheprovider --noconftest -W ignore cuda/test_simt_emulator.py cuda/test_simt_kernels.py
+	cd tests && $(IN_VENV) $(PY) -m pytest -n $(TEST_JOBS) $(WITHOUT_FASTBN) -m slow cuda/test_simt_emulator.py cuda/test_simt_kernels.py
 
 simt-quick: simt-build
 	$(SAY) "quick tests, with the CUDA kernels on the CPU"
@@ -229,8 +234,6 @@ simt-quick: simt-build
 
 FIND_NVCC := command -v nvcc > /dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || { \
         echo "no nvcc: install the CUDA toolkit, or set CUDA_HOME"; exit 1; }
-WITHOUT_FASTBN := -p no:cacheprovider --noconftest -W ignore
-
 # Two runs of the parity suite at a time, an architecture each; what they print goes to build/ptx/NAME.log.
 ptx: simt-build
 	@$(FIND_NVCC)
@@ -268,11 +271,12 @@ $(CUDA_VENV)/.packages: Makefile
 	@touch $@
 
 # From nothing each time, because ptxas reports only what it compiles. What it and nvcc print goes to build/cuda/build.log.
+# The CPU kernels for AVX2 and AVX-512 are those of make build, and left out.
 cuda-build: $(CUDA_VENV)/.packages
 	$(SAY) "building fastbn with CUDA for $(CUDA_ARCHITECTURES): up to ten minutes on two cores"
 	@rm -rf build/cuda && mkdir -p build/cuda
 	@$(FIND_CUDA); echo "the toolkit is $$CUDA_HOME"; \
-	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" FASTBN_CUDA=1 FASTBN_PTXAS=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" FASTBN_CUDA=1 FASTBN_PTXAS=1 FASTBN_BASELINE=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
 	    $(CUDA_PY) setup.py build --build-base build/cuda --build-lib $(CUDA_SITE) > build/cuda/build.log 2>&1 || { \
 	        grep -nE "error|Error" build/cuda/build.log | head -50; tail -n 20 build/cuda/build.log; exit 1; }
 	$(SAY) "what was built"

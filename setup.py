@@ -4,7 +4,8 @@ FASTBN_CUDA=0/1 turns the CUDA backend off or on; by default it is built where n
 in TORCH_CUDA_ARCH_LIST, else those of this machine, else ARCHITECTURES.
 FASTBN_PTXAS=1 prints registers and spills of each kernel.
 FASTBN_LOCAL_VERSION=1 names torch and CUDA in the version, as wheels should: VERSION+torch2.13.cpu.
-FASTBN_SIMT=1 builds for tests: the CUDA kernels compiled by g++ and executed on the CPU by tests/simt.
+FASTBN_BASELINE=1 leaves out the CPU kernels for AVX2 and AVX-512: a shorter build, to test something else.
+FASTBN_SIMT=1 builds for tests: the CUDA kernels compiled by g++ and executed on the CPU by tests/simt; baseline alone.
 FASTBN_SANITIZE=1 builds for AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
@@ -168,9 +169,11 @@ def extension():
         ]
         if os.environ.get("FASTBN_PTXAS") == "1":
             nvcc.append("-Xptxas=-v")
+    if simt or os.environ.get("FASTBN_BASELINE") == "1":
+        flags.append("-DFASTBN_BASELINE")
     if os.environ.get("FASTBN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
+        flags += ["-O0", "-g1", "-fno-omit-frame-pointer", *sanitize]  # -O1 takes more than twice as long to compile
         link = sanitize
     flags.append(f'-DFASTBN_TORCH_VERSION="{torch.__version__}"')
     make = CUDAExtension if cuda else CppExtension

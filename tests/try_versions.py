@@ -27,7 +27,7 @@ COMBINATIONS = ("3.10:2.6", "3.11:2.9", "3.12:2.13", "3.13:newest", "3.14:newest
 TESTS = ("functional/test_parity.py", "functional/test_layouts.py", "functional/test_epilogue.py", "nn/test_module.py",
          "graph/test_convert.py", "graph/test_fuse_model.py", "integration/test_compile.py",
          "project/test_install.py")  # fmt: skip
-PACKAGES = ("numpy", "setuptools", "pytest", "hypothesis", "expecttest")
+PACKAGES = ("numpy", "setuptools", "pytest", "pytest-xdist", "hypothesis", "expecttest")
 
 
 class Failed(Exception):
@@ -92,7 +92,7 @@ def attempt(python: str, torch: str, source: Path) -> dict[str, str]:
         install = [str(own), "-m", "pip", "install", "--no-deps", "--force-reinstall", str(source)]
         step("pip install .", install, folder / "build.log")
         step("python -m fastbn", [str(own), "-m", "fastbn"], folder / "report.log", cwd=folder)
-        tests = [str(own), "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *TESTS]
+        tests = [str(own), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow", *TESTS]
         row["result"] = step("tests", tests, folder / "tests.log", cwd=source / "tests").strip("= ")
     except Failed as failure:
         row["result"] = str(failure)

@@ -27,7 +27,7 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", 
 STANDARD = "-std=c++17"  # what torch compiles extensions with
 NOT_CONTRACTED = "-ffp-contract=off"
 NOT_FUSED = (NOT_CONTRACTED, "-DFASTBN_NOT_FUSED")  # by the compiler, and where the code asks for it
-BASELINE_ONLY = "-DFASTBN_SIMT"  # no wider instruction sets, which the driver would need to be built with
+BASELINE_ONLY = "-DFASTBN_BASELINE"  # no wider instruction sets, which the driver would need to be built with
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def csrc_of(tmp_path_factory):
 
 def test_kernels_of_float32(csrc_of):
     one = library("sm_90", csrc=csrc_of("f32"), only=entries("f32", scalar=True) + "|update_running|gather_rank_stats")
-    status, output = run_driver(one, 1, defines=["-DSIMT_ONE_TYPE"])
+    status, output = run_driver(one, 1, defines=["-DSIMT_ONE_TYPE=f32"])
     assert status == 0, output
 
 

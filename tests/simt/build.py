@@ -10,6 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock  # torch needs it too
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 KEPT = HERE.parents[1] / "build" / "simt_tests"
@@ -59,8 +61,13 @@ def atomically(command, target):
 
 
 def build(sources, mode, csrc=CSRC, defines=()):
-    """The program made of sources, C++ and CUDA alike."""
+    """The program made of sources, C++ and CUDA alike. Of several processes one compiles, and the others wait."""
     KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(KEPT / "lock"):
+        return build_alone(sources, mode, csrc, defines)
+
+
+def build_alone(sources, mode, csrc, defines):
     for old in KEPT.iterdir():
         if old.stat().st_mtime < time.time() - 7 * 24 * 3600:
             old.unlink(missing_ok=True)
