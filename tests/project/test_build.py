@@ -184,12 +184,13 @@ def unpacked(sdist, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def objects(unpacked):
-    """The folder with the objects of csrc: those of `make build`, unless something in csrc is newer than they are."""
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*"))
+    """The folder with the objects of csrc: those of `make build`, unless a source is newer than what it installed."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+    installed = Path(fastbn._C.__file__).stat().st_mtime
     for folder in ROOT.glob("build/temp*"):
-        built = {path.relative_to(folder).with_suffix(".cpp"): path for path in folder.rglob("*.o")}
-        complete = {path.relative_to(ROOT) for path in ROOT.glob("csrc/*/*.cpp")} <= set(built)
-        if complete and min(path.stat().st_mtime for path in built.values()) > newest:
+        built = {path.relative_to(folder).with_suffix(".cpp") for path in folder.rglob("*.o")}
+        complete = {path.relative_to(ROOT) for path in ROOT.glob("csrc/*/*.cpp")} <= built
+        if complete and installed > newest:
             return folder
     done = run("setup.py", "build_ext", "--build-temp", "temp", "--build-lib", "lib", cwd=unpacked)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -202,8 +203,7 @@ def reusing(objects, tmp_path_factory):
     program = tmp_path_factory.mktemp("reusing") / "compiler"
     program.write_text(
         '#!/bin/sh\nfor word; do test "$before" = -o && output=$word; before=$word; done\n'
-        'case $output in *.o) c++ "$@" -E -o /dev/null &&\n'
-        f'    exec cp "{objects}/csrc/${{output##*/csrc/}}" "$output";; esac\n'
+        f'case $output in *.o) c++ "$@" -E && exec cp "{objects}/csrc/${{output##*/csrc/}}" "$output"; exit 1;; esac\n'
         'exec c++ "$@"\n'
     )
     program.chmod(0o755)
