@@ -93,7 +93,7 @@ help:
 	@echo "make simt       the CUDA kernels executed on the CPU: all tests that reach them, and those of the emulator;"
 	@echo "                make simt-quick is a part of make test, make simt-slow the rest"
 	@echo "make ptx        what nvcc compiles (no GPU needed), executed on the CPU: tests, planted defects, counts, a budget"
-	@echo "make ptx-quick  a part of make ptx in three minutes: float32 and bfloat16, planted defects, counters"
+	@echo "make ptx-quick  a part of make ptx, up to eleven minutes on two cores: float32 and bfloat16, planted defects, counters"
 	@echo "make cuda-build compile and link the CUDA backend (no GPU needed), check registers, spills and 16-byte accesses"
 	@echo "make gpu        on a machine with a GPU (it has not run on one), within 9 minutes: build, tests, compute-sanitizer, probe, benchmark"
 	@echo "make arm        the CPU kernels for 64-bit Arm, in qemu: every result against float64, bits against x86-64 baseline's"
@@ -259,7 +259,7 @@ ptx: simt-build
 ptx-quick: venv
 	@$(FIND_NVCC)
 	$(SAY) "quick tests of what nvcc compiles"
-	cd tests && $(IN_VENV) $(PY) -m pytest $(WITHOUT_FASTBN) -m "not slow" $(patsubst tests/%,%,$(wildcard tests/cuda/test_nvcc_*.py))
+	cd tests && $(IN_VENV) $(PY) -m pytest $(JOBS_OF_PYTEST) $(WITHOUT_FASTBN) -m "not slow" $(patsubst tests/%,%,$(wildcard tests/cuda/test_nvcc_*.py))
 
 cuda-venv: $(CUDA_VENV)/.packages
 

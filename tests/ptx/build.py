@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock  # torch needs it too
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -70,9 +72,14 @@ def compiled(name, text, includes="thread.h"):
 
 def library(arch="sm_90", *, csrc=CSRC, kernels=None, only=None, flags=(), counted=False):
     """The path of the library with the entries of `kernels` (by default all of csrc/cuda) whose names match `only`."""
-    KEPT.mkdir(parents=True, exist_ok=True)
     if kernels is None:
         kernels = [k for k in sorted(csrc.glob("cuda/*.cu")) if "__global__" in k.read_text()]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(KEPT / "lock"):
+        return library_alone(arch, csrc, kernels, only, flags, counted)
+
+
+def library_alone(arch, csrc, kernels, only, flags, counted):
     with ThreadPoolExecutor(JOBS) as pool:
         texts = list(pool.map(lambda kernel: ptx_of(kernel, arch, csrc, flags), kernels))
         sources, chosen = [], 0
