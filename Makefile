@@ -234,6 +234,7 @@ simt-quick: simt-build
 
 FIND_NVCC := command -v nvcc > /dev/null || test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || { \
         echo "no nvcc: install the CUDA toolkit, or set CUDA_HOME"; exit 1; }
+
 # Two runs of the parity suite at a time, an architecture each; what they print goes to build/ptx/NAME.log.
 ptx: simt-build
 	@$(FIND_NVCC)

@@ -173,7 +173,7 @@ def extension():
         flags.append("-DFASTBN_BASELINE")
     if os.environ.get("FASTBN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags += ["-O0", "-g1", "-fno-omit-frame-pointer", *sanitize]  # -O1 takes more than twice as long to compile
+        flags += ["-O0", "-g1", "-fno-omit-frame-pointer", *sanitize]  # NOTES.md#compile-time
         link = sanitize
     flags.append(f'-DFASTBN_TORCH_VERSION="{torch.__version__}"')
     make = CUDAExtension if cuda else CppExtension
